@@ -1,0 +1,1 @@
+"""Textual Inversion for Stable Diffusion: the package that both training scripts share."""

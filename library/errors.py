@@ -1,0 +1,25 @@
+"""The one exception for a user's mistake, and the search for what they may have meant."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something the user can put right.
+
+    The message is one or more full sentences: which option or file, what was wrong, what to do. The scripts print it
+    without a traceback and exit with a code other than 0.
+    """
+
+
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that looks most like ``name``, or None when nothing is similar."""
+    by_lower = {candidate.lower(): candidate for candidate in known}
+    found = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
+    return by_lower[found[0]] if found else None
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return `` Did you mean "x"?`` (with the leading space) for the closest known name, or an empty string."""
+    guess = closest(name, known)
+    return f' Did you mean "{guess}"?' if guess else ""

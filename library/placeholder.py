@@ -1,0 +1,71 @@
+"""The new word as text: the names of its vectors, where they stand in a caption, and their expansion.
+
+Everything that reads a caption or a prompt (training, checks, samples, saved hints) goes through this module, so the
+word means the same everywhere. Ids and vectors are the business of ``tokens.py``.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+
+# A name ends where no ASCII letter or digit follows: `mychar_(x)` and `mycharの` hold the word, `mychars` does not.
+_BEFORE, _AFTER = r"(?<![A-Za-z0-9])", r"(?![A-Za-z0-9])"
+
+
+@dataclass(frozen=True)
+class Placeholder:
+    """The new word and its ``count`` vectors, named ``T, T1, T2, …``.
+
+    Matching ignores case and wants whole words, a boundary being "no ASCII letter or digit beside it".
+    """
+
+    text: str
+    count: int = 1
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The N names in vector order."""
+        return (self.text, *(f"{self.text}{i}" for i in range(1, self.count)))
+
+    @property
+    def expanded(self) -> str:
+        """All N names joined by spaces: what one occurrence of the word stands for."""
+        return " ".join(self.names)
+
+    @cached_property
+    def _row_of(self) -> dict[str, int]:
+        return {name.lower(): row for row, name in enumerate(self.names)}
+
+    @cached_property
+    def _any_name(self) -> re.Pattern[str]:
+        # Longest first, so that "mychar1" is never read as "mychar" where a name ends in a non-alphanumeric sign.
+        names = sorted(self.names, key=len, reverse=True)
+        return re.compile(_BEFORE + "(" + "|".join(map(re.escape, names)) + ")" + _AFTER, re.IGNORECASE)
+
+    @cached_property
+    def _run_or_word(self) -> re.Pattern[str]:
+        run = r"\s+".join(map(re.escape, self.names))
+        return re.compile(f"{_BEFORE}(?:{run}|{re.escape(self.text)}){_AFTER}", re.IGNORECASE)
+
+    def found_in(self, text: str) -> bool:
+        """Whether the word, or any one of its vectors' names, stands in ``text``."""
+        return self._any_name.search(text) is not None
+
+    def expand(self, text: str) -> str:
+        """Replace each occurrence of the word by the names of all its vectors.
+
+        A run that is expanded already stays as it is, and so does the name of a single later vector (``mychar2``).
+        """
+        if self.count == 1:
+            return text
+        return self._run_or_word.sub(lambda _: self.expanded, text)
+
+    def split(self, text: str) -> list[str | int]:
+        """Cut ``text`` into plain pieces (str) and vector numbers (int), in order; empty pieces are left out.
+
+        The text is taken as it stands; call :meth:`expand` first.
+        """
+        pieces = self._any_name.split(text)
+        # re.split with one group alternates: plain, name, plain, name, …, plain.
+        marked = [self._row_of[piece.lower()] if i % 2 else piece for i, piece in enumerate(pieces)]
+        return [piece for piece in marked if piece != ""]
