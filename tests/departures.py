@@ -4,8 +4,12 @@ A departure is a rule about a case's inputs, so that it also covers cases that a
 ask ``departure(file, case)``; where it answers, they assert our behaviour instead of the measured one.
 """
 
+import functools
+import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,35 @@ class Departure:
     applies: Callable[[dict], bool]
 
 
-DEPARTURES: list[Departure] = []
+def _pieces_where_sd_scripts_finds_the_names(case: dict) -> list[str]:
+    """Split at the names anywhere in the text, longest first, minding case: what added tokens do."""
+    names = sorted(case["added_tokens"], key=len, reverse=True)
+    return re.split("(" + "|".join(map(re.escape, names)) + ")", case["caption"])
+
+
+def _names_are_found_elsewhere(case: dict) -> bool:
+    names = sorted(case["added_tokens"], key=len, reverse=True)
+    whole_words = rf"(?<![A-Za-z0-9])({'|'.join(map(re.escape, names))})(?![A-Za-z0-9])"
+    return re.split(whole_words, case["caption"], flags=re.IGNORECASE) != _pieces_where_sd_scripts_finds_the_names(case)
+
+
+@functools.cache
+def _whole_words() -> frozenset[str]:
+    vocabulary = json.loads((Path(__file__).parents[1] / "configs/tokenizer/vocab.json").read_text(encoding="utf-8"))
+    return frozenset(piece.removesuffix("</w>") for piece in vocabulary if piece.endswith("</w>"))
+
+
+DEPARTURES: list[Departure] = [
+    Departure(
+        "tokenize", "Q29", "the word is matched in any case and only as a whole word", _names_are_found_elsewhere
+    ),
+    Departure(
+        "add_tokens",
+        "Q45",
+        "a name that already is a whole word of the vocabulary is refused",
+        lambda case: any(name.lower() in _whole_words() for name in case["names"]),
+    ),
+]
 
 
 def departure(file: str, case: dict) -> Departure | None:

@@ -1,0 +1,180 @@
+"""tokens.py: ids as measured, refusals, start values, and rows that alone receive gradients."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from departures import departure
+from golden_data import golden_cases
+from torch import nn
+from transformers import CLIPTokenizer
+
+from library.errors import UserError
+from library.placeholder import Placeholder
+from library.tokens import (
+    MergedEmbedding,
+    PromptTokenizer,
+    TrainableRows,
+    check_token_string,
+    init_word_ids,
+    rows_from_statistics,
+    rows_from_word,
+    table_spread,
+    typical_norm,
+)
+
+VOCABULARY = Path(__file__).parents[1] / "configs" / "tokenizer"
+PADS = {"sd1": ["<|endoftext|>"], "sd2": ["!"], "sdxl": ["<|endoftext|>", "!"]}
+
+
+def clip_tokenizer(pad: str) -> CLIPTokenizer:
+    return CLIPTokenizer(str(VOCABULARY / "vocab.json"), str(VOCABULARY / "merges.txt"), pad_token=pad)
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    by_pad = {pad: clip_tokenizer(pad) for pad in ("<|endoftext|>", "!")}
+    return {model: [by_pad[pad] for pad in pads] for model, pads in PADS.items()}
+
+
+@pytest.mark.parametrize("case", golden_cases("tokenize"))
+def test_golden_tokenize(case, tokenizers):
+    names = case["added_tokens"]
+    placeholder = Placeholder(names[0], len(names))
+    assert list(placeholder.names) == names
+    prompts = PromptTokenizer(tokenizers[case["model"]], placeholder, case["max_token_length"])
+    encoded = prompts.encode(case["caption"])
+    if departure("tokenize", case):
+        # Whole words in any case become new ids; everything between them is what the plain tokenizer says.
+        pattern = rf"(?<![A-Za-z0-9])({'|'.join(map(re.escape, names))})(?![A-Za-z0-9])"
+        pieces = re.split(pattern, case["caption"], flags=re.IGNORECASE)
+        for ids, tokenizer in zip(encoded, tokenizers[case["model"]], strict=True):
+            body = []
+            for i, piece in enumerate(pieces):
+                new = [49408 + names.index(piece.lower())] if i % 2 else None
+                body += new or tokenizer.encode(piece, add_special_tokens=False)
+            assert ids[0, 1 : 1 + len(body)].tolist() == body[:75]
+            assert ids[0, 0] == tokenizer.bos_token_id
+        return
+    for ids, expected in zip(encoded, case["input_ids"], strict=True):
+        assert ids.tolist() == expected[0]
+
+
+@pytest.mark.parametrize("case", golden_cases("add_tokens"))
+def test_golden_add_tokens(case, tokenizers):
+    placeholder = Placeholder(case["token_string"], case["num_vectors_per_token"])
+    assert list(placeholder.names) == case["names"]
+    toks = tokenizers[case["model"]]
+    accepted = all(entry["accepted"] for entry in case["per_tokenizer"])
+    if departure("add_tokens", case):
+        accepted = False
+    if not accepted:
+        with pytest.raises(UserError, match="--token_string"):
+            check_token_string(placeholder, toks)
+        return
+    check_token_string(placeholder, toks)
+    prompts = PromptTokenizer(toks, placeholder)
+    for index, entry in enumerate(case["per_tokenizer"]):
+        assert prompts.body_ids(placeholder.expanded, index) == entry["ids"]
+        assert prompts.first_new_id(index) + placeholder.count == entry["len_after"]
+
+
+@pytest.mark.parametrize("word", ["cat", "their", "sks", "Cat", "", " x y", "a\nb"])
+def test_words_the_model_knows_are_refused(word, tokenizers):
+    with pytest.raises(UserError, match="--token_string"):
+        check_token_string(Placeholder(word, 1), tokenizers["sd1"])
+
+
+def test_refusal_proposes_a_word_that_is_free(tokenizers):
+    with pytest.raises(UserError) as error:
+        check_token_string(Placeholder("cat", 2), tokenizers["sd1"])
+    proposal = re.search(r'for example "(\w+)"', str(error.value)).group(1)
+    check_token_string(Placeholder(proposal, 2), tokenizers["sd1"])
+
+
+def test_a_numbered_name_that_is_known_is_refused(tokenizers):
+    # "mp3" is in CLIP's vocabulary: the fourth name of "mp" would take it over.
+    with pytest.raises(UserError, match='"mp'):
+        check_token_string(Placeholder("mp", 4), tokenizers["sd1"])
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ("mychar_(x)", [0]),
+        ("mycharの", [0]),
+        ("mychars", []),
+        ("a MYCHAR, mychar2", [0, 2]),
+        ("xmychar mychar10", []),
+    ],
+)
+def test_where_the_word_is_found(text, rows, tokenizers):
+    prompts = PromptTokenizer(tokenizers["sd1"], Placeholder("mychar", 4))
+    assert [i - 49408 for i in prompts.body_ids(text) if i >= 49408] == rows
+
+
+def test_rows_behind_the_limit_are_lost(tokenizers):
+    prompts = PromptTokenizer(tokenizers["sd1"], Placeholder("mychar", 4))
+    text = "cat " * 73 + "mychar"
+    assert prompts.length(text) == 77
+    assert prompts.lost_rows(text) == {2, 3}
+    assert prompts.lost_rows("mychar " + text) == set()
+
+
+def test_init_word_ids(tokenizers):
+    tokenizer = tokenizers["sd1"][0]
+    assert init_word_ids("cat", 3, tokenizer) == [2368] * 3
+    assert init_word_ids("cat dog", 2, tokenizer) == [2368, 1929]
+    for word, count in (("cat dog", 1), ("cat dog", 3), ("", 1), ("  ", 2), ("mychar", 1)):
+        with pytest.raises(UserError, match="--init_word"):
+            init_word_ids(word, count, tokenizer)
+
+
+def test_start_values_skip_zero_rows():
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(5000, 16, generator=generator) * 0.02 + 0.5
+    table[::2] = 0
+    rows = rows_from_statistics(table, 2000, generator)
+    used = table[1::2]
+    assert torch.allclose(rows.mean(0), used.mean(0), atol=2e-3)
+    assert torch.allclose(rows.std(0), used.std(0), atol=2e-3)
+    assert table_spread(table) == pytest.approx(0.02, rel=0.05)
+    assert typical_norm(table) == pytest.approx(used.norm(dim=1).median().item())
+    assert torch.equal(rows_from_word(table, [1, 3], "cat"), table[[1, 3]])
+    with pytest.raises(UserError, match="all-zero"):
+        rows_from_word(table, [2], "cat")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_embedding_equals_a_larger_table(dtype):
+    torch.manual_seed(0)
+    table = nn.Embedding(10, 4, dtype=dtype)
+    rows = TrainableRows([torch.randn(2, 4)])
+    merged = MergedEmbedding(table, 10)
+    (merged.rows,) = rows()
+    ids = torch.tensor([[0, 9, 10, 11, 3, 10]])
+    full = torch.cat([table.weight, rows.rows[0].to(dtype)])
+    output = merged(ids)
+    assert output.dtype == dtype
+    assert torch.equal(output, full[ids])
+    output.float().pow(2).sum().backward()
+    assert table.weight.grad is None
+    assert (rows.rows[0].grad.abs().sum(dim=1) > 0).all()
+
+
+def test_rows_without_their_word_get_a_gradient_of_exactly_zero():
+    rows = TrainableRows([torch.randn(2, 4)])
+    merged = MergedEmbedding(nn.Embedding(10, 4), 10)
+    (merged.rows,) = rows()
+    merged(torch.tensor([[1, 2, 3]])).sum().backward()
+    assert torch.equal(rows.rows[0].grad, torch.zeros(2, 4))
+
+
+def test_rescale_keeps_directions():
+    rows = TrainableRows([torch.randn(3, 8), torch.randn(3, 5)])
+    before = [r.detach().clone() for r in rows.rows]
+    rows.rescale([0.4, 0.7])
+    for old, new, norm in zip(before, rows.rows, (0.4, 0.7), strict=True):
+        assert torch.allclose(new.norm(dim=1), torch.full((3,), norm))
+        assert torch.allclose(torch.cosine_similarity(old, new), torch.ones(3))
