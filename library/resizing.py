@@ -1,0 +1,95 @@
+"""Pixels from one size to another: OpenCV's and Pillow's filters, without OpenCV.
+
+The names are those of sd-scripts' ``resize_interpolation``. There, `lanczos` and `box` are Pillow's filters (they widen
+when shrinking, and resample RGBA with premultiplied alpha); all others are OpenCV's (fixed support, straight alpha).
+"""
+
+import math
+
+import numpy as np
+import torch
+from PIL import Image
+
+from library.errors import UserError, did_you_mean
+
+_PILLOW = {"lanczos": Image.Resampling.LANCZOS, "box": Image.Resampling.BOX}
+_TORCH = {
+    "nearest": "nearest-exact",
+    "bilinear": "bilinear",
+    "linear": "bilinear",
+    "bicubic": "bicubic",
+    "cubic": "bicubic",
+}
+INTERPOLATIONS = (*_PILLOW, *_TORCH, "area")
+
+
+def resize(image: np.ndarray, size: tuple[int, int], interpolation: str | None = None) -> np.ndarray:
+    """Resize ``image``, uint8 [H, W, 3 or 4], to ``size`` (width, height).
+
+    Without an interpolation: "area" where neither side grows, else "lanczos", as sd-scripts does. An image that has the
+    size already is returned as it is.
+    """
+    height, width = image.shape[:2]
+    if (width, height) == tuple(size):
+        return image
+    if interpolation is None:
+        interpolation = "area" if size[0] <= width and size[1] <= height else "lanczos"
+    if interpolation in _PILLOW:
+        return np.asarray(Image.fromarray(image).resize(size, _PILLOW[interpolation]))
+    if interpolation in _TORCH:
+        return _torch_resize(image, size, _TORCH[interpolation])
+    if interpolation == "area":
+        return _area_resize(image, size)
+    raise UserError(
+        f'resize_interpolation "{interpolation}" is unknown.{did_you_mean(interpolation, INTERPOLATIONS)} '
+        f"Choose one of {', '.join(INTERPOLATIONS)}."
+    )
+
+
+def _torch_resize(image: np.ndarray, size: tuple[int, int], mode: str) -> np.ndarray:
+    """torch's interpolation without antialiasing is OpenCV's, within one step of 255."""
+    planes = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float()
+    resized = torch.nn.functional.interpolate(planes, size=(size[1], size[0]), mode=mode)
+    return resized[0].permute(1, 2, 0).round().clamp(0, 255).byte().numpy()
+
+
+def _area_resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """OpenCV's INTER_AREA: the mean over the source area of each target pixel; linear as soon as one side grows."""
+    height, width, channels = image.shape
+    weights = _coverage if size[0] <= width and size[1] <= height else _linear
+    rows = _weigh_lines(image.reshape(height, width * channels), size[1], weights)
+    columns = rows.reshape(size[1], width, channels).swapaxes(0, 1).reshape(width, size[1] * channels)
+    pixels = _weigh_lines(columns, size[0], weights).reshape(size[0], size[1], channels).swapaxes(0, 1)
+    return np.ascontiguousarray(pixels.round().clip(0, 255).astype(np.uint8))
+
+
+def _weigh_lines(lines: np.ndarray, count: int, weights) -> np.ndarray:
+    """Make ``count`` lines, float32 [count, m], each a weighted sum of a few neighbouring ``lines`` [n, m].
+
+    Line by line, so that a large photo costs no large float copy and no large, almost empty weight matrix.
+    """
+    made = np.empty((count, lines.shape[1]), dtype=np.float32)
+    for index in range(count):
+        first, factors = weights(index, len(lines), count)
+        made[index] = factors @ lines[first : first + len(factors)].astype(np.float32)
+    return made
+
+
+def _coverage(index: int, source: int, target: int) -> tuple[int, np.ndarray]:
+    """First source line and how much of each source line the target line ``index`` covers (sum 1)."""
+    start, stop = index * source / target, min((index + 1) * source / target, source)
+    first, last = math.floor(start), math.ceil(stop)
+    covered = np.ones(last - first)
+    covered[0] -= start - first
+    covered[-1] -= last - stop
+    return first, (covered / covered.sum()).astype(np.float32)
+
+
+def _linear(index: int, source: int, target: int) -> tuple[int, np.ndarray]:
+    """First source line and the one or two factors of OpenCV's linear rule for INTER_AREA where an image grows."""
+    first = math.floor(index * source / target)
+    share = (index + 1) - (first + 1) * target / source
+    share = share - math.floor(share) if share > 0 else 0.0
+    if first + 1 >= source:
+        return source - 1, np.ones(1, dtype=np.float32)
+    return first, np.array([1 - share, share], dtype=np.float32)
