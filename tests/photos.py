@@ -21,7 +21,8 @@ def _make_photo(file: Path, number: int, size: tuple[int, int], caption: str | N
     rng = random.Random(number)
     width, height = size
     image = Image.linear_gradient("L").resize(size)
-    image = Image.merge("RGB", [image.point(lambda v, c=rng.randrange(256): (v + c) // 2) for _ in range(3)])
+    shades = [rng.randrange(256) for _ in range(3)]
+    image = Image.merge("RGB", [image.point([(v + shade) // 2 for v in range(256)]) for shade in shades])
     draw = ImageDraw.Draw(image)
     for shape in (draw.ellipse, draw.rectangle):
         left, top = rng.randrange(width // 2), rng.randrange(height // 2)
