@@ -1,0 +1,155 @@
+"""What a run tells its user at the end: how far the rows moved, and what to write in which client.
+
+Tensors in, text out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import indent
+
+import torch
+from torch import Tensor
+
+from library.metadata import client_words
+
+# Below this share of its start norm a row still means what it meant at the start.
+BARELY_MOVED_PERCENT = 1.0
+PROMPT_TOKENS = 75
+
+_WHERE = {
+    "AUTOMATIC1111, Forge, SD.Next": "put the file into embeddings/ (SD.Next: models/embeddings/)",
+    "ComfyUI": "put the file into models/embeddings/",
+    "InvokeAI": "add the file in the model manager",
+    "SwarmUI": "put the file into Models/Embeddings/",
+    "diffusers": "load the file as shown below",
+}
+_INVOKEAI_LETTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789., _-")
+
+_DIFFUSERS_ONE_ENCODER = "pipe.load_textual_inversion({path!r}, token={token!r})\n"
+# With eos_token_id 2, as in many CLIP configs, transformers pools at the highest id: the new token. 49407 is the EOS.
+_DIFFUSERS_TWO_ENCODERS = """\
+{imports}
+state = {load}
+encoder_2 = pipe.text_encoder_2
+for part in (encoder_2.config, encoder_2, getattr(encoder_2, "text_model", None)):
+    if hasattr(part, "eos_token_id"):
+        part.eos_token_id = 49407  # pool at the end of the text, not at the new token
+pipe.load_textual_inversion(state["clip_l"], token={token!r}, text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer)
+pipe.load_textual_inversion(state["clip_g"], token={token!r}, text_encoder=encoder_2, tokenizer=pipe.tokenizer_2)
+"""
+
+
+@dataclass(frozen=True)
+class Movement:
+    """How far one row is from its start: L2 distance in % of the start's norm, cosine to the start, both norms."""
+
+    name: str
+    percent: float
+    cosine: float
+    start_norm: float
+    norm: float
+
+
+def movements(names: Sequence[str], start: Tensor, rows: Tensor) -> list[Movement]:
+    """Compare rows [N, width] with what they were at the start of the run [N, width], one :class:`Movement` each."""
+    start, rows = (tensor.detach().to("cpu", torch.float64) for tensor in (start, rows))
+    distances, start_norms, norms = (rows - start).norm(dim=1), start.norm(dim=1), rows.norm(dim=1)
+    cosines = torch.nn.functional.cosine_similarity(start, rows, dim=1)
+    columns = zip(names, 100 * distances / start_norms, cosines, start_norms, norms, strict=True)
+    return [Movement(name, *(float(value) for value in values)) for name, *values in columns]
+
+
+def movement_table(moved: Sequence[Movement]) -> str:
+    """The movements as a table, one line for each row."""
+    width = max(len("vector"), *(len(row.name) for row in moved))
+    lines = [f"{'vector':<{width}}  moved (% of start)  cosine to start  norm at start  norm now"]
+    lines += [
+        f"{row.name:<{width}}  {row.percent:>18.2f}  {row.cosine:>15.4f}  {row.start_norm:>13.4f}  {row.norm:>8.4f}"
+        for row in moved
+    ]
+    return "\n".join(lines)
+
+
+def movement_warning(moved: Sequence[Movement], learning_rate: float | None, steps: int) -> str | None:
+    """A warning with the likely reasons when rows have hardly moved; None when all have.
+
+    ``learning_rate`` is the highest of the run, or None where the optimizer finds its own.
+    """
+    still = [row.name for row in moved if not row.percent >= BARELY_MOVED_PERCENT]
+    if not still:
+        return None
+    if len(still) == len(moved):
+        headline = (
+            f"THE EMBEDDING HAS HARDLY CHANGED: every vector moved less than {BARELY_MOVED_PERCENT:g} % from its start."
+        )
+    else:
+        headline = f"SOME VECTORS HAVE HARDLY CHANGED (less than {BARELY_MOVED_PERCENT:g} %): {', '.join(still)}."
+    reach = ""
+    if learning_rate is not None:
+        reach = (
+            f" With {learning_rate:g} over {steps} steps an Adam-like optimizer moves no coordinate "
+            f"by more than about {learning_rate * steps:.2g}."
+        )
+    reasons = [
+        f"The learning rate is too low.{reach} Values from 3e-4 to 5e-3 are usual for AdamW.",
+        f"There were too few steps ({steps}); 1000 to 2000 are usual.",
+        "The captions lack the token, or it is cut off by the length limit; --debug_dataset shows what is read.",
+    ]
+    return "\n".join(
+        [
+            headline,
+            "Pictures made with it will look like those of its start. Likely reasons:",
+            *(f"  - {r}" for r in reasons),
+        ]
+    )
+
+
+def usage_card(path: Path | str, token: str, keys: Sequence[str], num_vectors: int, base: str) -> str:
+    """How to use the file in every client: where it goes, what to write, and the lines for diffusers.
+
+    ``keys`` are the tensors in the file, ``base`` is the base model in words ("Stable Diffusion 1.x").
+    """
+    path = Path(path)
+    words = client_words(path.stem, token)
+    clients, columns = max(map(len, words)), max(map(len, words.values()))
+    plural = "s" if num_vectors > 1 else ""
+    lines = [
+        f"How to use {path} ({base}; {num_vectors} vector{plural}, {num_vectors} of a prompt's {PROMPT_TOKENS} tokens)",
+        *(f"  {client:<{clients}}  {word:<{columns}}  {_WHERE[client]}" for client, word in words.items()),
+        *_notes(path, token),
+        "In diffusers, with a pipeline `pipe` of the same base:",
+        indent(diffusers_snippet(path, token, keys), "    ").rstrip(),
+    ]
+    return "\n".join(lines)
+
+
+def diffusers_snippet(path: Path | str, token: str, keys: Sequence[str]) -> str:
+    """Python lines that give the embedding to a diffusers pipeline named ``pipe``."""
+    path = Path(path)
+    if len(keys) == 1:
+        return _DIFFUSERS_ONE_ENCODER.format(path=str(path), token=token)
+    if path.suffix == ".safetensors":
+        imports, load = "from safetensors.torch import load_file\n", f"load_file({str(path)!r})"
+    else:
+        imports, load = "import torch\n", f"torch.load({str(path)!r}, weights_only=True)"
+    return _DIFFUSERS_TWO_ENCODERS.format(imports=imports, load=load, token=token)
+
+
+def _notes(path: Path, token: str) -> list[str]:
+    """What is worth knowing about this file's name."""
+    notes = []
+    if path.stem.lower() != token.lower():
+        notes.append(
+            f"All but diffusers know the embedding by the name of its file: there the word is {path.stem}, "
+            f"not {token}. To write {token} everywhere, rename the file to {token}{path.suffix}."
+        )
+    else:
+        notes.append(
+            "All but diffusers know the embedding by the name of its file: rename it, and the word changes too."
+        )
+    if not set(path.stem) <= _INVOKEAI_LETTERS:
+        notes.append(
+            "InvokeAI reads only the letters a-z, digits and . , _ - in a name: give the model such a name there."
+        )
+    return notes
