@@ -1,0 +1,206 @@
+"""What options must satisfy together: required ones, ranges, contradictions, and features that do not exist yet."""
+
+import logging
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from library.errors import UserError
+from library.options import Options, as_dict, declared_options
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MissingFeature:
+    """A feature that this version lacks: the options that ask for it, and those that only describe it."""
+
+    name: str
+    asked_by: tuple[str, ...]
+    described_by: tuple[str, ...]
+
+
+# A feature that has been built is deleted from this table; nothing else needs to change here.
+MISSING_FEATURES = (
+    MissingFeature(
+        "drawing sample pictures",
+        ("sample_every_n_steps", "sample_every_n_epochs", "sample_at_first"),
+        ("sample_prompts", "sample_sampler"),
+    ),
+    MissingFeature(
+        "logging to TensorBoard or Weights & Biases",
+        ("logging_dir", "log_with"),
+        ("log_prefix", "log_tracker_name", "log_tracker_config", "log_config", "wandb_run_name", "wandb_api_key"),
+    ),
+    MissingFeature(
+        "saving and resuming states",
+        ("save_state", "save_state_on_train_end", "resume", "resume_from_huggingface"),
+        ("save_last_n_epochs_state", "save_last_n_steps_state"),
+    ),
+    MissingFeature(
+        "uploading to the Hugging Face hub",
+        ("huggingface_repo_id", "save_state_to_huggingface"),
+        (
+            "huggingface_repo_type",
+            "huggingface_path_in_repo",
+            "huggingface_token",
+            "huggingface_repo_visibility",
+            "async_upload",
+        ),
+    ),
+)
+
+
+def settle(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values with old spellings, implied options and the default file name filled in.
+
+    Takes and returns every option's value by name. Logs a warning for each value that is set aside.
+    """
+    settled = dict(values)
+    for name, option in declared_options():
+        if option.zero_is_off and settled[name] is not None and settled[name] <= 0:
+            logger.warning("--%s %s means never; it is taken as not given.", name, settled[name])
+            settled[name] = None
+    if settled["max_token_length"] == 75:
+        settled["max_token_length"] = None
+    if settled["caption_extention"] is not None:
+        settled["caption_extension"] = settled["caption_extention"]
+    if settled["cache_latents_to_disk"] and not settled["cache_latents"]:
+        logger.warning("--cache_latents_to_disk switches --cache_latents on.")
+        settled["cache_latents"] = True
+    if settled["persistent_data_loader_workers"] and settled["max_data_loader_n_workers"] == 0:
+        logger.warning("--persistent_data_loader_workers has nothing to do with --max_data_loader_n_workers 0.")
+        settled["persistent_data_loader_workers"] = False
+    if settled["output_name"] is None and settled["token_string"] is not None:
+        settled["output_name"] = safe_file_name(settled["token_string"])
+    return settled
+
+
+def safe_file_name(text: str) -> str:
+    """Return the text with every sign that some file system refuses replaced by "_"; "embedding" if nothing is left."""
+    return re.sub(r'[<>:"/\\|?*\x00-\x1f]', "_", text).strip(" ._") or "embedding"
+
+
+def check(options: Options, family: str) -> None:
+    """Refuse options that cannot lead to a run of the family ("sd" or "sdxl"). Raises UserError."""
+    check_limits(options)
+    check_combinations(options)
+    _check_family(options, family)
+    check_features(options)
+    _check_required(options)
+    _check_output(options)
+
+
+def check_limits(options: Options) -> None:
+    """Refuse a number outside its option's range."""
+    values = as_dict(options)
+    for name, option in declared_options():
+        value = values.get(name)
+        if option.limits and value is not None and not option.allows(value):
+            raise UserError(f"--{name} is {value}; it must be {option.limits}.")
+    for name in ("lr_warmup_steps", "lr_decay_steps"):
+        if isinstance(values[name], float) and values[name] > 1:
+            raise UserError(f"--{name} is {values[name]:.0%} of all steps; a share must be at most 100%.")
+
+
+def check_combinations(options: Options) -> None:
+    """Refuse options that contradict or miss each other; warn about likely mistakes."""
+    noise, loss, model = options.noise, options.loss, options.model
+    if noise.adaptive_noise_scale is not None and noise.noise_offset is None:
+        raise UserError("--adaptive_noise_scale changes the noise offset and needs --noise_offset, for example 0.05.")
+    if loss.scale_v_pred_loss_like_noise_pred and not model.v_parameterization:
+        raise UserError(
+            "--scale_v_pred_loss_like_noise_pred is for v-prediction models and needs --v_parameterization."
+        )
+    if loss.v_pred_like_loss is not None and model.v_parameterization:
+        raise UserError("--v_pred_like_loss is for models that predict noise. Leave it out with --v_parameterization.")
+    if noise.zero_terminal_snr and not model.v_parameterization:
+        logger.warning(
+            "--zero_terminal_snr without --v_parameterization: a model that predicts noise learns nothing from pure "
+            "noise. The results may be unexpected."
+        )
+    if model.v2 and model.clip_skip is not None:
+        logger.warning("--clip_skip is unusual with --v2: those models use the second last layer already.")
+    _check_timesteps(noise.min_timestep, noise.max_timestep)
+    _check_precision(options)
+    _check_optimizer(options)
+
+
+def _check_timesteps(lowest: int | None, end: int | None) -> None:
+    low, high = lowest or 0, 1000 if end is None else end
+    if low >= high:
+        raise UserError(
+            f"--min_timestep {low} is not below --max_timestep {high}. Both lie between 0 and 1000; unset they are "
+            "0 and 1000."
+        )
+
+
+def _check_precision(options: Options) -> None:
+    runtime = options.runtime
+    for flag, wanted in (("full_fp16", "fp16"), ("full_bf16", "bf16")):
+        if getattr(runtime, flag) and runtime.mixed_precision != wanted:
+            raise UserError(f'--{flag} needs --mixed_precision {wanted}; it is "{runtime.mixed_precision}".')
+    if options.deepspeed.deepspeed:
+        raise UserError(
+            "--deepspeed cannot help here: it divides weights, gradients and optimizer states among GPUs, and only the "
+            "few new vectors have any. Leave it out; several GPUs work with accelerate launch --multi_gpu."
+        )
+
+
+def _check_optimizer(options: Options) -> None:
+    optimizer = options.optimizer
+    names = {"--use_8bit_adam": optimizer.use_8bit_adam, "--use_lion_optimizer": optimizer.use_lion_optimizer}
+    names[f"--optimizer_type {optimizer.optimizer_type}"] = bool(optimizer.optimizer_type)
+    chosen = [name for name, given in names.items() if given]
+    if len(chosen) > 1:
+        raise UserError(f"{' and '.join(chosen)} name two optimizers. Keep one of them.")
+
+
+def _check_family(options: Options, family: str) -> None:
+    if family == "sdxl" and options.model.v2:
+        raise UserError("--v2 is for Stable Diffusion 2.x: use train_textual_inversion.py, or leave --v2 out for SDXL.")
+
+
+def check_features(options: Options) -> None:
+    """Stop where an option asks for a feature that this version lacks; warn where one only describes it."""
+    values, defaults = as_dict(options, secrets=True), as_dict(Options(), secrets=True)
+    for feature in MISSING_FEATURES:
+        asking = [f"--{name}" for name in feature.asked_by if values[name] != defaults[name]]
+        if asking:
+            raise UserError(
+                f"{asking[0]} is not available in this version yet ({feature.name}). Leave it out to train without it."
+            )
+        idle = [f"--{name}" for name in feature.described_by if values[name] != defaults[name]]
+        if idle:
+            logger.warning("Nothing to do for %s: %s is not asked for.", ", ".join(idle), feature.name)
+
+
+def _check_required(options: Options) -> None:
+    if options.model.pretrained_model_name_or_path is None:
+        raise UserError("--pretrained_model_name_or_path is missing: the base model that learns the word.")
+    if options.token.token_string is None or not options.token.token_string.strip():
+        raise UserError("--token_string is missing: the new word, for example --token_string mychar.")
+    data = options.dataset
+    if not (data.dataset_config or data.train_data_dir or data.in_json or data.dataset_class):
+        raise UserError("No pictures are given: use --dataset_config (a TOML file) or --train_data_dir (a folder).")
+    if options.save.output_dir is None and not data.debug_dataset:
+        raise UserError("--output_dir is missing: the folder for the embedding file.")
+
+
+def _check_output(options: Options) -> None:
+    name = options.save.output_name
+    if name and re.search(r"[/\\]", name):
+        raise UserError(f'--output_name "{name}" is a path. Give the folder with --output_dir and only the name here.')
+    if options.save.output_dir is None:
+        return
+    folder = Path(options.save.output_dir)
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not existing.is_dir():
+        raise UserError(f"--output_dir {folder}: {existing} is a file, not a folder. Choose another folder.")
+    if not os.access(existing, os.W_OK):
+        raise UserError(
+            f"--output_dir {folder}: {existing} is not writable. Choose another folder or change its rights."
+        )

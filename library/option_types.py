@@ -1,0 +1,245 @@
+"""What an option is made of: how a value is read, what is allowed, and the text a user sees.
+
+The readers serve the command line (strings) and TOML files (strings, numbers, booleans, lists) alike. They raise
+``argparse.ArgumentTypeError`` with a sentence; whoever calls them adds the option's name.
+"""
+
+import argparse
+import itertools
+import math
+import re
+import shlex
+from argparse import ArgumentTypeError
+from collections.abc import Callable
+from dataclasses import Field, dataclass, field
+from pathlib import Path
+from typing import Any
+
+LearningRate = float | tuple[tuple[float, int | None], ...]
+
+
+def shown(value: Any) -> str:
+    """Return a value as a message shows it: text in quotes, other things as TOML writes them."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def whole_number(value: Any) -> int:
+    """Read an integer from an int, a text such as "3", or a float without a fraction."""
+    if isinstance(value, str):
+        try:
+            return int(value)
+        except ValueError:
+            raise ArgumentTypeError(f"{shown(value)} is not a whole number.") from None
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
+        raise ArgumentTypeError(f"{shown(value)} is not a whole number.")
+    return int(value)
+
+
+def number(value: Any) -> float:
+    """Read a finite float from a number or a text such as "1e-4"."""
+    try:
+        result = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ArgumentTypeError(f"{shown(value)} is not a number.") from None
+    if not math.isfinite(result):
+        raise ArgumentTypeError(f"{shown(value)} is not a finite number.")
+    return result
+
+
+def text(value: Any) -> str | None:
+    """Read a text; an empty one means "not given" (None). Numbers become their digits."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ArgumentTypeError(f"{shown(value)} is not a text.")
+    return str(value) or None
+
+
+def boolean(value: Any) -> bool:
+    """Read true or false from a boolean, from 0 or 1, or from those words."""
+    meaning = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    found = meaning.get(str(value).lower()) if isinstance(value, bool | int | str) else None
+    if found is None:
+        raise ArgumentTypeError(f"{shown(value)} is neither true nor false.")
+    return found
+
+
+def path(value: Any) -> Path | None:
+    """Read a path; an empty text means "not given"."""
+    found = text(value)
+    return None if found is None else Path(found)
+
+
+def text_or_boolean(value: Any) -> str | None:
+    """Read a text; TOML's true and false become those words."""
+    return shown(value) if isinstance(value, bool) else text(value)
+
+
+def texts(value: Any) -> tuple[str, ...] | None:
+    """Read a list of texts; one text is split at its spaces as a shell would. An empty list means "not given"."""
+    if isinstance(value, str):
+        value = shlex.split(value)
+    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+        raise ArgumentTypeError(f"{shown(value)} is not a list of texts.")
+    return tuple(value) or None
+
+
+def int_or_float(value: Any) -> int | float:
+    """Read a number of steps ("100"), or a share of all steps ("0.1", "10%").
+
+    As in sd-scripts, a value of 1 or more must be written as a whole number; a share comes back as a float.
+    """
+    if isinstance(value, str) and value.endswith("%"):
+        return number(value[:-1]) / 100
+    result = number(value)
+    if result < 1:
+        return result
+    if isinstance(value, float) or (isinstance(value, str) and not re.fullmatch(r"\s*\+?\d+\s*", value)):
+        raise ArgumentTypeError(
+            f"{shown(value)} is neither a whole number of steps nor a share below 1 such as 0.1 or 10%."
+        )
+    return int(value)
+
+
+def resolution(value: Any) -> tuple[int, int] | None:
+    """Read (width, height) from "512", "512,768", 512 or [512, 768]; an empty text means "not given"."""
+    if value == "":
+        return None
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    if len(parts) not in (1, 2):
+        raise ArgumentTypeError(f"{shown(value)} is not a size: give one number, or width,height.")
+    try:
+        sides = [whole_number(part) for part in parts]
+    except ArgumentTypeError:
+        raise ArgumentTypeError(f"{shown(value)} is not a size such as 512 or 512,768.") from None
+    if min(sides) < 1:
+        raise ArgumentTypeError(f"{shown(value)} is not a size: both sides must be at least 1.")
+    return sides[0], sides[-1]
+
+
+def face_crop_range(value: Any) -> tuple[float, float] | None:
+    """Read (a, b) with 0 < a ≤ b from "2.0,4.0" or [2.0, 4.0]; an empty text means "not given"."""
+    if value == "":
+        return None
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple) or len(parts) != 2:
+        raise ArgumentTypeError(f"{shown(value)} is not a range: give two numbers, for example 2.0,4.0.")
+    low, high = number(parts[0]), number(parts[1])
+    if not 0 < low <= high:
+        raise ArgumentTypeError(
+            f"{shown(value)} is not a range: the first number must not exceed the second, both > 0."
+        )
+    return low, high
+
+
+def learning_rate(value: Any) -> LearningRate | None:
+    """Read a rate, or rates with the optimizer step each one lasts until: "5e-3:100,1e-3:1000,5e-4".
+
+    The list form (known from AUTOMATIC1111) becomes ((0.005, 100), (0.001, 1000), (0.0005, None)): a rate holds
+    until its step is reached; the last one holds to the end and needs no step.
+    """
+    if value == "":
+        return None
+    if not isinstance(value, str) or not re.search("[:,]", value):
+        return _positive_rate(value)
+    pieces = [piece.strip() for piece in value.split(",")]
+    stages = []
+    for place, piece in enumerate(pieces):
+        rate, colon, until = piece.partition(":")
+        if not colon and place < len(pieces) - 1:
+            raise ArgumentTypeError(
+                f'{shown(value)}: "{piece}" needs the step it lasts until, for example 5e-3:100; '
+                "only the last rate may go without."
+            )
+        stages.append((_positive_rate(rate), whole_number(until) if colon else None))
+    steps = [0, *(until for _, until in stages if until is not None)]
+    if any(later <= earlier for earlier, later in itertools.pairwise(steps)):
+        raise ArgumentTypeError(f"{shown(value)}: the steps must be above 0 and grow from left to right.")
+    return tuple(stages)
+
+
+def _positive_rate(value: Any) -> float:
+    rate = number(value)
+    if rate <= 0:
+        raise ArgumentTypeError(f"{shown(value)} is no learning rate: it must be above 0.")
+    return rate
+
+
+def written(value: Any) -> Any:
+    """Return an option's value as a TOML file or a report holds it: the inverse of the readers."""
+    if isinstance(value, Path):
+        return str(value)
+    if not isinstance(value, tuple):
+        return value
+    if all(isinstance(item, str) for item in value):
+        return list(value)
+    if isinstance(value[0], tuple):
+        return ",".join(f"{rate}" if until is None else f"{rate}:{until}" for rate, until in value)
+    return ",".join(str(item) for item in value)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option: its reader, default, limits and the help a user sees.
+
+    ``above`` is an exclusive, ``at_least`` and ``at_most`` are inclusive limits. ``zero_is_off`` marks counts for which
+    0 or less means "not given". ``many`` takes any number of values after one flag.
+    """
+
+    help: str
+    default: Any = None
+    read: Callable[[Any], Any] = text
+    choices: tuple | None = None
+    metavar: str | None = None
+    at_least: float | None = None
+    at_most: float | None = None
+    above: float | None = None
+    zero_is_off: bool = False
+    secret: bool = False
+
+    @property
+    def is_flag(self) -> bool:
+        return self.read is boolean
+
+    @property
+    def many(self) -> bool:
+        return self.read is texts
+
+    @property
+    def limits(self) -> str | None:
+        """The allowed range in words, or None."""
+        low = f"above {self.above:g}" if self.above is not None else None
+        if self.at_least is not None:
+            low = f"at least {self.at_least:g}"
+        high = f"at most {self.at_most:g}" if self.at_most is not None else None
+        return " and ".join(part for part in (low, high) if part) or None
+
+    def allows(self, value: float) -> bool:
+        """Whether a number lies within the limits."""
+        low = (self.at_least is None or value >= self.at_least) and (self.above is None or value > self.above)
+        return low and (self.at_most is None or value <= self.at_most)
+
+
+def option(default: Any, help: str, **details: Any) -> Any:
+    """Declare an option as a dataclass field; ``details`` are the other fields of :class:`Option`."""
+    return field(default=default, metadata={"option": Option(help, default, **details)})
+
+
+def flag(help: str) -> Any:
+    """Declare an option that is off unless its flag is given."""
+    return option(False, help, read=boolean)
+
+
+def option_of(declared: Field) -> Option:
+    """The :class:`Option` that a dataclass field declares."""
+    return declared.metadata["option"]
+
+
+def checked(option: Option, value: Any) -> Any:
+    """Read ``value`` (from a file) and hold it against the option's choices. Raises ArgumentTypeError."""
+    result = option.read(value)
+    if option.choices and result is not None and result not in option.choices:
+        raise argparse.ArgumentTypeError(
+            f"{shown(value)} is not one of: {', '.join(str(choice) for choice in option.choices)}."
+        )
+    return result
