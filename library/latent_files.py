@@ -1,0 +1,172 @@
+"""The files of the latent cache: names, keys, what makes one usable, and writing them whole or not at all.
+
+Names and keys are those of sd-scripts, so caches made there are found here and the other way round. One file holds the
+latents of one image in a *slot*: the plain keys, or keys that end in ``_<height>x<width>`` of the latents where one run
+uses the image in buckets of several sizes.
+"""
+
+import os
+import zipfile
+import zlib
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from library.buckets import Size
+from library.errors import UserError
+
+_UNREADABLE = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
+# Of the keys of a slot, sd-scripts knows the first five; the last two record what the latents were made from.
+_SLOT_KEYS = (
+    "latents",
+    "latents_flipped",
+    "alpha_mask",
+    "original_size",
+    "crop_ltrb",
+    "vae_fingerprint",
+    "made_from",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a run needs a slot to hold.
+
+    ``latent_size`` and ``mask_size`` are (height, width); ``made_from`` lists the descriptions that are good enough;
+    ``fingerprint`` is that of the VAE, float32 [n], or None where any VAE will do.
+    """
+
+    latent_size: Size
+    mask_size: Size
+    image_size: Size
+    flip: bool
+    alpha_mask: bool
+    made_from: tuple[str, ...]
+    fingerprint: np.ndarray | None
+
+    @property
+    def slots(self) -> tuple[str, str]:
+        """The key endings of the two slots that may hold it."""
+        return "", slot_ending(self.latent_size)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Keys that must be there, with the shapes that they must have."""
+        shapes: dict[str, tuple[int, ...]] = {"latents": (4, *self.latent_size)}
+        if self.flip:
+            shapes["latents_flipped"] = (4, *self.latent_size)
+        if self.alpha_mask:
+            shapes["alpha_mask"] = self.mask_size
+        return shapes
+
+
+def slot_ending(latent_size: Size) -> str:
+    """The key ending of the slot for latents of this (height, width)."""
+    return f"_{latent_size[0]}x{latent_size[1]}"
+
+
+def cache_path(image: Path, image_size: Size, suffix: str) -> Path:
+    """The cache file of an image: ``<name>.npz`` if there is one (sd-scripts' old style), else with size and suffix."""
+    old_style = image.with_name(image.stem + ".npz")
+    if old_style.is_file():
+        return old_style
+    return image.with_name(f"{image.stem}_{image_size[0]:04d}x{image_size[1]:04d}{suffix}")
+
+
+def usable_slot(path: Path, wanted: Wanted, skip_check: bool = False) -> tuple[str | None, str]:
+    """Find the slot of ``path`` that holds what is wanted: (key ending or None, why not).
+
+    Shapes are always compared. ``skip_check`` takes finite values, the VAE and the source for granted.
+    """
+    try:
+        with np.load(path) as arrays:
+            reasons = []
+            for ending in wanted.slots:
+                reason = _missing_shape(arrays, ending, wanted)
+                reason = reason or ("" if skip_check else _wrong_content(arrays, ending, wanted))
+                if not reason:
+                    return ending, ""
+                reasons.append(reason)
+            return None, reasons[1] if f"latents{wanted.slots[1]}" in arrays else reasons[0]
+    except FileNotFoundError:
+        return None, "new"
+    except _UNREADABLE:
+        return None, "unreadable"
+
+
+def _missing_shape(arrays, ending: str, wanted: Wanted) -> str:
+    for key, shape in wanted.shapes.items():
+        if key + ending not in arrays:
+            return "incomplete"
+        if _shape(arrays, key + ending) != shape:
+            return "of another size"
+    return ""
+
+
+def _shape(arrays, key: str) -> tuple[int, ...]:
+    """The shape of an array, from its header alone: alpha masks are large."""
+    with arrays.zip.open(f"{key}.npy") as member:
+        version = np.lib.format.read_magic(member)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        return read_header(member)[0]
+
+
+def _wrong_content(arrays, ending: str, wanted: Wanted) -> str:
+    if any(not np.isfinite(arrays[key + ending]).all() for key in wanted.shapes if key != "alpha_mask"):
+        return "not finite"
+    if f"original_size{ending}" in arrays and tuple(arrays[f"original_size{ending}"]) != tuple(wanted.image_size):
+        return "of another picture"
+    if f"made_from{ending}" in arrays and str(arrays[f"made_from{ending}"]) not in wanted.made_from:
+        return "of another picture"
+    recorded = arrays.get(f"vae_fingerprint{ending}")
+    if recorded is not None and wanted.fingerprint is not None and not same_vae(recorded, wanted.fingerprint):
+        return "of another VAE"
+    return ""
+
+
+def same_vae(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two fingerprints are of one VAE. Half precision moves a number by about 0.001, other weights by more."""
+    return one.shape == other.shape and bool(np.allclose(one, other, rtol=0, atol=0.01))
+
+
+def read_slot(path: Path, ending: str, keys: list[str]) -> dict[str, np.ndarray]:
+    """Read these keys of a slot (named without the ending) as float32."""
+    with np.load(path) as arrays:
+        return {key: arrays[key + ending].astype(np.float32, copy=False) for key in keys}
+
+
+def write_slot(path: Path, ending: str, arrays: dict[str, np.ndarray]) -> None:
+    """Write a slot anew, keeping all else that the file holds. The file appears whole or not at all.
+
+    Raises UserError if the folder cannot be written to or the disk is full.
+    """
+    kept = _other_arrays(path, {key + ending for key in _SLOT_KEYS})
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _write_errors(path.parent):
+        try:
+            with temporary.open("wb") as file:
+                np.savez(file, **kept, **{key + ending: array for key, array in arrays.items()})
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _other_arrays(path: Path, replaced: set[str]) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path) as arrays:
+            return {key: arrays[key] for key in arrays if key not in replaced}
+    except _UNREADABLE:
+        return {}
+
+
+@contextmanager
+def _write_errors(folder: Path):
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"The latents of the images in {folder} cannot be written there: {error.strerror or error}. Make the "
+            "folder writable and free some space, or leave out --cache_latents_to_disk and keep --cache_latents."
+        ) from error
