@@ -1,0 +1,96 @@
+"""What the training loop receives: one batch of samples as tensors."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+
+@dataclass
+class Sample:
+    """One drawn picture with its finished caption, before it joins others. Sizes h, w are those of the latents."""
+
+    key: str
+    caption: str
+    input_ids: list[torch.Tensor]  # per tokenizer int64 [chunks, 77]
+    has_token: bool
+    latents: torch.Tensor | None  # float32 [4, h, w], unscaled
+    image: torch.Tensor | None  # float32 [3, H, W] in [-1, 1]
+    mask: torch.Tensor | None  # float32 [H, W] in [0, 1]
+    loss_weight: float
+    size_conditioning: tuple[int, int, int, int, int, int]
+    seed: int
+
+
+@dataclass
+class Batch:
+    """Samples of one bucket. B may be 0: such a batch only keeps the processes in step, and its weight is 0.
+
+    ``weight`` is what the mean loss of this batch is multiplied by, so that the sum over an optimizer step's batches,
+    averaged over the processes, is the mean over all of the step's samples.
+    """
+
+    keys: list[str]  # image paths
+    captions: list[str]  # as tokenized
+    input_ids: list[torch.Tensor]  # per tokenizer int64 [B, chunks, 77]
+    has_token: torch.Tensor  # bool [B]: whether a vector of the word is left after the length limit
+    latents: torch.Tensor | None  # float32 [B, 4, h, w], unscaled; None where pixels are given
+    images: torch.Tensor | None  # float32 [B, 3, H, W] in [-1, 1]; None where latents are given
+    masks: torch.Tensor | None  # float32 [B, 1, H, W] in [0, 1]; None if no sample has one
+    loss_weights: torch.Tensor  # float32 [B]
+    size_conditioning: torch.Tensor  # float32 [B, 6]: file height, width, crop top, left, target height, width
+    seeds: list[int]  # of each sample's own noise generator
+    weight: float
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
+        """The same batch with its tensors on ``device``."""
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory; the data loader asks for it by this name."""
+        return self._with_tensors(torch.Tensor.pin_memory)
+
+    def _with_tensors(self, change) -> "Batch":
+        changed = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, torch.Tensor):
+                changed[field.name] = change(value)
+        return replace(self, input_ids=[change(ids) for ids in self.input_ids], **changed)
+
+
+def collate(samples: Sequence[Sample], weight: float, num_tokenizers: int) -> Batch:
+    """Join samples of one bucket. Where some have a mask, the others get one of ones."""
+    if samples:
+        input_ids = [torch.stack(ids) for ids in zip(*(sample.input_ids for sample in samples), strict=True)]
+    else:
+        input_ids = [torch.zeros(0, 1, 77, dtype=torch.int64) for _ in range(num_tokenizers)]
+    return Batch(
+        keys=[sample.key for sample in samples],
+        captions=[sample.caption for sample in samples],
+        input_ids=input_ids,
+        has_token=torch.tensor([sample.has_token for sample in samples], dtype=torch.bool),
+        latents=_stacked([sample.latents for sample in samples]),
+        images=_stacked([sample.image for sample in samples]),
+        masks=_stacked_masks([sample.mask for sample in samples]),
+        loss_weights=torch.tensor([sample.loss_weight for sample in samples], dtype=torch.float32),
+        size_conditioning=torch.tensor([sample.size_conditioning for sample in samples], dtype=torch.float32).reshape(
+            -1, 6
+        ),
+        seeds=[sample.seed for sample in samples],
+        weight=weight,
+    )
+
+
+def _stacked(tensors: list[torch.Tensor | None]) -> torch.Tensor | None:
+    return torch.stack(tensors) if tensors and tensors[0] is not None else None
+
+
+def _stacked_masks(masks: list[torch.Tensor | None]) -> torch.Tensor | None:
+    known = next((mask for mask in masks if mask is not None), None)
+    if known is None:
+        return None
+    return torch.stack([torch.ones_like(known) if mask is None else mask for mask in masks]).unsqueeze(1)

@@ -1,0 +1,247 @@
+"""The pictures of a training as batches: drawn, captioned, augmented, and loaded by worker processes.
+
+All random choices for a sample derive from (seed, epoch, position of the sample in the epoch), so a run is the same
+with any number of loader workers and processes.
+"""
+
+import os
+import random
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from library.batch_order import BatchRef, BatchSampler, EpochOrder
+from library.batches import Batch, Sample, collate
+from library.buckets import size_conditioning_crop
+from library.captions import CaptionMoment, process_caption
+from library.dataset_config import DatasetConfig
+from library.image_table import ImageTable, load_tables
+from library.images import Cut, color_augment, flip, frame_image, frame_mask, to_tensor
+from library.latents import LatentCache, LatentEntry
+from library.preflight import Report, check
+from library.tokens import PromptTokenizer
+
+Size = tuple[int, int]
+
+
+def sample_seeds(seed: int, epoch: int, position: int) -> tuple[int, int, int]:
+    """Seeds for one sample's pixels, caption and noise: independent streams, each below 2^63."""
+    state = np.random.SeedSequence([seed & 0xFFFF_FFFF_FFFF_FFFF, epoch, position]).generate_state(3, np.uint64)
+    pixels, caption, noise = (int(number) >> 1 for number in state)
+    return pixels, caption, noise
+
+
+class SampleSource(Dataset):
+    """Makes a :class:`Batch` of each :class:`BatchRef`; worker processes hold a copy."""
+
+    def __init__(
+        self,
+        table: ImageTable,
+        prompts: PromptTokenizer,
+        *,
+        templates: Sequence[str] | None = None,
+        seed: int = 0,
+        max_steps: int = 0,
+        cache: LatentCache | None = None,
+    ):
+        """``templates`` replace all captions; ``cache`` (filled) gives latents in place of pixels."""
+        self.table = table
+        self.prompts = prompts
+        self.templates = templates
+        self.seed = seed
+        self.max_steps = max_steps
+        self.cache = cache
+
+    def __getitem__(self, ref: BatchRef) -> Batch:
+        samples = [
+            self.sample(index, CaptionMoment(ref.step, self.max_steps, ref.epoch), ref.position + offset)
+            for offset, index in enumerate(ref.indices)
+        ]
+        return collate(samples, ref.weight, len(self.prompts.tokenizers))
+
+    def sample(self, index: int, moment: CaptionMoment, position: int) -> Sample:
+        """Picture ``index`` of the table as it is drawn at a place of an epoch."""
+        pixel_seed, caption_seed, noise_seed = sample_seeds(self.seed, moment.epoch, position)
+        subset, config = self.table.subset(index), self.table.config(index)
+        pixel_rng = random.Random(pixel_seed)
+        flipped = subset.flip_aug and pixel_rng.random() < 0.5
+        latents, image, mask = self._picture(index, flipped, pixel_rng)
+        caption = process_caption(
+            self.table.caption(index),
+            subset.captions,
+            self.prompts.placeholder,
+            random.Random(caption_seed),
+            moment,
+            self.templates,
+        )
+        input_ids = self.prompts.encode(caption)
+        return Sample(
+            key=self.table.path(index),
+            caption=caption,
+            input_ids=input_ids,
+            has_token=any(bool((ids >= self.prompts.first_new_id(i)).any()) for i, ids in enumerate(input_ids)),
+            latents=latents,
+            image=image,
+            mask=mask,
+            loss_weight=config.prior_loss_weight if subset.is_reg else 1.0,
+            size_conditioning=self._size_conditioning(index, flipped),
+            seed=noise_seed,
+        )
+
+    def _picture(
+        self, index: int, flipped: bool, rng: random.Random
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """(latents, None, mask) from the cache, or (None, pixels, mask) from the file."""
+        if self.cache is not None:
+            cached = self.cache.load(self.table.latent_entry(index))
+            latents = cached.flipped if flipped else cached.latents
+            return latents, None, self._mask(index, flipped, cached.alpha_mask, None)
+        subset = self.table.subset(index)
+        picture = frame_image(self.table.path(index), self.table.framing(index), alpha=subset.alpha_mask, rng=rng)
+        pixels = color_augment(picture.pixels, rng) if subset.color_aug else picture.pixels
+        image = to_tensor(flip(pixels) if flipped else pixels)
+        return None, image, self._mask(index, flipped, picture.alpha, picture.cut)
+
+    def _mask(self, index: int, flipped: bool, alpha, cut: Cut | None) -> torch.Tensor | None:
+        """The mask image, which wins over the alpha channel, cut and mirrored as its picture was."""
+        path, mask_path = self.table.path(index), self.table.mask_path(index)
+        if mask_path is not None:
+            mask = frame_mask(mask_path, self.table.image_size(index), self.table.framing(index), cut, path)
+        elif alpha is not None and self.table.subset(index).alpha_mask:
+            mask = alpha
+        else:
+            return None
+        mask = torch.as_tensor(mask, dtype=torch.float32)
+        return mask.flip(-1) if flipped else mask
+
+    def _size_conditioning(self, index: int, flipped: bool) -> tuple[int, int, int, int, int, int]:
+        bucket, (width, height) = self.table.bucket(index), self.table.image_size(index)
+        left, top, right, _ = size_conditioning_crop(bucket, (width, height))
+        return height, width, int(top), int(bucket[0] - right if flipped else left), bucket[1], bucket[0]
+
+
+class BatchLoader:
+    """The batches of one process, epoch by epoch: call :meth:`set_epoch`, then iterate."""
+
+    def __init__(self, source: Dataset, sampler: BatchSampler, *, workers: int, persistent: bool, pin_memory: bool):
+        self.sampler = sampler
+        workers = min(workers, os.cpu_count() or 1, len(sampler))
+        self._loader = DataLoader(
+            source,
+            sampler=sampler,
+            batch_size=None,  # the sampler's items are whole batches already
+            num_workers=workers,
+            persistent_workers=persistent and workers > 0,
+            pin_memory=pin_memory,
+            collate_fn=_as_it_is,
+            # torch draws a base seed for its workers; from its global generator that would disturb the training.
+            generator=torch.Generator().manual_seed(0),
+        )
+
+    def set_epoch(self, epoch: int, steps_done: int, skip: int = 0) -> None:
+        """Choose the epoch (from 1), the optimizer steps done before it, and how many of its batches to leave out."""
+        self.sampler.set_epoch(epoch, steps_done, skip)
+
+    def __len__(self) -> int:
+        """Batches of this process in a whole epoch; the same number in every process."""
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self._loader)
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+class TrainingData:
+    """Everything a training reads from picture folders, found and checked without any model."""
+
+    def __init__(
+        self,
+        configs: Sequence[DatasetConfig],
+        prompts: PromptTokenizer,
+        *,
+        templates: Sequence[str] | None = None,
+        seed: int = 0,
+    ):
+        """Find all pictures and captions. Raises UserError naming what is missing or broken."""
+        self.configs = tuple(configs)
+        self.prompts = prompts
+        self.templates = templates
+        self.seed = seed
+        self.table, self.validation_table = load_tables(configs, seed)
+        self.order = EpochOrder(self.table.bucket_of, self.table.repeats, self.table.batch_sizes, seed)
+        self.cache: LatentCache | None = None
+
+    @property
+    def resolution(self) -> Size:
+        """(width, height) of the dataset with the most pixels."""
+        return max((config.buckets.resolution for config in self.configs), key=lambda size: size[0] * size[1])
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether pictures are held out for a validation loss."""
+        return self.validation_table is not None
+
+    def check(self) -> Report:
+        """Look through captions, sizes and files; see ``preflight.check``. Raises UserError for a pointless run."""
+        return check(self.table, self.prompts, validation=self.validation_table, templates=self.templates)
+
+    def num_batches(self, num_processes: int = 1) -> int:
+        """Batches of each process in an epoch."""
+        return -(-self.order.num_batches // num_processes)
+
+    def latent_entries(self) -> list[LatentEntry]:
+        """What the latent cache must hold: every picture once per way it is framed, validation included."""
+        tables = [self.table] if self.validation_table is None else [self.table, self.validation_table]
+        entries = [table.latent_entry(index) for table in tables for index in range(len(table))]
+        return list(dict.fromkeys(entries))
+
+    def use_cache(self, cache: LatentCache) -> None:
+        """Take latents from ``cache`` (filled) instead of pixels, in loaders made from now on."""
+        self.cache = cache
+
+    def loader(
+        self,
+        *,
+        process_index: int = 0,
+        num_processes: int = 1,
+        accumulation: int = 1,
+        max_steps: int = 0,
+        workers: int = 0,
+        persistent: bool = False,
+        pin_memory: bool = False,
+    ) -> BatchLoader:
+        """The batches of one process. ``max_steps`` (of the whole run) scales a token warm-up given as a share."""
+        sampler = BatchSampler(
+            self.order, process_index=process_index, num_processes=num_processes, accumulation=accumulation
+        )
+        source = self._source(self.table, max_steps)
+        return BatchLoader(source, sampler, workers=workers, persistent=persistent, pin_memory=pin_memory)
+
+    def validation_loader(self, *, process_index: int = 0, num_processes: int = 1, workers: int = 0) -> BatchLoader:
+        """The held-out pictures, the same in every pass: order, framing, captions and noise seeds.
+
+        The batches count as one optimizer step, so the weighted sum of their mean losses, averaged over the processes,
+        is the mean over all held-out pictures.
+        """
+        table = self.validation_table
+        order = EpochOrder(table.bucket_of, table.repeats, table.batch_sizes, self.seed)
+        sampler = BatchSampler(
+            order,
+            process_index=process_index,
+            num_processes=num_processes,
+            accumulation=max(1, order.num_batches),
+            shuffle=False,
+        )
+        sampler.set_epoch(0, 0)
+        source = self._source(table, 0)
+        return BatchLoader(source, sampler, workers=workers, persistent=False, pin_memory=False)
+
+    def _source(self, table: ImageTable, max_steps: int) -> SampleSource:
+        return SampleSource(
+            table, self.prompts, templates=self.templates, seed=self.seed, max_steps=max_steps, cache=self.cache
+        )

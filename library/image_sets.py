@@ -1,0 +1,298 @@
+"""The pictures of each subset: found, sized, with their captions and masks, before any model is loaded."""
+
+import logging
+import os
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from library.caption_files import caption_extensions, caption_name, read_caption
+from library.dataset_config import DatasetConfig, SubsetConfig
+from library.errors import UserError
+from library.images import IMAGE_EXTENSIONS, check_mask_size, image_size
+from library.metadata_files import FolderCache, read_metadata
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = 5  # file names in a message
+
+
+@dataclass
+class ImageSet:
+    """The pictures of one subset, in columns: a hundred bytes or so per picture beside its caption.
+
+    ``captions`` hold several lines only where the subset uses wildcards; ``uncaptioned`` lists the pictures that have
+    neither a caption nor the folder's class tokens. ``masks`` are the mask files by picture, where the subset has masks.
+    """
+
+    subset: SubsetConfig
+    paths: list[str]
+    captions: list[str]
+    sizes: np.ndarray  # int32 [n, 2]: width, height as shown (EXIF orientation applied)
+    uncaptioned: list[str] = field(default_factory=list)
+    masks: list[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+def list_images(folder: str) -> list[str]:
+    """Names of the pictures directly in a folder, sorted; extensions in any letter case, hidden files left out.
+
+    Raises UserError when the folder does not exist or cannot be listed.
+    """
+    return sorted(name for name in _file_names(folder) if _is_image(name))
+
+
+def _is_image(name: str) -> bool:
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
+
+
+def _file_names(folder: str) -> set[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if entry.is_file()}
+    except FileNotFoundError as error:
+        raise UserError(
+            f'The image folder "{folder}" does not exist. Check image_dir (or --train_data_dir).'
+        ) from error
+    except NotADirectoryError as error:
+        raise UserError(f'"{folder}" is a file, but image_dir must be a folder of pictures.') from error
+    except OSError as error:
+        raise UserError(f'The image folder "{folder}" cannot be read: {error.strerror or error}.') from error
+
+
+def load_image_sets(config: DatasetConfig) -> list[ImageSet]:
+    """The picture sets of one dataset. Raises UserError naming the folder or file that is missing, empty or broken.
+
+    A picture that several subsets name counts once, in the last of them, as in sd-scripts; that is a warning.
+    """
+    sets = []
+    for subset in config.subsets:
+        found = load_image_set(subset)
+        if not len(found):
+            raise UserError(_empty_message(subset))
+        sets.append(found)
+    sets = _without_repeated_paths(sets)
+    _match_masks([found for found in sets if found.subset.conditioning_data_dir])
+    return sets
+
+
+def _source(subset: SubsetConfig) -> str:
+    return subset.metadata_file or subset.image_dir
+
+
+def _empty_message(subset: SubsetConfig) -> str:
+    if subset.metadata_file:
+        return f'The metadata file "{subset.metadata_file}" lists no pictures.'
+    extensions = ", ".join(sorted(IMAGE_EXTENSIONS))
+    message = f'The image folder "{subset.image_dir}" holds no pictures ({extensions}).'
+    with os.scandir(subset.image_dir) as entries:
+        folders = sorted(entry.name for entry in entries if entry.is_dir())[:_SHOWN]
+    if folders:
+        message += f" It has folders ({', '.join(folders)}), but folders inside it are not searched."
+    return message
+
+
+def load_image_set(subset: SubsetConfig) -> ImageSet:
+    """The pictures of one subset, possibly none; masks are not looked for here."""
+    return _load_metadata(subset) if subset.metadata_file else _load_folder(subset)
+
+
+def _load_folder(subset: SubsetConfig) -> ImageSet:
+    folder, all_lines = subset.image_dir, subset.captions.wildcard
+    present = _file_names(folder)
+    names = sorted(name for name in present if _is_image(name))
+    extensions = caption_extensions(subset.caption_extension)
+    caption_names = [caption_name(name, extensions, present) for name in names]
+    paths = [os.path.join(folder, name) for name in names]
+    caption_paths = [name and os.path.join(folder, name) for name in caption_names]
+    if subset.cache_info:
+        captions, sizes = _read_through_cache(folder, paths, caption_paths, all_lines)
+    else:
+        captions = [read_caption(path, all_lines=all_lines) if path else "" for path in caption_paths]
+        sizes = [image_size(path) for path in paths]
+    if subset.class_tokens is not None:
+        captions = [caption or subset.class_tokens for caption in captions]
+        uncaptioned = []
+    else:
+        uncaptioned = [path for path, caption in zip(paths, captions, strict=True) if not caption]
+    return ImageSet(subset, paths, captions, _size_array(sizes), uncaptioned)
+
+
+def _read_through_cache(
+    folder: str, paths: list[str], caption_paths: list[str | None], all_lines: bool
+) -> tuple[list[str], list[tuple[int, int]]]:
+    """Captions and sizes of a folder with ``cache_info``: from its cache where the files have not changed since."""
+    cache = FolderCache(folder)
+    entries = {}
+    for path, caption_path in zip(paths, caption_paths, strict=True):
+        stamp = f"{_file_stamp(path)} {_file_stamp(caption_path)} {'all' if all_lines else 'first'}"
+        noted = cache.fresh(path, stamp)
+        if noted is None:
+            caption = read_caption(caption_path, all_lines=all_lines) if caption_path else cache.noted_caption(path)
+            noted = caption, image_size(path)
+        entries[path] = {"caption": noted[0], "resolution": list(noted[1]), "stamp": stamp}
+    cache.save(entries)
+    return [entry["caption"] for entry in entries.values()], [entry["resolution"] for entry in entries.values()]
+
+
+def _file_stamp(path: str | None) -> str:
+    """A file's name, bytes and time of change; what tells that it is still the same file."""
+    if path is None:
+        return "-"
+    status = os.stat(path)
+    return f"{os.path.basename(path)}:{status.st_size}:{status.st_mtime_ns}"
+
+
+def _load_metadata(subset: SubsetConfig) -> ImageSet:
+    rules = subset.captions
+    entries = read_metadata(subset.metadata_file, separator=rules.separator, all_lines=rules.wildcard)
+    paths = [_picture_path(entry.key, subset) for entry in entries]
+    missing = [path for path in paths if not os.path.isfile(path)]
+    if missing:
+        raise UserError(
+            f'The metadata file "{subset.metadata_file}" lists {len(missing)} of {len(paths)} pictures that do not '
+            f"exist: {_some(missing)}. Check its keys and image_dir."
+        )
+    sizes = [image_size(path) for path in paths]
+    stale = [e.key for e, size in zip(entries, sizes, strict=True) if e.image_size not in (None, size, size[::-1])]
+    if stale:
+        logger.warning(
+            'The metadata file "%s" gives %d picture(s) another size than the files have, and the files are right: %s.',
+            *(subset.metadata_file, len(stale), _some(stale)),
+        )
+    captions = [entry.caption for entry in entries]
+    uncaptioned = [path for path, caption in zip(paths, captions, strict=True) if not caption]
+    return ImageSet(subset, paths, captions, _size_array(sizes), uncaptioned)
+
+
+def _picture_path(key: str, subset: SubsetConfig) -> str:
+    """The file of a metadata key: an absolute path, or a path in ``image_dir``, whose extension may be left out."""
+    if not os.path.isabs(key) and not subset.image_dir:
+        raise UserError(
+            f'The metadata file "{subset.metadata_file}" lists "{key}" by its relative path, so the subset must say in '
+            "which folder it is: add image_dir."
+        )
+    path = os.path.join(subset.image_dir or "", key)
+    if os.path.splitext(path)[1].lower() in IMAGE_EXTENSIONS or os.path.isfile(path):
+        return path
+    candidates = (path + extension for extension in sorted(IMAGE_EXTENSIONS))
+    return next((candidate for candidate in candidates if os.path.isfile(candidate)), path)
+
+
+def _size_array(sizes: Sequence[Sequence[int]]) -> np.ndarray:
+    return np.array(sizes, dtype=np.int32).reshape(-1, 2)
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few names for a message."""
+    shown = ", ".join(names[:_SHOWN])
+    return f"{shown}, …" if len(names) > _SHOWN else shown
+
+
+def select(found: ImageSet, rows: Sequence[int]) -> ImageSet:
+    """The pictures at ``rows`` of a set, as a set of its own."""
+    paths = [found.paths[row] for row in rows]
+    kept = set(paths)
+    return ImageSet(
+        found.subset,
+        paths,
+        [found.captions[row] for row in rows],
+        found.sizes[list(rows)],
+        [path for path in found.uncaptioned if path in kept],
+        found.masks and [found.masks[row] for row in rows],
+    )
+
+
+def _without_repeated_paths(sets: list[ImageSet]) -> list[ImageSet]:
+    last = {path: number for number, found in enumerate(sets) for path in found.paths}
+    if len(last) == sum(map(len, sets)):
+        return sets
+    kept = []
+    for number, found in enumerate(sets):
+        # Within one set a later entry of the same path wins as well.
+        rows = {path: row for row, path in enumerate(found.paths) if last[path] == number}
+        if len(rows) < len(found):
+            logger.warning(
+                '%d picture(s) of "%s" are listed again later in the same dataset; only the last entry of each counts.',
+                *(len(found) - len(rows), _source(found.subset)),
+            )
+            found = select(found, list(rows.values()))
+        kept.append(found)
+    return [found for found in kept if len(found)]
+
+
+def _match_masks(sets: Iterable[ImageSet]) -> None:
+    """Give every picture its mask file: the one picture of the same name in the mask folder.
+
+    Subsets may share a mask folder. Raises UserError when a mask is missing, stands for no picture, occurs twice or has
+    another size than its picture.
+    """
+    by_folder: dict[str, list[ImageSet]] = defaultdict(list)
+    for found in sets:
+        by_folder[found.subset.conditioning_data_dir].append(found)
+    for folder, sharing in by_folder.items():
+        masks = _masks_by_stem(folder)
+        paths = [path for found in sharing for path in found.paths]
+        if missing := [path for path in paths if _stem(path) not in masks]:
+            raise UserError(f'The mask folder "{folder}" has no mask of the same name for {_some(missing)}.')
+        if extra := sorted(masks.keys() - set(map(_stem, paths))):
+            raise UserError(
+                f'The mask folder "{folder}" holds masks that belong to no picture: '
+                f"{_some([masks[stem] for stem in extra])}. Remove them or add the pictures."
+            )
+        for found in sharing:
+            found.masks = [os.path.join(folder, masks[_stem(path)]) for path in found.paths]
+            _check_mask_sizes(found)
+
+
+def _stem(path: str) -> str:
+    return os.path.splitext(os.path.basename(path))[0]
+
+
+def _masks_by_stem(folder: str) -> dict[str, str]:
+    masks: dict[str, str] = {}
+    for name in list_images(folder):
+        if (other := masks.setdefault(_stem(name), name)) != name:
+            raise UserError(f'The mask folder "{folder}" holds two masks of one name: {other} and {name}. Keep one.')
+    return masks
+
+
+def _check_mask_sizes(found: ImageSet) -> None:
+    for path, mask, (width, height) in zip(found.paths, found.masks, found.sizes.tolist(), strict=True):
+        check_mask_size(image_size(mask), mask, (width, height), path)
+
+
+def balanced_repeats(train_total: int, counts: Sequence[int]) -> list[int]:
+    """How often each regularisation picture comes, for as many samples of them as of the others.
+
+    ``counts`` is the ``num_repeats`` of every regularisation picture in order. They are taken in turn until there are at
+    least ``train_total`` samples: in the first pass each as often as its ``num_repeats``, then once more in every pass.
+    Pictures that the first pass does not reach get 0.
+    """
+    repeats, total = [0] * len(counts), 0
+    for index, count in enumerate(counts):
+        repeats[index] = count
+        total += count
+        if total >= train_total:
+            return repeats
+    if counts:
+        passes, rest = divmod(train_total - total, len(counts))
+        repeats = [count + passes + (index < rest) for index, count in enumerate(repeats)]
+    return repeats
+
+
+def held_out(count: int, share: float, seed: int) -> list[int]:
+    """Rows of ``count`` pictures that are kept for validation: ``round(count x share)`` of them, sorted.
+
+    The choice is sd-scripts' for the same ``validation_seed`` (the end of a list shuffled by Python's generator), but no
+    picture is ever on both sides.
+    """
+    rows = list(range(count))
+    # A generator of its own: the choice neither depends on other draws nor disturbs them.
+    random.Random(seed).shuffle(rows)
+    return sorted(rows[count - round(count * share) :])

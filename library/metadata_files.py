@@ -1,0 +1,166 @@
+"""JSON files that stand in for caption files: fine-tuning metadata, and a folder's own ``metadata_cache.json``."""
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from library.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+CACHE_NAME = "metadata_cache.json"
+
+
+@dataclass(frozen=True, slots=True)
+class MetadataEntry:
+    """One picture of a metadata file: its key (a path), its caption with the tags, and its size if one is noted."""
+
+    key: str
+    caption: str
+    image_size: tuple[int, int] | None
+
+
+def read_metadata(path: str, *, separator: str, all_lines: bool) -> list[MetadataEntry]:
+    """The pictures of a fine-tuning metadata file: a JSON object by picture, or ``.jsonl`` with one picture a line.
+
+    Tags follow the caption after ``separator``, which is used as it is, without a space. Without ``all_lines`` only the
+    caption's first line counts, so that is where the tags go; with it every line that is not blank gets them. Raises
+    UserError naming the file, the place and the key.
+    """
+    entries = []
+    for key, values, place in _raw_entries(path):
+        caption = _text(values, "caption", place)
+        tags = _text(values, "tags", place)
+        entries.append(MetadataEntry(key, _join(caption, tags, separator, all_lines), _size(values, place)))
+    return entries
+
+
+def _raw_entries(path: str) -> Iterator[tuple[str, dict, str]]:
+    """Yield (key, values, place for messages) of every picture in the file."""
+    text = _read_text(path)
+    if path.lower().endswith(".jsonl"):
+        yield from _jsonl_entries(path, text)
+        return
+    content = _parse(text, f'The metadata file "{path}"')
+    if not isinstance(content, dict):
+        raise UserError(
+            f'The metadata file "{path}" must hold one JSON object, {{"picture": {{"caption": "…"}}, …}}, '
+            f"but it holds a {type(content).__name__}."
+        )
+    for key, values in content.items():
+        place = f'The entry "{key}" of the metadata file "{path}"'
+        yield key, _object(values, place), place
+
+
+def _jsonl_entries(path: str, text: str) -> Iterator[tuple[str, dict, str]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        place = f'Line {number} of the metadata file "{path}"'
+        values = _object(_parse(line, place), place)
+        key = _text(values, "image_path", place)
+        if not key:
+            raise UserError(f'{place} names no picture. Give its "image_path".')
+        yield key, values, place
+
+
+def _read_text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f'The metadata file "{path}" is not UTF-8 text. Save it again as UTF-8.') from error
+    except OSError as error:
+        raise UserError(f'The metadata file "{path}" cannot be read: {error.strerror or error}.') from error
+
+
+def _parse(text: str, place: str):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{place} is not valid JSON: {error}.") from error
+
+
+def _object(values, place: str) -> dict:
+    if not isinstance(values, dict):
+        raise UserError(f'{place} must be an object such as {{"caption": "…", "tags": "…"}}, not {values!r:.80}.')
+    return values
+
+
+def _text(values: dict, key: str, place: str) -> str:
+    value = values.get(key)
+    if value is not None and not isinstance(value, str):
+        raise UserError(f'{place} has "{key}": {value!r:.80}, which is not a text. Write it as one string.')
+    return value or ""
+
+
+def _size(values: dict, place: str) -> tuple[int, int] | None:
+    size = values.get("image_size")
+    if size is None:
+        return None
+    if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)):
+        raise UserError(f'{place} has "image_size": {size!r:.80}. It must be [width, height] in pixels.')
+    return (size[0], size[1])
+
+
+def _join(caption: str, tags: str, separator: str, all_lines: bool) -> str:
+    if not tags.strip():
+        return caption
+    tags = separator.join(tags.split("\n"))
+    lines = [line for line in caption.split("\n") if line.strip()]
+    if not lines:
+        return tags
+    return "\n".join(line + separator + tags for line in (lines if all_lines else lines[:1]))
+
+
+class FolderCache:
+    """``metadata_cache.json``: captions and sizes of a folder's pictures, so that the files need not be opened again.
+
+    The layout is sd-scripts': ``{path: {"caption": str, "resolution": [width, height]}}``. Ours adds a ``stamp`` to each
+    picture, made of the size and time of change of its files; a picture whose stamp differs, or that has none, is read
+    anew. A cache that cannot be read or written costs time only, so it is a warning.
+    """
+
+    def __init__(self, folder: str):
+        self.path = os.path.join(folder, CACHE_NAME)
+        self._entries = self._load()
+
+    def _load(self) -> dict:
+        try:
+            content = json.loads(Path(self.path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            logger.warning('The cache "%s" cannot be read (%s) and is made anew.', self.path, error)
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    def fresh(self, image_path: str, stamp: str) -> tuple[str, tuple[int, int]] | None:
+        """Caption and (width, height) noted for a picture if its stamp still fits, else None."""
+        entry = self._entries.get(image_path)
+        if not isinstance(entry, dict) or entry.get("stamp") != stamp:
+            return None
+        caption, size = entry.get("caption"), entry.get("resolution")
+        if not (isinstance(caption, str) and isinstance(size, list) and len(size) == 2):
+            return None
+        return caption, (size[0], size[1])
+
+    def noted_caption(self, image_path: str) -> str:
+        """The caption noted for a picture, stamp or not: all there is if the picture has no caption file."""
+        entry = self._entries.get(image_path)
+        caption = entry.get("caption") if isinstance(entry, dict) else None
+        return caption if isinstance(caption, str) else ""
+
+    def save(self, entries: dict[str, dict]) -> None:
+        """Write the cache if it changed, in one piece: a run that is stopped leaves the old file or the new one."""
+        if entries == self._entries:
+            return
+        partial = f"{self.path}.{os.getpid()}.part"
+        try:
+            Path(partial).write_text(json.dumps(entries, indent=2, ensure_ascii=False), encoding="utf-8")
+            os.replace(partial, self.path)
+        except OSError as error:
+            logger.warning('The cache "%s" cannot be written (%s).', self.path, error)
+            Path(partial).unlink(missing_ok=True)

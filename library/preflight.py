@@ -1,0 +1,301 @@
+"""What can be told about the data before any model is loaded: a report, warnings, and the errors that end a run.
+
+A run that cannot teach the word anything (no caption holds it, or the length limit cuts it off everywhere) must not
+start; whatever else looks like a mistake is a warning with a count and the first file names.
+"""
+
+import os
+import random
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from library.captions import CaptionRules, process_caption, token_presence
+from library.errors import UserError
+from library.image_table import ImageTable
+from library.placeholder import Placeholder
+from library.tokens import PromptTokenizer
+
+_SHOWN_FILES = 5
+_SHOWN_BUCKETS = 12
+# Enlarging a picture beyond this makes a blur that the word would learn as well.
+_BLURRING_SCALE = 2.0
+
+
+@dataclass
+class Report:
+    """``lines`` say what there is, ``warnings`` what looks wrong; each warning is a paragraph of full sentences."""
+
+    lines: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """The lines as one text."""
+        return "\n".join(self.lines)
+
+
+def check(
+    table: ImageTable,
+    prompts: PromptTokenizer,
+    *,
+    validation: ImageTable | None = None,
+    templates: Sequence[str] | None = None,
+) -> Report:
+    """Look through everything that was found. Raises UserError where training would be pointless."""
+    report = Report(_contents(table, validation))
+    if templates:
+        _check_templates(prompts, templates, report)
+    else:
+        _check_presence(table, prompts.placeholder, report)
+        _check_lengths(table, prompts, report)
+        _warn_of_missing_captions(table, report)
+    _warn_of_small_pictures(table, report)
+    _warn_of_duplicates(table, report)
+    return report
+
+
+def _first(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_SHOWN_FILES])
+    return f"{shown}, …" if len(names) > _SHOWN_FILES else shown
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def _contents(table: ImageTable, validation: ImageTable | None) -> list[str]:
+    samples = table.samples_in_buckets()
+    batches = -(-samples // table.batch_sizes)
+    lines = [
+        f"Training data: {_counted(len(table), 'picture')}, {_counted(int(samples.sum()), 'sample')} an epoch "
+        f"in {_counted(int(batches.sum()), 'batch').replace('batchs', 'batches')}."
+    ]
+    per_set = np.bincount(table.set_of, minlength=len(table.sets))
+    samples_per_set = np.bincount(table.set_of, weights=table.repeats, minlength=len(table.sets)).astype(int)
+    pictures = np.bincount(table.bucket_of, minlength=len(table.buckets))
+    for number, config in enumerate(table.configs):
+        width, height = config.buckets.resolution
+        lines.append(
+            f"  dataset {number + 1}: {width}x{height}, batch size {config.batch_size}, "
+            f"buckets {'on' if config.buckets.enabled else 'off'}"
+        )
+        for row, found in enumerate(table.sets):
+            if table.dataset_of[row] == number:
+                kind = " (regularisation)" if found.subset.is_reg else ""
+                source = found.subset.metadata_file or found.subset.image_dir
+                lines.append(
+                    f"    {_counted(int(per_set[row]), 'picture')}, {samples_per_set[row]:,} samples: {source}{kind}"
+                )
+        rows = [row for row, bucket in enumerate(table.buckets) if bucket.dataset == number]
+        for row in rows[:_SHOWN_BUCKETS]:
+            bucket = "x".join(map(str, table.buckets[row].size))
+            lines.append(f"    bucket {bucket:>9}: {_counted(int(pictures[row]), 'picture')}, {samples[row]:,} samples")
+        if len(rows) > _SHOWN_BUCKETS:
+            lines.append(f"    … and {len(rows) - _SHOWN_BUCKETS} more buckets")
+    if validation is not None:
+        lines.append(f"  {_counted(len(validation), 'picture')} held out for validation")
+    return lines
+
+
+def _check_templates(prompts: PromptTokenizer, templates: Sequence[str], report: Report) -> None:
+    word = prompts.placeholder
+    texts = [template.replace("{}", word.expanded) for template in templates]
+    kept = set().union(*(_rows_in(text, word) - prompts.lost_rows(text) for text in texts))
+    _require_rows(kept, prompts)
+    report.lines.append(f"  captions are not used: {len(templates)} templates stand in for them")
+
+
+def _check_presence(table: ImageTable, word: Placeholder, report: Report) -> None:
+    """Count the captions without the word; regularisation pictures are expected to lack it."""
+    lacking, partly, regular, held = [], [], 0, 0
+    for number, found in enumerate(table.sets):
+        rows = table.row_of[table.set_of == number].tolist()
+        presence = [_presence(found.captions[row], found.subset.captions, word) for row in rows]
+        if found.subset.is_reg:
+            regular += len(rows)
+            held += sum(answer != "never" for answer in presence)
+            continue
+        lacking += [found.paths[row] for row, answer in zip(rows, presence, strict=True) if answer == "never"]
+        partly += [found.paths[row] for row, answer in zip(rows, presence, strict=True) if answer == "sometimes"]
+    total = len(table) - regular
+    if len(lacking) == total:
+        raise UserError(
+            f'No caption holds the word "{word.text}", so nothing could be learned (looked at {total} picture(s): '
+            f"{_first(lacking)}). Write --token_string into the captions, set caption_prefix or class_tokens, or use "
+            "--use_object_template or --use_style_template."
+        )
+    if lacking:
+        report.warnings.append(
+            f'{len(lacking)} of {total} captions do not hold the word "{word.text}", and their pictures teach it '
+            f"nothing: {_first(lacking)}."
+        )
+    if partly:
+        report.warnings.append(
+            f'{len(partly)} caption(s) hold the word "{word.text}" only in some of their lines or {{a|b}} choices; '
+            f"where it is not drawn, the picture teaches nothing: {_first(partly)}."
+        )
+    if regular:
+        report.lines.append(
+            f"  {_counted(regular - held, 'regularisation picture')} without the word, as it should be: they cannot "
+            "move its vectors"
+        )
+    if held:
+        report.warnings.append(
+            f'{held} of {regular} regularisation captions hold the word "{word.text}", so these pictures teach it as '
+            "well. Usually regularisation pictures show the class without the concept."
+        )
+
+
+def _presence(caption: str, rules: CaptionRules, word: Placeholder) -> str:
+    if rules.wildcard or rules.secondary_separator or rules.prefix or rules.suffix:
+        return token_presence(caption, rules, word)
+    return "always" if word.found_in(caption) else "never"
+
+
+def _check_lengths(table: ImageTable, prompts: PromptTokenizer, report: Report) -> None:
+    """Find captions that the length limit cuts, and vectors of the word that stand only in what is cut off."""
+    word = prompts.placeholder
+    measure, kept, cut, losing = _Measure(prompts), set(), [], []
+    for path, text in _finished_captions(table, word):
+        too_long = measure(text) > prompts.capacity
+        lost = prompts.lost_rows(text) if too_long else set()
+        if too_long:
+            cut.append(path)
+        if lost:
+            losing.append(path)
+        if len(kept) < word.count:
+            kept |= _rows_in(text, word) - lost
+    _require_rows(kept, prompts)
+    if losing:
+        report.warnings.append(
+            f'{len(losing)} caption(s) are so long that vectors of the word "{word.text}" are cut off: '
+            f"{_first(losing)}. Move the word to the front{_longer(prompts)}."
+        )
+    if len(cut) > len(losing):
+        report.warnings.append(
+            f"{len(cut)} caption(s) are longer than {prompts.capacity} tokens; what is behind is not read: "
+            f"{_first(cut)}. Shorten them{_longer(prompts)}."
+        )
+
+
+def _longer(prompts: PromptTokenizer) -> str:
+    return ", or allow longer ones with --max_token_length" if prompts.capacity < 225 else ""
+
+
+def _finished_captions(table: ImageTable, word: Placeholder) -> Iterator[tuple[str, str]]:
+    """(path, one draw of the caption with nothing dropped or shuffled, expanded) of every picture but regularisation."""
+    for number, found in enumerate(table.sets):
+        if found.subset.is_reg:
+            continue
+        rules = replace(
+            found.subset.captions, shuffle=False, dropout_rate=0.0, dropout_every_n_epochs=0, tag_dropout_rate=0.0
+        )
+        rules = replace(rules, warmup_step=0)
+        for row in table.row_of[table.set_of == number].tolist():
+            yield found.paths[row], process_caption(found.captions[row], rules, word, random.Random(0))
+
+
+class _Measure:
+    """Counts the tokens of finished captions: words between spaces are tokenized once each and added up."""
+
+    def __init__(self, prompts: PromptTokenizer):
+        self._prompts = prompts
+        self._of_word: dict[str, int] = {}
+
+    def __call__(self, text: str) -> int:
+        """The number of body tokens, or as much as ``text`` can have at most where that is within the limit."""
+        if len(text.encode()) <= self._prompts.capacity:
+            return len(text.encode())  # no token is shorter than a byte
+        return sum(self._length(word) for word in text.split())
+
+    def _length(self, word: str) -> int:
+        length = self._of_word.get(word)
+        if length is None:
+            length = self._of_word[word] = len(self._prompts.body_ids(word))
+        return length
+
+
+def _rows_in(text: str, word: Placeholder) -> set[int]:
+    """The vectors that stand in an expanded text."""
+    return {piece for piece in word.split(text) if isinstance(piece, int)}
+
+
+def _require_rows(kept: set[int], prompts: PromptTokenizer) -> None:
+    word, capacity = prompts.placeholder, prompts.capacity
+    if word.count > capacity:
+        raise UserError(
+            f"--num_vectors_per_token={word.count} does not fit: a caption has room for {capacity} tokens. Use fewer "
+            f"vectors (2 to 4 are common){_longer(prompts)}."
+        )
+    if missing := [name for row, name in enumerate(word.names) if row not in kept]:
+        raise UserError(
+            f"Every caption cuts off or lacks these vectors of the word, so they could never learn: {_first(missing)}. "
+            f'Only {capacity} tokens of a caption are read. Move "{word.text}" to the front of the captions'
+            f"{_longer(prompts)}."
+        )
+
+
+def _warn_of_missing_captions(table: ImageTable, report: Report) -> None:
+    missing = [path for found in table.sets for path in found.uncaptioned]
+    if missing:
+        report.warnings.append(
+            f"{_counted(len(missing), 'picture')} without a caption, neither in a file of the same name nor as "
+            f"class_tokens: {_first(missing)}."
+        )
+
+
+def _warn_of_small_pictures(table: ImageTable, report: Report) -> None:
+    """Name pictures that are enlarged a lot, or at all where ``bucket_no_upscale`` promises otherwise."""
+    scale = (table.resized / table.image_sizes()).max(axis=1)
+    own_size = np.array([config.buckets.enabled and config.buckets.no_upscale for config in table.configs])
+    own_size = own_size[np.array(table.dataset_of)[table.set_of]]
+    tiny = np.flatnonzero(own_size & (scale > 1.01))
+    if len(tiny):
+        report.warnings.append(
+            f"{_counted(len(tiny), 'picture')} are smaller than one bucket step and are enlarged in spite of "
+            f"bucket_no_upscale: {_first([table.path(index) for index in tiny[: _SHOWN_FILES + 1]])}."
+        )
+    small = np.flatnonzero(~own_size & (scale >= _BLURRING_SCALE))
+    if len(small):
+        names = [f"{table.path(index)} ({_times(scale[index])})" for index in small[: _SHOWN_FILES + 1]]
+        report.warnings.append(
+            f"{_counted(len(small), 'picture')} are much smaller than what the model sees and are enlarged, so the word "
+            f"learns the blur too: {_first(names)}. Use larger pictures, a lower resolution or bucket_no_upscale."
+        )
+
+
+def _times(scale: float) -> str:
+    return f"{scale:.1f} times"
+
+
+def _warn_of_duplicates(table: ImageTable, report: Report) -> None:
+    """Name pictures of one dataset that look like the same file: equal in size and in samples of their bytes."""
+    by_size: dict[tuple[int, int], set[str]] = defaultdict(set)
+    for number, found in enumerate(table.sets):
+        for row in table.row_of[table.set_of == number].tolist():
+            path = found.paths[row]
+            by_size[table.dataset_of[number], os.stat(path).st_size].add(path)
+    pairs = []
+    for (_, size), paths in by_size.items():
+        seen: dict[bytes, str] = {}
+        for path in sorted(paths) if len(paths) > 1 else ():
+            if (other := seen.setdefault(_sampled_bytes(path, size), path)) != path:
+                pairs.append(f"{path} = {other}")
+    if pairs:
+        report.warnings.append(
+            f"{_counted(len(pairs), 'picture')} look like copies of others in the same dataset, and count as often as "
+            f"they occur: {_first(sorted(pairs))}."
+        )
+
+
+def _sampled_bytes(path: str, size: int) -> bytes:
+    """Four kilobytes spread over a file: enough to tell pictures of equal length apart."""
+    with open(path, "rb", buffering=0) as file:  # noqa: PTH123
+        samples = []
+        for part in range(4):
+            file.seek(part * max(size - 1024, 0) // 3)
+            samples.append(file.read(1024))
+        return b"".join(samples)
