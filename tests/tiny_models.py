@@ -64,32 +64,31 @@ def build_vae(scaling_factor: float) -> AutoencoderKL:
     )
 
 
-def build_unet(family: str) -> UNet2DConditionModel:
-    """A U-Net with the family's block types, conditioning and rule for attention heads."""
-    if family == "sdxl":
-        return UNet2DConditionModel(
-            sample_size=8,
-            layers_per_block=2,
-            block_out_channels=(32, 64, 64),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=[1, 1, 2],
-            attention_head_dim=[4, 8, 8],
-            cross_attention_dim=96,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=64 + 6 * 8,
-        )
+def build_unet(family: str, **changes) -> UNet2DConditionModel:
+    """A U-Net with the family's block types, conditioning and rule for attention heads, and the given changes."""
     v2 = family == "sd2"
-    return UNet2DConditionModel(
-        sample_size=8,
-        layers_per_block=2,
-        block_out_channels=(32, 64, 64, 64),
-        cross_attention_dim=64 if v2 else 32,
-        attention_head_dim=[4, 8, 8, 8] if v2 else 8,
-        use_linear_projection=v2,
-    )
+    values = {
+        "sample_size": 8,
+        "layers_per_block": 2,
+        "block_out_channels": (32, 64, 64, 64),
+        "cross_attention_dim": 64 if v2 else 32,
+        "attention_head_dim": [4, 8, 8, 8] if v2 else 8,
+        "use_linear_projection": v2,
+    }
+    if family == "sdxl":
+        values |= {
+            "block_out_channels": (32, 64, 64),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": [1, 1, 2],
+            "attention_head_dim": [4, 8, 8],
+            "cross_attention_dim": 96,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 64 + 6 * 8,
+        }
+    return UNet2DConditionModel(**{**values, **changes})
 
 
 def build_pipeline(family: str, seed: int = 0) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
