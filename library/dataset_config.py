@@ -224,8 +224,8 @@ def _buckets(chain: _Chain, place: str, bucket_step: int) -> BucketRules:
     size = chain.get("resolution")
     if size is None:
         raise UserError(
-            f"{place}: there is no resolution. Write resolution = 512 (1024 for SDXL) into [general] or [[datasets]] of a "
-            "dataset file, or give --resolution."
+            f"{place}: there is no resolution. Write resolution = 512 (1024 for SDXL) in [general] or [[datasets]], or "
+            "give --resolution."
         )
     rules = BucketRules(
         resolution=(size, size) if isinstance(size, int) else (size[0], size[1]),

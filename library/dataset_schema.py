@@ -66,7 +66,11 @@ def _is_size(value: Any) -> bool:
 _FLAG = Key("true or false", lambda value: isinstance(value, bool))
 _TEXT = Key("a text in quotes", lambda value: isinstance(value, str))
 _FILLED_TEXT = Key("a text in quotes that is not empty", lambda value: isinstance(value, str) and value != "")
-_PATH = Key("a path in quotes", lambda value: isinstance(value, str) and value.strip() != "")
+# Written with "\" in double quotes, a Windows path turns into something with control characters.
+_PATH = Key(
+    "a path in quotes (a Windows path in single quotes, or with /)",
+    lambda value: isinstance(value, str) and value.strip() != "" and min(value) >= " ",
+)
 _SIZE = Key("a whole number of 8 or more, or two of them: [width, height]", _is_size)
 _SPLIT = Key("a number with a decimal point from 0.0 to below 1.0", lambda value: _is_decimal(value) and 0 <= value < 1)
 _MULTIPLIER = Key("a number with a decimal point", _is_decimal)
