@@ -47,9 +47,9 @@ class Wanted:
     fingerprint: np.ndarray | None
 
     @property
-    def slots(self) -> tuple[str, str]:
-        """The key endings of the two slots that may hold it."""
-        return "", slot_ending(self.latent_size)
+    def own_ending(self) -> str:
+        """The key ending of the slot for latents of this size only."""
+        return f"_{self.latent_size[0]}x{self.latent_size[1]}"
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -62,11 +62,6 @@ class Wanted:
         return shapes
 
 
-def slot_ending(latent_size: Size) -> str:
-    """The key ending of the slot for latents of this (height, width)."""
-    return f"_{latent_size[0]}x{latent_size[1]}"
-
-
 def cache_path(image: Path, image_size: Size, suffix: str) -> Path:
     """The cache file of an image: ``<name>.npz`` if there is one (sd-scripts' old style), else with size and suffix."""
     old_style = image.with_name(image.stem + ".npz")
@@ -75,28 +70,29 @@ def cache_path(image: Path, image_size: Size, suffix: str) -> Path:
     return image.with_name(f"{image.stem}_{image_size[0]:04d}x{image_size[1]:04d}{suffix}")
 
 
-def usable_slot(path: Path, wanted: Wanted, skip_check: bool = False) -> tuple[str | None, str]:
-    """Find the slot of ``path`` that holds what is wanted: (key ending or None, why not).
+def why_unusable(path: Path, wanted: Wanted, skip_check: bool = False) -> str:
+    """Return "" where ``path`` holds what is wanted, else why it does not, in a word or two.
 
     Shapes are always compared. ``skip_check`` takes finite values, the VAE and the source for granted.
     """
     try:
         with np.load(path) as arrays:
-            reasons = []
-            for ending in wanted.slots:
-                reason = _missing_shape(arrays, ending, wanted)
-                reason = reason or ("" if skip_check else _wrong_content(arrays, ending, wanted))
-                if not reason:
-                    return ending, ""
-                reasons.append(reason)
-            return None, reasons[1] if f"latents{wanted.slots[1]}" in arrays else reasons[0]
+            ending = _ending(arrays, wanted)
+            return _wrong_shape(arrays, ending, wanted) or (
+                "" if skip_check else _wrong_content(arrays, ending, wanted)
+            )
     except FileNotFoundError:
-        return None, "new"
+        return "new"
     except _UNREADABLE:
-        return None, "unreadable"
+        return "unreadable"
 
 
-def _missing_shape(arrays, ending: str, wanted: Wanted) -> str:
+def _ending(keys, wanted: Wanted) -> str:
+    """The slot of its own size goes before the plain one, as soon as it is there."""
+    return wanted.own_ending if f"latents{wanted.own_ending}" in keys else ""
+
+
+def _wrong_shape(arrays, ending: str, wanted: Wanted) -> str:
     for key, shape in wanted.shapes.items():
         if key + ending not in arrays:
             return "incomplete"
@@ -131,18 +127,22 @@ def same_vae(one: np.ndarray, other: np.ndarray) -> bool:
     return one.shape == other.shape and bool(np.allclose(one, other, rtol=0, atol=0.01))
 
 
-def read_slot(path: Path, ending: str, keys: list[str]) -> dict[str, np.ndarray]:
-    """Read these keys of a slot (named without the ending) as float32."""
+def read_slot(path: Path, wanted: Wanted) -> dict[str, np.ndarray]:
+    """Read the arrays of ``wanted.shapes``, as float32. The file must have been found usable before."""
     with np.load(path) as arrays:
-        return {key: arrays[key + ending].astype(np.float32, copy=False) for key in keys}
+        ending = _ending(arrays, wanted)
+        return {key: arrays[key + ending].astype(np.float32, copy=False) for key in wanted.shapes}
 
 
-def write_slot(path: Path, ending: str, arrays: dict[str, np.ndarray]) -> None:
+def write_slot(path: Path, wanted: Wanted, arrays: dict[str, np.ndarray], shared: bool = False) -> None:
     """Write a slot anew, keeping all else that the file holds. The file appears whole or not at all.
 
-    Raises UserError if the folder cannot be written to or the disk is full.
+    ``shared`` says that this run needs the image in several sizes; only then, or where there is one already, is the
+    slot of its own size used. Raises UserError if the folder cannot be written to or the disk is full.
     """
-    kept = _other_arrays(path, {key + ending for key in _SLOT_KEYS})
+    held = _all_arrays(path)
+    ending = wanted.own_ending if shared else _ending(held, wanted)
+    kept = {key: array for key, array in held.items() if key not in {name + ending for name in _SLOT_KEYS}}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with _write_errors(path.parent):
         try:
@@ -153,10 +153,10 @@ def write_slot(path: Path, ending: str, arrays: dict[str, np.ndarray]) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def _other_arrays(path: Path, replaced: set[str]) -> dict[str, np.ndarray]:
+def _all_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path) as arrays:
-            return {key: arrays[key] for key in arrays if key not in replaced}
+            return dict(arrays)
     except _UNREADABLE:
         return {}
 

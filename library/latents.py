@@ -20,7 +20,7 @@ from tqdm import tqdm
 from library.buckets import Size
 from library.errors import UserError
 from library.images import Framing, Picture, frame_image, to_tensor
-from library.latent_files import Wanted, cache_path, read_slot, slot_ending, usable_slot, write_slot
+from library.latent_files import Wanted, cache_path, read_slot, why_unusable, write_slot
 
 logger = logging.getLogger(__name__)
 
@@ -138,11 +138,11 @@ def vae_fingerprint(vae: torch.nn.Module) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """An image, why it must be encoded ("" if it need not be), and the slot of its file that it is written to."""
+    """An image, why it must be encoded ("" if it need not be), and whether its file serves several buckets."""
 
     entry: LatentEntry
     reason: str
-    ending: str = ""
+    shared: bool = False
 
 
 class LatentCache:
@@ -196,14 +196,13 @@ class LatentCache:
             kept = self.memory[entry]
             flipped = None if kept.flipped is None else kept.flipped.float()
             return CachedLatents(kept.latents.float(), flipped, kept.alpha_mask)
-        wanted = self._wanted(entry)
-        ending, reason = usable_slot(self.file(entry), wanted, self.skip_check)
-        if ending is None:
+        try:
+            arrays = read_slot(self.file(entry), self._wanted(entry))
+        except (OSError, ValueError, KeyError) as error:
             raise UserError(
-                f"The latent cache {self.file(entry)} of the image {entry.path} cannot be used ({reason}). "
-                "Something changed it after this run began; start the run again."
-            )
-        arrays = read_slot(self.file(entry), ending, list(wanted.shapes))
+                f"The latent cache {self.file(entry)} of the image {entry.path} was lost or damaged after this run "
+                f"began ({error}). Start the run again; it will be made anew."
+            ) from error
         found = {key: torch.from_numpy(array) for key, array in arrays.items()}
         return CachedLatents(found["latents"], found.get("latents_flipped"), found.get("alpha_mask"))
 
@@ -217,14 +216,11 @@ class LatentCache:
         entries = self._one_per_slot(entries)
         per_file = Counter(self.file(entry) for entry in entries)
         mine = set(list(per_file)[process_index::num_processes])
-        tasks = []
-        for entry in entries:
-            if (file := self.file(entry)) in mine:
-                ending, reason = usable_slot(file, self._wanted(entry), self.skip_check)
-                # Plain keys as in sd-scripts, unless this run needs the image in several sizes.
-                new_ending = slot_ending(entry.latent_size) if per_file[file] > 1 else ""
-                tasks.append(_Task(entry, reason, new_ending if ending is None else ending))
-        return tasks
+        return [
+            _Task(entry, why_unusable(file, self._wanted(entry), self.skip_check), shared=per_file[file] > 1)
+            for entry in entries
+            if (file := self.file(entry)) in mine
+        ]
 
     def _one_per_slot(self, entries: list[LatentEntry]) -> list[LatentEntry]:
         """Join entries for the same image and bucket; one that wants the mirrored variant too serves both."""
@@ -288,7 +284,7 @@ class LatentCache:
             arrays["alpha_mask"] = made.alpha_mask.numpy()
             if made.alpha_mask.min() < 1:
                 arrays["made_from"] = np.array(_made_from(entry) + _HIDDEN_COLOURS)
-        write_slot(self.file(entry), task.ending, arrays)
+        write_slot(self.file(entry), self._wanted(entry), arrays, task.shared)
 
     def _generator(self, path: Path, variant: str = "") -> torch.Generator:
         """The image's own generator; its folder and name count, not where that folder is."""
