@@ -15,7 +15,7 @@ from library.options import SaveOptions, TrainingOptions
 
 @dataclass(frozen=True)
 class RunPlan:
-    """How long a run is: ``total_steps`` optimizer steps in ``epochs`` passes over the data, the last maybe cut short."""
+    """How long a run is: ``total_steps`` optimizer steps in ``epochs`` passes over the data, the last maybe cut."""
 
     batches_per_process: int
     accumulation: int
@@ -44,7 +44,7 @@ class RunPlan:
         )
 
     def position(self, step: int) -> tuple[int, int]:
-        """Where a run stands after ``step`` steps: (whole epochs done, batches of each process done in the next epoch)."""
+        """Where a run stands after ``step`` steps: (whole epochs done, batches each process has done in the next)."""
         epoch, steps_in_epoch = divmod(step, self.steps_per_epoch)
         return epoch, steps_in_epoch * self.accumulation
 

@@ -184,8 +184,9 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
         raise UserError(
             f"{path} is not an embedding: it holds a {type(content).__name__}, not a dictionary of tensors."
         )
-    params = content.get("string_to_param", {})
-    flat = {f"string_to_param.{name}": rows for name, rows in getattr(params, "_parameters", params).items()}
+    params = content.get("string_to_param")
+    params = getattr(params, "_parameters", params)
+    flat = {f"string_to_param.{name}": rows for name, rows in params.items()} if isinstance(params, Mapping) else {}
     tensors = {str(name): rows for name, rows in {**content, **flat}.items() if isinstance(rows, Tensor)}
     return {key: tensors[name].detach() for key, name in _choose(list(tensors), path).items()}
 

@@ -16,6 +16,8 @@ from library.metadata import client_words
 # Below this share of its start norm a row still means what it meant at the start.
 BARELY_MOVED_PERCENT = 1.0
 PROMPT_TOKENS = 75
+# What trainings that work are run with (AdamW, and the like).
+USUAL_RATES, USUAL_STEPS = (3e-4, 5e-3), (500, 2000)
 
 _WHERE = {
     "AUTOMATIC1111, Forge, SD.Next": "put the file into embeddings/ (SD.Next: models/embeddings/)",
@@ -80,29 +82,20 @@ def movement_warning(moved: Sequence[Movement], learning_rate: float | None, ste
     if not still:
         return None
     if len(still) == len(moved):
-        headline = (
-            f"THE EMBEDDING HAS HARDLY CHANGED: every vector moved less than {BARELY_MOVED_PERCENT:g} % from its start."
-        )
+        headline = f"THE EMBEDDING HAS HARDLY CHANGED: every vector moved less than {BARELY_MOVED_PERCENT:g} %."
     else:
         headline = f"SOME VECTORS HAVE HARDLY CHANGED (less than {BARELY_MOVED_PERCENT:g} %): {', '.join(still)}."
-    reach = ""
-    if learning_rate is not None:
-        reach = (
-            f" With {learning_rate:g} over {steps} steps an Adam-like optimizer moves no coordinate "
-            f"by more than about {learning_rate * steps:.2g}."
+    reasons = []
+    if learning_rate is not None and learning_rate < USUAL_RATES[0]:
+        reasons.append(
+            f"The learning rate is too low. At {learning_rate:g}, an Adam-like optimizer moves a coordinate by at most "
+            f"about {learning_rate * steps:.2g} in {steps} steps; {USUAL_RATES[0]:g} to {USUAL_RATES[1]:g} are usual."
         )
-    reasons = [
-        f"The learning rate is too low.{reach} Values from 3e-4 to 5e-3 are usual for AdamW.",
-        f"There were too few steps ({steps}); 1000 to 2000 are usual.",
-        "The captions lack the token, or it is cut off by the length limit; --debug_dataset shows what is read.",
-    ]
-    return "\n".join(
-        [
-            headline,
-            "Pictures made with it will look like those of its start. Likely reasons:",
-            *(f"  - {r}" for r in reasons),
-        ]
-    )
+    if steps < USUAL_STEPS[0]:
+        reasons.append(f"There were only {steps} steps; {USUAL_STEPS[0]} to {USUAL_STEPS[1]} are usual.")
+    reasons.append("The captions lack the token, or the length limit cuts it off; --debug_dataset shows what is read.")
+    likely = [f"  - {reason}" for reason in reasons]
+    return "\n".join([headline, "Pictures made with it will look like those of its start. Likely reasons:", *likely])
 
 
 def usage_card(path: Path | str, token: str, keys: Sequence[str], num_vectors: int, base: str) -> str:
