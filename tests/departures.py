@@ -50,6 +50,14 @@ DEPARTURES: list[Departure] = [
         "a name that already is a whole word of the vocabulary is refused",
         lambda case: any(name.lower() in _whole_words() for name in case["names"]),
     ),
+    Departure(
+        "load_weights",
+        "Q22",
+        "a file for two encoders is refused by a model with one; sd-scripts takes its first tensor",
+        lambda case: not case["sdxl"] and "clip_l" in str(case["content"]) and "clip_g" in str(case["content"]),
+    ),
+    Departure("sai_metadata", "D1", "the version is ours; more keys where the user gave none", lambda case: True),
+    Departure("saved_file", "D1", "torch files hold AUTOMATIC1111's fields too; more metadata keys", lambda case: True),
 ]
 
 
