@@ -1,10 +1,9 @@
 """The save schedule, the names, retention, and the arithmetic of steps and epochs."""
 
-import argparse
-
 import pytest
 from golden_data import golden_cases
 
+from library.arguments import build_parser, read_values
 from library.checkpoints import (
     Action,
     CheckpointNames,
@@ -23,18 +22,8 @@ def plan(batches, *, steps=1600, epochs=None, accumulation=1, processes=1):
 
 
 def options_of(argv) -> Options:
-    """The save and training options in ``argv``, read without the cross-checks of a whole command line."""
-    parser = argparse.ArgumentParser()
-    for name in ("output_name", "save_model_as"):
-        parser.add_argument(f"--{name}")
-    for name in ("max_train_steps", "max_train_epochs", "gradient_accumulation_steps", "save_every_n_epochs",
-                 "save_every_n_steps", "save_n_epoch_ratio", "save_last_n_epochs", "save_last_n_steps",
-                 "save_last_n_epochs_state", "save_last_n_steps_state"):  # fmt: skip
-        parser.add_argument(f"--{name}", type=int)
-    for name in ("save_state", "save_state_on_train_end"):
-        parser.add_argument(f"--{name}", action="store_true")
-    given, _ = parser.parse_known_args(argv)
-    return Options.from_values({name: value for name, value in vars(given).items() if value is not None})
+    """The options in ``argv``, without the checks of a whole command line."""
+    return Options.from_values(read_values(build_parser("", "sd"), argv))
 
 
 def walk(schedule: SaveSchedule, run: RunPlan) -> list[str]:

@@ -103,13 +103,14 @@ def test_golden_saved_file(case, tmp_path):
     content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
     if "python_type" in case:
         assert type(content).__name__ == case["python_type"]
-    # D1: a torch file holds AUTOMATIC1111's fields too, which are not tensors at the top.
+    # A torch file holds AUTOMATIC1111's fields too, which are not tensors at the top.
+    assert departure("saved_file", case)
     tensors = {key: rows for key, rows in content.items() if isinstance(rows, torch.Tensor)}
     assert {key: [str(found.dtype), list(found.shape)] for key, found in tensors.items()} == case["keys"]
     for key, found in tensors.items():
         assert torch.equal(found, rows[key].detach().to(found.dtype))
     if "metadata" in case:
-        # D1: more keys than the golden's are ours to add.
+        # More keys than the golden's are ours to add.
         assert case["metadata"].items() <= header_metadata(path).items()
 
 
