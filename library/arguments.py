@@ -1,39 +1,24 @@
 """From the command line and ``--config_file`` to checked, frozen ``Options``."""
 
 import argparse
-import logging
 from argparse import SUPPRESS
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NoReturn
 
-from library.config_file import config_path, read_config_file, write_config_file
+from library.config_file import FILE_OPTIONS, config_path, read_config_file, write_config_file
 from library.errors import UserError, did_you_mean
 from library.option_checks import check, settle
-from library.option_types import Option, boolean, option_of, text
+from library.option_types import Option, option_of, text
 from library.options import Options, declared_options, option_groups
 
-logger = logging.getLogger(__name__)
-
-FILE_OPTIONS = {
-    "config_file": Option(
-        "TOML file with options, written as option = value; table names in it are only headings. What the command "
-        "line gives wins over the file. .toml may be left out.",
-        metavar="FILE",
-    ),
-    "output_config": Option(
-        "Write the options of this command line to the file of --config_file and stop. Secrets are not written.",
-        default=False,
-        read=boolean,
-    ),
-}
 USAGE = """\
 %(prog)s --pretrained_model_name_or_path MODEL --token_string WORD [--init_word WORD]
          --dataset_config FILE --output_dir DIR [options]
 """
 EPILOG = """\
 An option that a --config_file switches on is switched off again with =false: --cache_latents=false.
-A learning rate, a folder, … given on the command line replaces the file's; an empty text ("") takes it back.
+A text that it gives is taken back with an empty one: --vae="".
 """
 
 
@@ -83,8 +68,9 @@ def _add(group: argparse._ArgumentGroup, name: str, option: Option) -> None:
     if option.is_flag:
         group.add_argument(f"--{name}", action="store_true", help=help_text)
         # argparse looks a whole argument up before it splits it at "=", so these are options of their own.
-        group.add_argument(f"--{name}=false", dest=name, action="store_false", default=SUPPRESS, help=SUPPRESS)
-        group.add_argument(f"--{name}=true", dest=name, action="store_true", default=SUPPRESS, help=SUPPRESS)
+        for action, words in (("store_false", ("false", "False", "0")), ("store_true", ("true", "True", "1"))):
+            spelt = [f"--{name}={word}" for word in words]
+            group.add_argument(*spelt, dest=name, action=action, default=SUPPRESS, help=SUPPRESS)
         return
     group.add_argument(
         f"--{name}",
@@ -92,15 +78,9 @@ def _add(group: argparse._ArgumentGroup, name: str, option: Option) -> None:
         default=option.default,
         choices=option.choices,
         nargs="*" if option.many else None,
-        metavar=option.metavar or _metavar(option),
+        metavar=option.placeholder,
         help=help_text,
     )
-
-
-def _metavar(option: Option) -> str | None:
-    if option.choices:
-        return None
-    return {"whole_number": "N", "number": "X", "texts": "KEY=VALUE"}.get(option.read.__name__, "TEXT")
 
 
 def described(option: Option) -> str:
@@ -130,9 +110,7 @@ def read_values(parser: argparse.ArgumentParser, arguments: Sequence[str] | None
     given = parser.parse_args(arguments)
     known = dict(declared_options())
     if given.config_file:
-        path = config_path(given.config_file)
-        from_file = read_config_file(path, known)
-        logger.info("Options are read from %s.", path)
+        from_file = read_config_file(config_path(given.config_file), known)
         # argparse fills in defaults only where the namespace has no value yet.
         given = parser.parse_args(arguments, argparse.Namespace(**from_file))
     return {name: _value(getattr(given, name), declared) for name, declared in known.items()}

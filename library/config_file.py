@@ -1,20 +1,30 @@
 """``--config_file``: options from a TOML file, and ``--output_config``, which writes one."""
 
+import json
 import logging
-import os
-import tempfile
+import tomllib
 from argparse import ArgumentTypeError
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import toml
-
 from library.errors import UserError, closest
-from library.option_types import Option, checked, written
+from library.option_types import Option, boolean, checked, written
 
 logger = logging.getLogger(__name__)
 
+FILE_OPTIONS = {
+    "config_file": Option(
+        "TOML file with options, written as option = value; table names in it are only headings. What the command "
+        "line gives wins over the file. .toml may be left out.",
+        metavar="FILE",
+    ),
+    "output_config": Option(
+        "Write the options of this command line to the file of --config_file and stop. Secrets are not written.",
+        default=False,
+        read=boolean,
+    ),
+}
 # The Textual Inversion tab of the kohya_ss GUI misspells this key in the files it writes.
 MISSPELT = {"weigts": "weights"}
 
@@ -31,8 +41,10 @@ def read_config_file(path: Path, known: Mapping[str, Option]) -> dict[str, Any]:
     A key with an empty text or list counts as not given. Unknown keys are named in one warning. Raises UserError for
     a missing or broken file and for a value that does not fit its option.
     """
-    values, unknown = {}, []
-    for key, value in _flattened(_read_toml(path)).items():
+    content, values, unknown = _read_toml(path), {}, []
+    if isinstance(content.get("datasets"), list):
+        raise UserError(f"{path} describes a dataset. Give it with --dataset_config instead of --config_file.")
+    for key, value in _flattened(content).items():
         name = MISSPELT.get(key, key)
         if name not in known:
             unknown.append(key)
@@ -45,16 +57,22 @@ def read_config_file(path: Path, known: Mapping[str, Option]) -> dict[str, Any]:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return toml.loads(path.read_text(encoding="utf-8-sig"))
+        content = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise UserError(f"The configuration file {path} of --config_file does not exist.") from None
+        raise UserError(f"The file {path} of --config_file does not exist.") from None
     except OSError as error:
-        raise UserError(f"The configuration file {path} cannot be read: {error.strerror}.") from error
+        raise UserError(f"The file {path} of --config_file cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"The configuration file {path} is not UTF-8 text. Save it as UTF-8.") from error
-    except (ValueError, IndexError, KeyError, TypeError, AttributeError) as error:  # toml raises them for broken files
-        hint = " Windows paths need single quotes or forward slashes." if "escape" in str(error).lower() else ""
-        raise UserError(f"The configuration file {path} is not valid TOML: {str(error).rstrip('.')}.{hint}") from error
+        raise UserError(f"The file {path} of --config_file is not UTF-8 text. Save it as UTF-8.") from error
+    try:
+        return tomllib.loads(content)
+    except tomllib.TOMLDecodeError as error:
+        hint = ""
+        if "Invalid value" in str(error):
+            hint = " Text needs quotes, and true and false are written small."
+        elif "hex" in str(error) or "\\" in str(error):
+            hint = " In double quotes, write the backslashes of Windows paths as /, or use single quotes."
+        raise UserError(f"The file {path} of --config_file is not valid TOML: {error}.{hint}") from error
 
 
 def _flattened(tables: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,10 +85,10 @@ def _flattened(tables: Mapping[str, Any]) -> dict[str, Any]:
 def _converted(path: Path, name: str, option: Option, value: Any) -> Any:
     try:
         if isinstance(value, dict):
-            raise ArgumentTypeError("a table stands where a value belongs.")
+            raise ArgumentTypeError("it is a table where a value belongs.")
         return checked(option, value)
     except ArgumentTypeError as error:
-        raise UserError(f"{name} in {path}: {error}") from None
+        raise UserError(f"{name} in {path}: {'its value is not a text.' if option.secret else error}") from None
 
 
 def _with_guesses(unknown: list[str], known: Mapping[str, Option]) -> str:
@@ -82,17 +100,13 @@ def write_config_file(path: Path, values: Mapping[str, Any]) -> None:
     """Write options as flat TOML, whole or not at all. Raises UserError where the file exists or cannot be written."""
     if path.exists():
         raise UserError(f"{path} exists already and is not overwritten. Choose another name for --config_file.")
-    content = toml.dumps({name: written(value) for name, value in values.items()})
+    # JSON's texts, numbers, booleans and lists are TOML's too; only DEL must not stand for itself.
+    lines = (f"{name} = {json.dumps(written(value), ensure_ascii=False)}\n" for name, value in values.items())
+    content = "".join(lines).replace("\x7f", "\\u007f")
+    unfinished = path.with_name(f"{path.name}.tmp")
     try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-            file.write(content)
-        Path(file.name).chmod(0o666 & ~_umask())
-        Path(file.name).replace(path)
+        unfinished.write_text(content, encoding="utf-8")
+        unfinished.replace(path)
     except OSError as error:
+        unfinished.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written: {error.strerror}.") from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -49,7 +49,6 @@ class DatasetOptions:
         "Training size in pixels: one number for a square, or width,height. Typical: 512 (SD 1), 512 or 768 (SD 2), "
         "1024 (SDXL). Needed here or in the dataset file.",
         read=resolution,
-        metavar="W[,H]",
     )
     train_batch_size: int = option(
         1,
@@ -166,7 +165,6 @@ class DatasetOptions:
         "Zoom on faces by a random factor, a,b with a ≤ b, for example 2.0,4.0. Only with buckets off, latents not "
         "cached, and file names ending in _cx_cy_w_h (centre and size of the face).",
         read=face_crop_range,
-        metavar="A,B",
     )
     random_crop: bool = flag("Crop at a random place instead of the centre. Not together with cached latents.")
     alpha_mask: bool = flag(

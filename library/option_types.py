@@ -8,7 +8,6 @@ import argparse
 import itertools
 import math
 import re
-import shlex
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 from dataclasses import Field, dataclass, field
@@ -76,9 +75,9 @@ def text_or_boolean(value: Any) -> str | None:
 
 
 def texts(value: Any) -> tuple[str, ...] | None:
-    """Read a list of texts; one text is split at its spaces as a shell would. An empty list means "not given"."""
+    """Read a list of texts; one text is split at its spaces. An empty list means "not given"."""
     if isinstance(value, str):
-        value = shlex.split(value)
+        value = value.split()
     if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
         raise ArgumentTypeError(f"{shown(value)} is not a list of texts.")
     return tuple(value) or None
@@ -178,6 +177,22 @@ def written(value: Any) -> Any:
     return ",".join(str(item) for item in value)
 
 
+# How a reader's values are called on the reference page, and what stands for them in the help.
+KINDS: dict[Callable, tuple[str, str | None]] = {
+    boolean: ("flag", None),
+    whole_number: ("whole number", "N"),
+    number: ("number", "X"),
+    int_or_float: ("steps or share", "N"),
+    text: ("text", "TEXT"),
+    text_or_boolean: ("text", "TEXT"),
+    texts: ("list of texts", "KEY=VALUE"),
+    path: ("path", "FILE"),
+    resolution: ("size", "W[,H]"),
+    face_crop_range: ("two numbers", "A,B"),
+    learning_rate: ("number or stages", "RATE"),
+}
+
+
 @dataclass(frozen=True)
 class Option:
     """One option: its reader, default, limits and the help a user sees.
@@ -204,6 +219,16 @@ class Option:
     @property
     def many(self) -> bool:
         return self.read is texts
+
+    @property
+    def kind(self) -> str:
+        """What values are, in words."""
+        return KINDS[self.read][0]
+
+    @property
+    def placeholder(self) -> str | None:
+        """What stands for the value in the help; None where the choices do."""
+        return self.metavar or (None if self.choices else KINDS[self.read][1])
 
     @property
     def limits(self) -> str | None:

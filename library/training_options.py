@@ -140,7 +140,6 @@ class OptimizerOptions:
         '"5e-3:100,1e-3:1000,5e-4". Unset, it fits the optimizer: AdamW 5e-4, Lion 1e-4, SGD 5e-3, Prodigy and '
         "D-Adaptation 1.0, Adafactor its own. Typical for AdamW: 1e-4 to 5e-3; 1e-6 hardly moves anything.",
         read=learning_rate,
-        metavar="RATE",
     )
     max_grad_norm: float = option(
         1.0,
@@ -180,14 +179,12 @@ class ScheduleOptions:
         "Steps in which the rate climbs from 0: a whole number, or a share of all steps (0.1 or 10%). Not with the "
         "constant schedule. Typical: 5 to 10%.",
         read=int_or_float,
-        metavar="N",
         at_least=0,
     )
     lr_decay_steps: int | float = option(
         0,
         "Steps of the final decay, as a number or a share. Only for warmup_stable_decay.",
         read=int_or_float,
-        metavar="N",
         at_least=0,
     )
     lr_scheduler_num_cycles: int = option(

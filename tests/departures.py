@@ -7,9 +7,14 @@ ask ``departure(file, case)``; where it answers, they assert our behaviour inste
 import functools
 import json
 import re
+import tomllib
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from library.option_types import checked
+from library.options import declared_options
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,85 @@ def _whole_words() -> frozenset[str]:
     return frozenset(piece.removesuffix("</w>") for piece in vocabulary if piece.endswith("</w>"))
 
 
+def _is_multi_line_in_our_way(case: dict) -> bool:
+    lines = case["caption"].split("\n")
+    decorated = len(lines) > 1 and (case["subset"].get("caption_prefix") or case["subset"].get("caption_suffix"))
+    blank = [not line.strip() for line in lines]
+    skipped = any(blank) if case["subset"].get("enable_wildcard") else blank[0]
+    return bool(decorated or (skipped and not all(blank)))
+
+
+def _naive_expansion_differs(case: dict) -> bool:
+    for word, names in case["replacements"].items():
+        whole = re.sub(rf"(?i)(?<![a-z0-9]){re.escape(word)}(?![a-z0-9])", names, case["caption"]) if word else None
+        if word and whole != case["caption"].replace(word, names):
+            return True
+    return False
+
+
+def _dropping_could_lose_the_word(case: dict) -> bool:
+    subset, word = case["subset"], next(iter(case["replacements"]), "")
+    tags = [tag.strip() for tag in case["caption"].split(subset.get("caption_separator", ","))]
+    loose = tags[subset.get("keep_tokens", 0) :]
+    every = subset.get("caption_dropout_every_n_epochs", 0)
+    whole = subset.get("caption_dropout_rate", 0) > 0 or (every > 0 and case["current_epoch"] % every == 0)
+    parts = subset.get("caption_tag_dropout_rate", 0) > 0 or subset.get("token_warmup_step", 0) > 0
+    return word != "" and ((whole and word in case["caption"]) or (parts and any(word in tag for tag in loose)))
+
+
+def _in_config_file(case: dict) -> dict:
+    """The file's keys without their tables."""
+    flat = {}
+    for key, value in tomllib.loads(case["toml"]).items():
+        flat.update(value if isinstance(value, dict) else {key: value})
+    return flat
+
+
+def _is_refused(name: str, value: object) -> bool:
+    options = dict(declared_options())
+    if name not in options or value in ("", []):
+        return False
+    try:
+        checked(options[name], value)
+    except ArgumentTypeError:
+        return True
+    return False
+
+
+def _config_file_is_refused(case: dict) -> bool:
+    return any(_is_refused(name, value) for name, value in _in_config_file(case).items())
+
+
+def _config_file_is_converted(case: dict) -> bool:
+    options = dict(declared_options())
+    read = {name: value for name, value in case.get("non_default", {}).items() if name != "config_file"}
+    return any(name not in options or checked(options[name], value) != value for name, value in read.items())
+
+
 DEPARTURES: list[Departure] = [
+    Departure(
+        "config_file",
+        "D7",
+        "a value that cannot be converted is refused",
+        _config_file_is_refused,
+    ),
+    Departure(
+        "config_file",
+        "D7",
+        "values are converted to their option's type, unknown keys are a warning",
+        _config_file_is_converted,
+    ),
+    Departure(
+        "output_config",
+        "Q40",
+        "secrets are never written",
+        lambda case: any("huggingface_token" in text for text in case["files"].values()),
+    ),
+    Departure(
+        "captions", "D6", "prefix and suffix go to the chosen line, which is not blank", _is_multi_line_in_our_way
+    ),
+    Departure("captions", "Q27", "the word is expanded in any case and only as a whole word", _naive_expansion_differs),
+    Departure("captions", "D5", "dropping a caption or its tags never drops the word", _dropping_could_lose_the_word),
     Departure(
         "tokenize", "Q29", "the word is matched in any case and only as a whole word", _names_are_found_elsewhere
     ),

@@ -1,0 +1,165 @@
+"""Options that are given and have nothing to do in this run: one sentence each, saying why."""
+
+from collections.abc import Iterator
+
+from library.options import DeepSpeedOptions, MetadataOptions, Options, as_dict
+
+Rule = tuple[bool, str]
+
+# Which schedules read which of the settings that most ignore.
+SCHEDULES_THAT_READ = {
+    "lr_decay_steps": ("warmup_stable_decay",),
+    "lr_scheduler_num_cycles": (
+        "cosine_with_restarts",
+        "cosine_with_min_lr",
+        "cosine_warmup_with_min_lr",
+        "warmup_stable_decay",
+    ),
+    "lr_scheduler_power": ("polynomial",),
+    "lr_scheduler_timescale": ("inverse_sqrt",),
+    "lr_scheduler_min_lr_ratio": ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay"),
+}
+
+
+def notices(options: Options) -> list[str]:
+    """Return a sentence for each option that is given and changes nothing."""
+    rules = (_data, _caches, _noise, _loss, _optimizer, _schedule, _length, _runtime, _saving)
+    return [sentence for rule in rules for applies, sentence in rule(options, _given(options)) if applies]
+
+
+def _given(options: Options) -> set[str]:
+    """Names of the options whose value is not the default."""
+    defaults = as_dict(Options(), secrets=True)
+    return {name for name, value in as_dict(options, secrets=True).items() if value != defaults[name]}
+
+
+def _data(options: Options, given: set[str]) -> Iterator[Rule]:
+    data = options.dataset
+    for name in ("train_data_dir", "reg_data_dir", "in_json"):
+        yield (
+            name in given and data.dataset_config is not None,
+            f"--{name} is not used: --dataset_config describes the pictures.",
+        )
+    folders_only = data.dataset_config is None and data.dataset_class is None
+    yield (
+        folders_only and "bucket_no_upscale" in given and not data.enable_bucket,
+        "--bucket_no_upscale has nothing to do without --enable_bucket.",
+    )
+    yield (
+        folders_only and "prior_loss_weight" in given and data.reg_data_dir is None,
+        "--prior_loss_weight has nothing to do without regularisation pictures (--reg_data_dir).",
+    )
+    yield (
+        "conditioning_data_dir" in given and not data.masked_loss,
+        "--conditioning_data_dir has nothing to do without --masked_loss.",
+    )
+    yield (
+        options.token.use_object_template and options.token.use_style_template,
+        "--use_style_template is not used: --use_object_template wins.",
+    )
+
+
+def _caches(options: Options, given: set[str]) -> Iterator[Rule]:
+    cache = options.cache
+    for name in ("vae_batch_size", "highvram"):
+        yield name in given and not cache.cache_latents, f"--{name} has nothing to do without --cache_latents."
+    yield (
+        cache.skip_cache_check and not cache.cache_latents_to_disk,
+        "--skip_cache_check has nothing to do without --cache_latents_to_disk.",
+    )
+
+
+def _noise(options: Options, given: set[str]) -> Iterator[Rule]:
+    noise = options.noise
+    for name in ("noise_offset_random_strength", "adaptive_noise_scale"):
+        yield name in given and not noise.noise_offset, f"--{name} has nothing to do without a --noise_offset above 0."
+    yield (
+        "multires_noise_discount" in given and not noise.multires_noise_iterations,
+        "--multires_noise_discount has nothing to do without --multires_noise_iterations.",
+    )
+    yield (
+        noise.ip_noise_gamma_random_strength and not noise.ip_noise_gamma,
+        "--ip_noise_gamma_random_strength has nothing to do without --ip_noise_gamma.",
+    )
+
+
+def _loss(options: Options, given: set[str]) -> Iterator[Rule]:
+    loss = options.loss
+    for name in ("huber_schedule", "huber_c", "huber_scale"):
+        yield (
+            name in given and loss.loss_type not in ("huber", "smooth_l1"),
+            f"--{name} has nothing to do with --loss_type {loss.loss_type}.",
+        )
+
+
+def _optimizer(options: Options, given: set[str]) -> Iterator[Rule]:
+    yield (
+        options.optimizer.fused_backward_pass,
+        "--fused_backward_pass has nothing to do: only the few new vectors have gradients.",
+    )
+
+
+def _schedule(options: Options, given: set[str]) -> Iterator[Rule]:
+    schedule = options.schedule
+    if schedule.lr_scheduler_type:
+        yield "lr_scheduler" in given, "--lr_scheduler is not used: --lr_scheduler_type names the schedule."
+    chosen = schedule.lr_scheduler_type or schedule.lr_scheduler
+    for name, readers in SCHEDULES_THAT_READ.items():
+        yield (
+            name in given and bool(getattr(schedule, name)) and chosen not in readers,
+            f"--{name} has nothing to do: it is read by {', '.join(readers)}, and the schedule is {chosen}.",
+        )
+
+
+def _length(options: Options, given: set[str]) -> Iterator[Rule]:
+    yield (
+        {"max_train_steps", "max_train_epochs"} <= given,
+        "--max_train_steps is not used: --max_train_epochs sets the length.",
+    )
+
+
+def _runtime(options: Options, given: set[str]) -> Iterator[Rule]:
+    runtime = options.runtime
+    slices, xformers = runtime.mem_eff_attn, runtime.xformers
+    yield runtime.sdpa and not (slices or xformers), "--sdpa: PyTorch's own attention is the default anyway."
+    yield runtime.sdpa and (slices or xformers), "--sdpa is not used: another kind of attention is asked for."
+    yield xformers and slices, "--xformers is not used: --mem_eff_attn wins."
+    yield (
+        "dynamo_backend" in given and runtime.dynamo_backend != "no" and not runtime.torch_compile,
+        "--dynamo_backend has nothing to do without --torch_compile.",
+    )
+    yield (
+        runtime.torch_compile and runtime.dynamo_backend == "no",
+        "--torch_compile has nothing to do: --dynamo_backend no means not to compile.",
+    )
+    yield (
+        runtime.console_log_simple and runtime.console_log_file is not None,
+        "--console_log_simple has nothing to do: the messages go to --console_log_file.",
+    )
+    for name in DeepSpeedOptions.__dataclass_fields__:
+        yield (
+            name in given and not options.deepspeed.deepspeed,
+            f"--{name} has nothing to do: it is about DeepSpeed, which is not used.",
+        )
+
+
+def _saving(options: Options, given: set[str]) -> Iterator[Rule]:
+    save = options.save
+    yield (
+        {"save_every_n_epochs", "save_n_epoch_ratio"} <= given,
+        "--save_every_n_epochs is not used: --save_n_epoch_ratio wins.",
+    )
+    yield (
+        "save_last_n_epochs" in given and not {"save_every_n_epochs", "save_n_epoch_ratio"} & given,
+        "--save_last_n_epochs has nothing to do: no files are saved after epochs (--save_every_n_epochs).",
+    )
+    yield (
+        "save_last_n_steps" in given and "save_every_n_steps" not in given,
+        "--save_last_n_steps has nothing to do: no files are saved after steps (--save_every_n_steps).",
+    )
+    for name in MetadataOptions.__dataclass_fields__:
+        yield (
+            name in given and save.save_model_as != "safetensors",
+            f"--{name} is not written: only safetensors files hold metadata, and --save_model_as is "
+            f"{save.save_model_as}.",
+        )

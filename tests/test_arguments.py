@@ -1,0 +1,357 @@
+"""The command line, alone and with a configuration file, up to checked options."""
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from departures import departure
+from golden_data import golden_cases
+
+from library.arguments import build_parser, parse, read_values
+from library.errors import UserError
+from library.option_checks import MISSING_FEATURES, check_combinations, check_limits, safe_file_name, settle
+from library.option_notices import notices
+from library.options import Options, as_dict, declared_options
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Parse a complete command line, to which the given arguments are added, for a family."""
+    needed = ["--pretrained_model_name_or_path=model.safetensors", "--token_string=mychar", "--train_data_dir=data"]
+    needed.append(f"--output_dir={tmp_path / 'output'}")
+
+    def parse_with(*arguments: str, family: str = "sd") -> Options:
+        return parse(build_parser("Train.", family), [*needed, *arguments])
+
+    return parse_with
+
+
+@pytest.fixture
+def warnings(caplog):
+    caplog.set_level(logging.WARNING)
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+def test_help_is_grouped_complete_and_needs_no_torch():
+    program = (
+        "import sys; from library.arguments import build_parser\n"
+        "text = build_parser('Train.', 'sd').format_help()\n"
+        "heavy = {'torch', 'numpy', 'transformers', 'diffusers', 'accelerate'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "print(text)"
+    )
+    shown = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert all(f"\n  --{name}" in shown for name, _ in declared_options())
+    assert "\nThe new word:\n" in shown
+    assert "=false\n" not in shown.split("An option that a --config_file")[0]
+    assert "(default: 1600)" not in shown  # the range is named with it
+    assert "default: 1600" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_both_families_take_every_option_with_its_default(family):
+    parser = build_parser("Train.", family)
+    assert {name: option.default for name, option in declared_options()} == read_values(parser, [])
+
+
+def test_values_arrive_in_their_groups(run):
+    options = run(
+        "--resolution=512,768",
+        "--learning_rate=5e-3:100,5e-4",
+        "--optimizer_args",
+        "weight_decay=0.1",
+        "betas=0.9,0.99",
+        "--dataset_config=data.toml",
+        "--cache_latents",
+        "--lr_warmup_steps=10%",
+        "--lr_scheduler=linear",
+        "--adaptive_noise_scale",
+        "-0.1",
+        "--noise_offset=0.1",
+    )
+    assert options.dataset.resolution == (512, 768)
+    assert options.optimizer.learning_rate == ((5e-3, 100), (5e-4, None))
+    assert options.optimizer.optimizer_args == ("weight_decay=0.1", "betas=0.9,0.99")
+    assert options.dataset.dataset_config == Path("data.toml")
+    assert options.cache.cache_latents is True
+    assert options.schedule.lr_warmup_steps == 0.1
+    assert options.noise.adaptive_noise_scale == -0.1
+
+
+@pytest.mark.parametrize(
+    ("token", "name"),
+    [
+        ("mychar", "mychar"),
+        ("<my/char>", "my_char"),
+        ('a:b*c?"', "a_b_c"),
+        ("...", "embedding"),
+        ("my char", "my char"),
+    ],
+)
+def test_the_file_is_named_after_the_word(run, token, name):
+    assert safe_file_name(token) == name
+    assert run(f"--token_string={token}").save.output_name == name
+    assert run(f"--token_string={token}", "--output_name=other").save.output_name == "other"
+
+
+def test_an_empty_text_means_not_given(run):
+    options = run("--vae=", "--caption_separator=", "--init_word", "")
+    assert (options.model.vae, options.dataset.caption_separator, options.token.init_word) == (None, ",", None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--learning_rat=1e-4"], '--learning_rat is not an option. Did you mean "--learning_rate"?'),
+        (["--learning-rate", "1e-4"], 'Did you mean "--learning_rate"?'),
+        (["--pretrained_model=x"], "is not an option"),
+        (["--qqqqqqqq"], "--qqqqqqqq is not an option. See --help."),
+        (["--init_word=a", "girl"], '"girl" belongs to no option'),
+        (["--seed=abc"], '--seed: "abc" is not a whole number.'),
+        (["--seed"], "--seed: expected one argument."),
+        (["--max_train_epochs=0.5"], '--max_train_epochs: "0.5" is not a whole number.'),
+        (["--learning_rate=nan"], '--learning_rate: "nan" is not a finite number.'),
+        (["--loss_type=l3"], "--loss_type: invalid choice: 'l3'"),
+        (["--v2=maybe"], "--v2"),
+        (["--output_config"], "--output_config needs --config_file"),
+    ],
+)
+def test_a_slip_on_the_command_line_is_named(run, arguments, sentence):
+    with pytest.raises(UserError) as caught:
+        run(*arguments)
+    assert sentence in str(caught.value)
+    assert str(caught.value)[-1] in ".?"
+
+
+@pytest.mark.parametrize(
+    ("missing", "sentence"),
+    [
+        ("pretrained_model_name_or_path", "--pretrained_model_name_or_path is missing"),
+        ("token_string", "--token_string is missing"),
+        ("train_data_dir", "No pictures are given"),
+        ("output_dir", "--output_dir is missing"),
+    ],
+)
+def test_a_missing_option_is_named(run, missing, sentence):
+    with pytest.raises(UserError, match=sentence):
+        run(f"--{missing}=")
+
+
+def test_a_blank_word_is_missing(run):
+    with pytest.raises(UserError, match="--token_string is missing"):
+        run("--token_string= ")
+
+
+def test_looking_at_the_dataset_needs_no_output_folder(run):
+    assert run("--output_dir=", "--debug_dataset").save.output_dir is None
+
+
+def test_an_output_folder_that_cannot_be_is_refused(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in ("file", "file/below"):
+        with pytest.raises(UserError, match=r"file is a file, not a folder"):
+            run(f"--output_dir={tmp_path / folder}")
+    with pytest.raises(UserError, match="--output_name"):
+        run("--output_name=folder/name")
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "num_vectors_per_token=0",
+        "clip_skip=0",
+        "max_train_steps=0",
+        "max_train_epochs=0",
+        "train_batch_size=0",
+        "vae_batch_size=-1",
+        "dataset_repeats=0",
+        "gradient_accumulation_steps=0",
+        "seed=-1",
+        "seed=4294967296",
+        "keep_tokens=-1",
+        "caption_dropout_rate=1.1",
+        "caption_tag_dropout_rate=-0.1",
+        "huber_c=0",
+        "max_grad_norm=-1",
+        "lr_warmup_steps=-0.5",
+        "lr_warmup_steps=150%",
+        "lr_decay_steps=-3",
+        "lr_scheduler_min_lr_ratio=2",
+        "min_timestep=-1",
+        "max_timestep=1001",
+        "max_data_loader_n_workers=-1",
+        "min_snr_gamma=-5",
+        "prior_loss_weight=-1",
+    ],
+)
+def test_a_number_outside_its_range_is_refused(run, argument):
+    name, value = argument.split("=")
+    with pytest.raises(UserError, match=rf"^--{name} is .*(must be|at most)"):
+        run(f"--{name}", value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--adaptive_noise_scale=0.1"], "needs --noise_offset"),
+        (["--scale_v_pred_loss_like_noise_pred"], "needs --v_parameterization"),
+        (["--v_pred_like_loss=0.1", "--v_parameterization"], "--v_pred_like_loss"),
+        (["--full_fp16"], "--full_fp16 needs --mixed_precision fp16"),
+        (["--full_bf16", "--mixed_precision=fp16"], "--full_bf16 needs --mixed_precision bf16"),
+        (["--min_timestep=500", "--max_timestep=500"], "--min_timestep 500 is not below --max_timestep 500"),
+        (["--min_timestep=1000"], "--min_timestep 1000 is not below --max_timestep 1000"),
+        (["--max_timestep=0"], "--min_timestep 0 is not below --max_timestep 0"),
+        (["--use_8bit_adam", "--use_lion_optimizer"], "--use_8bit_adam and --use_lion_optimizer name two optimizers"),
+        (["--use_8bit_adam", "--optimizer_type=Lion"], "--use_8bit_adam and --optimizer_type Lion"),
+        (["--deepspeed"], "--deepspeed cannot help here"),
+    ],
+)
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_contradictions_are_refused(run, arguments, sentence, family):
+    with pytest.raises(UserError) as caught:
+        run(*arguments, family=family)
+    assert sentence in str(caught.value)
+
+
+def test_v2_is_refused_for_sdxl(run):
+    assert run("--v2").model.v2
+    with pytest.raises(UserError, match="--v2 is for Stable Diffusion 2"):
+        run("--v2", family="sdxl")
+
+
+def test_caching_to_disk_implies_caching(run, warnings):
+    cache = run("--cache_latents_to_disk").cache
+    assert cache.cache_latents
+    assert cache.cache_latents_to_disk
+    assert "--cache_latents_to_disk switches --cache_latents on." in warnings()
+
+
+@pytest.mark.parametrize("name", ["sample_every_n_epochs", "sample_every_n_steps", "save_every_n_steps", "ddp_timeout"])
+@pytest.mark.parametrize("value", ["0", "-3"])
+def test_zero_switches_a_count_off(run, warnings, name, value):
+    assert as_dict(run(f"--{name}", value))[name] is None
+    assert any(f"--{name} {value} means never" in warning for warning in warnings())
+
+
+def test_75_tokens_are_the_plain_limit(run):
+    assert run("--max_token_length=75").token.max_token_length is None
+    assert run("--max_token_length=150").token.max_token_length == 150
+
+
+def test_the_old_spelling_of_the_caption_ending_wins(run):
+    assert run("--caption_extension=.txt", "--caption_extention=.cap").dataset.caption_extension == ".cap"
+
+
+def test_workers_that_do_not_exist_cannot_persist(run, warnings):
+    options = run("--persistent_data_loader_workers", "--max_data_loader_n_workers=0")
+    assert not options.dataset.persistent_data_loader_workers
+    assert any("--persistent_data_loader_workers" in warning for warning in warnings())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--zero_terminal_snr"], "--zero_terminal_snr without --v_parameterization"),
+        (["--v2", "--clip_skip=2"], "--clip_skip is unusual with --v2"),
+    ],
+)
+def test_likely_mistakes_are_warned_of(run, warnings, arguments, part):
+    run(*arguments)
+    assert any(part in warning for warning in warnings())
+
+
+@pytest.mark.parametrize("name", [name for feature in MISSING_FEATURES for name in feature.asked_by])
+def test_a_feature_that_is_missing_stops_the_run(run, name):
+    option = dict(declared_options())[name]
+    value = "=true" if option.is_flag else f"={option.choices[0] if option.choices else 2}"
+    with pytest.raises(UserError, match=f"--{name} is not available in this version yet"):
+        run(f"--{name}{value}")
+
+
+@pytest.mark.parametrize("name", [name for feature in MISSING_FEATURES for name in feature.described_by])
+def test_what_only_describes_a_missing_feature_is_a_warning(run, warnings, name):
+    option = dict(declared_options())[name]
+    value = "=true" if option.is_flag else f"={option.choices[-1] if option.choices else 2}"
+    run(f"--{name}{value}")
+    assert any(f"Nothing to do for --{name}" in warning for warning in warnings())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--fused_backward_pass"], "--fused_backward_pass has nothing to do"),
+        (["--sdpa"], "is the default anyway"),
+        (["--sdpa", "--mem_eff_attn"], "--sdpa is not used"),
+        (["--xformers", "--mem_eff_attn"], "--xformers is not used"),
+        (["--torch_compile", "--dynamo_backend=no"], "--torch_compile has nothing to do"),
+        (["--dynamo_backend=eager"], "--dynamo_backend has nothing to do"),
+        (["--dataset_config=a.toml"], "--train_data_dir is not used"),
+        (["--prior_loss_weight=0.5"], "without regularisation pictures"),
+        (["--bucket_no_upscale"], "without --enable_bucket"),
+        (["--conditioning_data_dir=m"], "without --masked_loss"),
+        (["--use_object_template", "--use_style_template"], "--use_style_template is not used"),
+        (["--vae_batch_size=4"], "without --cache_latents"),
+        (["--highvram"], "--highvram has nothing to do without --cache_latents"),
+        (["--cache_latents", "--skip_cache_check"], "without --cache_latents_to_disk"),
+        (["--adaptive_noise_scale=0.1", "--noise_offset=0"], "--adaptive_noise_scale has nothing to do"),
+        (["--noise_offset_random_strength"], "--noise_offset_random_strength has nothing to do"),
+        (["--multires_noise_discount=0.2"], "without --multires_noise_iterations"),
+        (["--ip_noise_gamma_random_strength"], "without --ip_noise_gamma"),
+        (["--huber_c=0.2"], "--huber_c has nothing to do with --loss_type l2"),
+        (["--lr_scheduler_power=2"], "it is read by polynomial, and the schedule is constant"),
+        (["--lr_decay_steps=5"], "warmup_stable_decay"),
+        (["--lr_scheduler=cosine", "--lr_scheduler_type=StepLR"], "--lr_scheduler is not used"),
+        (["--max_train_epochs=2", "--max_train_steps=5"], "--max_train_steps is not used"),
+        (["--save_n_epoch_ratio=2", "--save_every_n_epochs=1"], "--save_every_n_epochs is not used"),
+        (["--save_last_n_epochs=2"], "no files are saved after epochs"),
+        (["--save_last_n_steps=2"], "no files are saved after steps"),
+        (["--metadata_author=me", "--save_model_as=pt"], "--metadata_author is not written"),
+        (["--zero_stage=3"], "about DeepSpeed"),
+        (["--console_log_file=a.log", "--console_log_simple"], "--console_log_simple has nothing to do"),
+    ],
+)
+def test_options_without_effect_are_named(run, arguments, part):
+    assert [sentence for sentence in notices(run(*arguments)) if part in sentence]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--cache_latents", "--vae_batch_size=4", "--cache_latents_to_disk", "--skip_cache_check"],
+        ["--noise_offset=0.1", "--adaptive_noise_scale=0.1"],
+        ["--loss_type=huber", "--huber_c=0.2"],
+        ["--lr_scheduler=polynomial", "--lr_scheduler_power=2"],
+        ["--save_every_n_steps=5", "--save_last_n_steps=10"],
+        ["--save_n_epoch_ratio=5", "--save_last_n_epochs=10"],
+        ["--metadata_author=me"],
+        ["--torch_compile"],
+        ["--xformers"],
+    ],
+)
+def test_options_with_effect_are_not_named(run, arguments):
+    assert notices(run(*arguments)) == []
+
+
+@pytest.mark.parametrize("case", golden_cases("verify_args"))
+def test_golden_verify_args(case):
+    assert departure("verify_args", case) is None
+
+    def verified() -> Options:
+        options = Options.from_values(settle(read_values(build_parser("Train.", "sd"), case["argv"])))
+        check_limits(options)
+        check_combinations(options)
+        return options
+
+    if "error" in case:
+        with pytest.raises(UserError):
+            verified()
+        return
+    options = verified()
+    assert options.cache.cache_latents == case["cache_latents"]
+    assert options.sample.sample_every_n_epochs == case["sample_every_n_epochs"]
+    assert options.sample.sample_every_n_steps == case["sample_every_n_steps"]
