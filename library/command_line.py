@@ -1,0 +1,28 @@
+"""What both scripts do around a training: parse, run, and turn a user's mistake into one sentence and an exit code."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from library.arguments import parse
+from library.errors import UserError
+
+
+def run(parser: argparse.ArgumentParser, family: str, arguments: Sequence[str] | None = None) -> int:
+    """Parse the arguments and train; return 0, 1 for a user's mistake, or 130 when interrupted.
+
+    Everything heavy is imported after the arguments are known to be good, so that ``--help`` and mistakes answer at
+    once.
+    """
+    try:
+        options = parse(parser, arguments)
+        from library.training import train
+
+        train(options, family)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,56 @@
+"""One batch through the frozen networks: from latents and prompts to a loss for every sample."""
+
+from dataclasses import dataclass
+
+import torch
+
+from library.batches import Batch
+from library.diffusion import NoiseSchedule, draw_noise, per_sample_loss
+from library.latents import VaeEncoder
+from library.model_family import ModelFamily
+from library.options import LossOptions, NoiseOptions
+from library.text_encoding import PromptEncoder
+
+
+@dataclass(frozen=True)
+class DenoisingTask:
+    """What the U-Net is asked and how its answer is judged; all of it but the rows is frozen.
+
+    ``vae`` serves batches that bring pictures instead of cached latents; ``vae_scale_factor`` brings latents to the
+    U-Net's scale; ``schedule`` is on the U-Net's device.
+    """
+
+    family: ModelFamily
+    unet: torch.nn.Module
+    prompt_encoder: PromptEncoder
+    schedule: NoiseSchedule
+    noise: NoiseOptions
+    loss: LossOptions
+    v_prediction: bool
+    vae_scale_factor: float
+    vae: VaeEncoder | None = None
+
+    def losses(self, batch: Batch) -> torch.Tensor:
+        """The loss of each of the batch's B samples, float32 [B]; ``batch`` is on the U-Net's device."""
+        latents = self._latents(batch)
+        draw = draw_noise(latents, self.noise, batch.seeds)
+        noisy = self.schedule.add_noise(latents, draw.input_noise, draw.timesteps)
+        conditioning = self.prompt_encoder.encode(batch.input_ids)
+        prediction = self.family.predict_noise(self.unet, noisy, draw.timesteps, conditioning, batch.size_conditioning)
+        return per_sample_loss(
+            prediction,
+            self.schedule.target(latents, draw.noise, draw.timesteps, v_prediction=self.v_prediction),
+            draw.timesteps,
+            self.schedule,
+            self.loss,
+            v_prediction=self.v_prediction,
+            mask=batch.masks,
+            loss_weights=batch.loss_weights,
+        )
+
+    def _latents(self, batch: Batch) -> torch.Tensor:
+        latents = batch.latents
+        if latents is None:
+            generators = [torch.Generator().manual_seed(seed) for seed in batch.seeds]
+            latents = self.vae.encode(batch.images, generators, batch.keys)
+        return latents.float() * self.vae_scale_factor

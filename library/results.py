@@ -1,0 +1,93 @@
+"""What a run leaves behind: embedding files with their metadata, and the closing words to the user."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from library.base_model import BaseModel
+from library.dataset import TrainingData
+from library.embedding_files import SAVE_DTYPES, write_embedding
+from library.metadata import TrainedFor, TrainingRecord, modelspec_metadata
+from library.model_family import ModelFamily
+from library.new_word import NewWord
+from library.options import Options
+from library.report import movement_table, movement_warning, movements, usage_card
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Writes a run's files into ``--output_dir`` and reports on the last one.
+
+    ``metadata`` holds the ModelSpec keys that all files of the run share.
+    """
+
+    options: Options
+    family: ModelFamily
+    model: BaseModel
+    word: NewWord
+    seed: int
+    metadata: dict[str, str]
+
+    @classmethod
+    def create(
+        cls, options: Options, family: ModelFamily, model: BaseModel, word: NewWord, data: TrainingData
+    ) -> "Results":
+        """Collect what is known before the training. Raises UserError for metadata that cannot be written."""
+        trained_for = TrainedFor(
+            architecture=family.modelspec_architecture(options.model),
+            prediction_type="v_prediction" if options.model.v_parameterization else "epsilon",
+            resolution=data.resolution,
+            min_timestep=options.noise.min_timestep,
+            max_timestep=options.noise.max_timestep,
+            clip_skip=options.model.clip_skip,
+        )
+        metadata = modelspec_metadata(options.metadata, trained_for, options.save.output_name)
+        return cls(options, family, model, word, data.seed, metadata)
+
+    def path(self, name: str) -> Path:
+        """Where the file ``name`` is or will be."""
+        return Path(self.options.save.output_dir) / name
+
+    def write(self, name: str, rows: Sequence[Tensor], step: int, epoch: int) -> None:
+        """Write rows [N, D], one tensor per text encoder, as they are after ``step`` steps in ``epoch`` (from 1)."""
+        record = TrainingRecord(
+            token=self.word.placeholder.text,
+            num_vectors=self.word.placeholder.count,
+            steps=step,
+            epoch=epoch,
+            init_word=self.options.token.init_word,
+            base_model=self.model.name,
+            base_model_hash=self.model.hash(),
+            seed=self.seed,
+            learning_rate=self.options.optimizer.learning_rate,
+            optimizer=self.options.optimizer.optimizer_type or None,
+        )
+        write_embedding(
+            self.path(name),
+            dict(zip(self.family.embedding_keys, rows, strict=True)),
+            record,
+            dtype=SAVE_DTYPES.get(self.options.save.save_precision),
+            metadata=self.metadata,
+        )
+
+    def report(
+        self, path: Path, starts: Sequence[Tensor], rows: Sequence[Tensor], steps: int, learning_rate: float | None
+    ) -> None:
+        """Print where the file is, how far each vector moved from its start, and how to use the file."""
+        print(f"\nThe embedding is in {path}\n")
+        moved = []
+        for key, start, now in zip(self.family.embedding_keys, starts, rows, strict=True):
+            compared = movements(self.word.placeholder.names, start, now)
+            if len(self.family.embedding_keys) > 1:
+                print(f"{key}:")
+            print(movement_table(compared) + "\n")
+            moved += compared
+        if warning := movement_warning(moved, learning_rate, steps):
+            logger.warning(warning)
+        keys, count = self.family.embedding_keys, self.word.placeholder.count
+        print(usage_card(path, self.word.placeholder.text, keys, count, self.family.title))

@@ -1,0 +1,158 @@
+"""What a run stands on: console logging, the Accelerator, number formats, threads, attention and compilation."""
+
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+
+import accelerate
+import torch
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
+
+from library.errors import UserError
+from library.options import RuntimeOptions
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def set_up_logging(options: RuntimeOptions) -> None:
+    """Send log records to the console (stderr, or plain stdout) or to a file, on the main process only.
+
+    Raises UserError when the log file cannot be written.
+    """
+    if options.console_log_file:
+        try:
+            handler: logging.Handler = logging.FileHandler(options.console_log_file, mode="w", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--console_log_file {options.console_log_file} cannot be written: {error}.") from error
+    else:
+        handler = logging.StreamHandler(sys.stdout if options.console_log_simple else sys.stderr)
+    form = "%(message)s" if options.console_log_simple else "%(asctime)s %(levelname)-7s %(message)s"
+    handler.setFormatter(logging.Formatter(form, datefmt="%H:%M:%S"))
+    level = options.console_log_level or "INFO"
+    root = logging.getLogger("library")
+    for old in root.handlers[:]:
+        root.removeHandler(old)
+        old.close()
+    root.addHandler(handler)
+    root.setLevel(level if int(os.environ.get("RANK", "0")) == 0 else logging.ERROR)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Number formats of a run: ``mixed_precision`` as accelerate wants it, ``dtype`` of all frozen weights."""
+
+    mixed_precision: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float32, float16 or bfloat16; the trained rows, the loss and the optimizer are float32 always."""
+        return DTYPES[self.mixed_precision]
+
+
+def choose_precision(options: RuntimeOptions) -> Precision:
+    """Decide the number format before the Accelerator is made.
+
+    Where ``--mixed_precision`` is left at "no", ``accelerate launch``'s own setting counts. float16 needs an
+    accelerator: without one, bfloat16 takes its place with a warning (accelerate would silently run float32).
+    """
+    chosen = options.mixed_precision
+    from_launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if chosen == "no" and from_launcher in ("fp16", "bf16"):
+        logger.info("Mixed precision %s is taken from accelerate's settings.", from_launcher)
+        chosen = from_launcher
+    if chosen == "fp16" and not torch.accelerator.is_available():
+        logger.warning("fp16 needs a GPU and none was found: bf16 is used instead.")
+        chosen = "bf16"
+    if options.full_fp16 or options.full_bf16:
+        flag = "--full_fp16" if options.full_fp16 else "--full_bf16"
+        logger.info(
+            "%s: the frozen models are held in %s in any case; the rows and the optimizer stay float32.", flag, chosen
+        )
+    return Precision(chosen)
+
+
+def make_accelerator(options: RuntimeOptions, precision: Precision) -> accelerate.Accelerator:
+    """Create the Accelerator (device, processes, gradient scaler); gradient accumulation is the trainer's own."""
+    handlers: list = []
+    if options.ddp_timeout:
+        handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=options.ddp_timeout)))
+    if options.ddp_gradient_as_bucket_view or options.ddp_static_graph:
+        handlers.append(
+            DistributedDataParallelKwargs(
+                gradient_as_bucket_view=options.ddp_gradient_as_bucket_view, static_graph=options.ddp_static_graph
+            )
+        )
+    accelerator = accelerate.Accelerator(mixed_precision=precision.mixed_precision, kwargs_handlers=handlers)
+    if accelerator.device.type == "cpu":
+        _use_all_cores()
+    return accelerator
+
+
+def _use_all_cores() -> None:
+    """``accelerate launch`` leaves one thread to a process; without a GPU that would idle the other cores."""
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = max(1, cores // local_processes)
+    if threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
+        logger.info("No GPU found: computing on the CPU with %d threads.", threads)
+
+
+def seed_everything(seed: int | None) -> int:
+    """Seed Python, numpy and torch, drawing a seed when none is given; return the seed in use."""
+    if seed is None:
+        seed = int.from_bytes(os.urandom(4), "little") & 0x7FFFFFFF
+        logger.info("No --seed given: using %d.", seed)
+    set_seed(seed)
+    return seed
+
+
+def check_runtime(options: RuntimeOptions) -> None:
+    """Refuse what this machine cannot do, before any model is loaded. Raises UserError."""
+    if options.xformers and not options.mem_eff_attn:
+        try:
+            import xformers  # noqa: F401
+        except ImportError as error:
+            raise UserError(
+                "--xformers needs the package xformers: pip install xformers. Without the option the same attention "
+                "runs through PyTorch (SDPA), usually just as fast."
+            ) from error
+        if not torch.cuda.is_available():
+            raise UserError("--xformers works on NVIDIA GPUs only and none was found. Leave the option out.")
+    if options.torch_compile and options.dynamo_backend != "no":
+        backends = torch._dynamo.list_backends(exclude_tags=())
+        if options.dynamo_backend not in backends:
+            raise UserError(
+                f"--dynamo_backend {options.dynamo_backend} is not part of this PyTorch. "
+                f"Available here: {', '.join(backends)}."
+            )
+
+
+def set_attention(options: RuntimeOptions, unet, vae) -> None:
+    """Choose the attention implementation: sliced, xformers, or PyTorch's own (the default, ``--sdpa``)."""
+    if options.mem_eff_attn:
+        unet.set_attention_slice("auto")
+        if vae is not None:
+            vae.enable_slicing()
+    elif options.xformers:
+        unet.enable_xformers_memory_efficient_attention()
+        if vae is not None:
+            vae.enable_xformers_memory_efficient_attention()
+
+
+def compile_modules(options: RuntimeOptions, modules: list[torch.nn.Module]) -> None:
+    """Compile the modules in place with ``--torch_compile`` and its ``--dynamo_backend``."""
+    if not options.torch_compile or options.dynamo_backend == "no":
+        return
+    logger.info("Compiling the U-Net and the text encoders (%s); the first steps take longer.", options.dynamo_backend)
+    for module in modules:
+        module.compile(backend=options.dynamo_backend)
+
+
+def free_memory() -> None:
+    """Return unused cached device memory to the device."""
+    accelerate.utils.release_memory()

@@ -1,0 +1,364 @@
+"""The training, from loaded data to the saved file: build steps that return what they made, then the loop."""
+
+import logging
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from library import runtime
+from library.base_model import BaseModel
+from library.batches import Batch
+from library.checkpoints import Action, RunPlan, SaveSchedule, remove_checkpoint
+from library.dataset import TrainingData
+from library.denoising import DenoisingTask
+from library.diffusion import NoiseSchedule
+from library.errors import UserError
+from library.frozen_layers import freeze_to_float8
+from library.latents import LatentCache, VaeEncoder
+from library.lr_schedulers import LearningRateSchedule, build_lr_schedule
+from library.model_family import ModelFamily
+from library.new_word import NewWord, initial_rows
+from library.optimizers import OptimizerChoice, averaged_values, build_optimizer, largest_rate, slow_learning_warning
+from library.options import Options
+from library.results import Results
+from library.text_encoding import PromptEncoder
+from library.tokens import TrainableRows, table_spread, typical_norm
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """One training run; :meth:`run` is its table of contents.
+
+    The arguments have been checked and nothing large is loaded yet. ``rows`` are the only parameters; everything else
+    is frozen when it is loaded and never written to.
+    """
+
+    def __init__(self, options: Options, family: ModelFamily, model: BaseModel, word: NewWord, data: TrainingData):
+        self.options, self.family, self.model, self.word, self.data = options, family, model, word, data
+        self.precision = runtime.choose_precision(options.runtime)
+        self.accelerator = runtime.make_accelerator(options.runtime, self.precision)
+        self.device = self.accelerator.device
+        processes = self.accelerator.num_processes
+        self.plan = RunPlan.create(options.training, data.order.num_batches, processes)
+        self.saves = SaveSchedule.create(options.save, self.plan.epochs)
+        self.results = Results.create(options, family, model, word, data)
+        self.step = 0
+        self.epoch = 0
+        self.gradient_checked = False
+
+    def run(self) -> Path:
+        """Train and save; return the path of the embedding file."""
+        self.check_optimizer()
+        text_encoders = self.load_text_encoders()
+        self.rows, self.starts = self.build_rows(text_encoders)
+        self.choice, self.lr_schedule = self.build_optimizer(self.rows)
+        self.optimizer, prepared_rows = self.accelerator.prepare(self.choice.optimizer, self.rows)
+        self.prompt_encoder = PromptEncoder(
+            self.family, text_encoders, self.word.prompts, prepared_rows, self.options.model.clip_skip
+        )
+        vae = self.prepare_latents()
+        self.task = self.build_task(self.load_unet(), vae)
+        runtime.set_attention(self.options.runtime, self.task.unet, vae and vae.vae)
+        runtime.compile_modules(self.options.runtime, [self.task.unet, *text_encoders])
+        self.cache_prompts()
+        try:
+            self.fit()
+        except (KeyboardInterrupt, UserError):
+            self.rescue()
+            raise
+        return self.finish()
+
+    # ---- build steps
+
+    def check_optimizer(self) -> None:
+        """Find mistakes in the optimizer's and the schedule's options before anything is loaded."""
+        logging.disable(logging.WARNING)  # they are said when the real ones are built
+        try:
+            choice = build_optimizer(self.options.optimizer, [torch.nn.Parameter(torch.zeros(1, 1))])
+            build_lr_schedule(self.options.schedule, choice, self.plan.total_steps)
+        finally:
+            logging.disable(logging.NOTSET)
+
+    def load_text_encoders(self) -> list[torch.nn.Module]:
+        """The frozen text encoders in the run's precision, on the device."""
+        encoders = self.model.text_encoders(self.precision.dtype, self.device)
+        if self.options.training.gradient_checkpointing:
+            for encoder in encoders:
+                encoder.gradient_checkpointing_enable()
+                encoder.train()  # transformers checkpoints in train mode only; CLIP has no dropout
+        return encoders
+
+    def build_rows(self, text_encoders: list[torch.nn.Module]) -> tuple[TrainableRows, list[Tensor]]:
+        """The trained rows and a copy of their start values."""
+        tables = [encoder.get_input_embeddings() for encoder in text_encoders]
+        starts = initial_rows(self.word, self.options.token, self.family, tables, self.data.seed)
+        self.table_spread = max(table_spread(table.weight) for table in tables)
+        self.usual_norms = [typical_norm(table.weight) for table in tables]
+        return TrainableRows(starts), [start.cpu() for start in starts]
+
+    def build_optimizer(self, rows: TrainableRows) -> tuple[OptimizerChoice, LearningRateSchedule]:
+        """The optimizer over the rows alone, and its learning rates."""
+        rows.to(self.device)
+        choice = build_optimizer(self.options.optimizer, rows.parameters())
+        schedule = build_lr_schedule(self.options.schedule, choice, self.plan.total_steps)
+        if warning := slow_learning_warning(choice, self.plan.total_steps, self.table_spread):
+            logger.warning(warning)
+        return choice, schedule
+
+    def prepare_latents(self) -> VaeEncoder | None:
+        """Fill the latent cache and release the VAE, or return the VAE for encoding at every step."""
+        cache = self.options.cache
+        dtype = torch.float32 if self.options.model.no_half_vae else self.precision.dtype
+        vae = VaeEncoder(self.model.vae(dtype, self.device), self.device, dtype)
+        if not cache.cache_latents:
+            return vae
+        runtime.set_attention(self.options.runtime, None, vae.vae)
+        latents = LatentCache(
+            suffix=self.family.cache_suffix,
+            to_disk=cache.cache_latents_to_disk,
+            seed=self.data.seed,
+            skip_check=cache.skip_cache_check,
+            highvram=self.options.runtime.highvram,
+        )
+        latents.fill(
+            self.data.latent_entries(),
+            vae,
+            batch_size=cache.vae_batch_size,
+            process_index=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+        )
+        self.accelerator.wait_for_everyone()
+        self.data.use_cache(latents)
+        return None
+
+    def load_unet(self) -> torch.nn.Module:
+        """The frozen U-Net in the run's precision (or float8), on the device, in eval mode."""
+        unet = self.model.unet(self.precision.dtype, self.device)
+        if self.options.runtime.fp8_base:
+            freeze_to_float8(unet)
+        if self.options.training.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        return unet
+
+    def build_task(self, unet: torch.nn.Module, vae: VaeEncoder | None) -> DenoisingTask:
+        """What every batch goes through."""
+        schedule = NoiseSchedule.create(zero_terminal_snr=self.options.noise.zero_terminal_snr)
+        return DenoisingTask(
+            family=self.family,
+            unet=unet,
+            prompt_encoder=self.prompt_encoder,
+            schedule=schedule.to(self.device),
+            noise=self.options.noise,
+            loss=self.options.loss,
+            v_prediction=self.options.model.v_parameterization,
+            vae_scale_factor=self.model.vae_scale_factor,
+            vae=vae,
+        )
+
+    def cache_prompts(self) -> None:
+        """Encode captions that lack the word once and for all, with ``--cache_text_encoder_outputs``."""
+        if not self.options.cache.cache_text_encoder_outputs:
+            return
+        cached, live = self.prompt_encoder.cache(self.data.first_prompts())
+        logger.info(
+            "Text encoder outputs: %d captions without the word are cached, %d captions with it stay live "
+            "(their output changes at every step).",
+            cached,
+            live,
+        )
+
+    # ---- the loop
+
+    def fit(self) -> None:
+        """Epochs of optimizer steps until the planned number of steps is done."""
+        loader = self.data.loader(
+            process_index=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+            accumulation=self.plan.accumulation,
+            max_steps=self.plan.total_steps,
+            workers=self.options.dataset.max_data_loader_n_workers,
+            persistent=self.options.dataset.persistent_data_loader_workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        logger.info(
+            "Training %d vectors for %d steps in %d epochs: %d batches an epoch and process, %d a step, %d processes.",
+            self.word.placeholder.count,
+            self.plan.total_steps,
+            self.plan.epochs,
+            self.plan.batches_per_process,
+            self.plan.accumulation,
+            self.accelerator.num_processes,
+        )
+        progress = tqdm(
+            total=self.plan.total_steps, desc="steps", unit="step", disable=not self.accelerator.is_local_main_process
+        )
+        with progress:
+            for epoch in range(1, self.plan.epochs + 1):
+                self.epoch = epoch
+                loader.set_epoch(epoch, self.step)
+                for batches in _groups(loader, self.plan.accumulation):
+                    loss = self.optimizer_step(batches)
+                    self.step += 1
+                    progress.update()
+                    progress.set_postfix(loss=f"{loss:.4f}", lr=f"{self.lr_schedule.get_last_lr()[0]:.3g}")
+                    self.carry_out(self.saves.after_step(self.step))
+                    if self.step >= self.plan.total_steps:
+                        break
+                self.validate()
+                self.carry_out(self.saves.after_epoch(epoch))
+
+    def optimizer_step(self, batches: list[Batch]) -> float:
+        """One update of the rows from the batches of one accumulation group; returns the group's mean loss."""
+        loss = torch.zeros((), device=self.device)
+        taught = False
+        for number, batch in enumerate(batches, start=1):
+            last = number == len(batches)
+            with nullcontext() if last else self.accelerator.no_sync(self.prompt_encoder.rows):
+                part = self.batch_loss(batch) * batch.weight
+                self.accelerator.backward(part)
+            loss += part.detach()
+            taught = taught or bool(batch.has_token.any())
+        loss, taught = self.agree(loss, taught)
+        if not math.isfinite(loss):
+            raise UserError(self.explain_stop(f"the loss of step {self.step + 1} is {loss}"))
+        if taught:
+            self.update_rows()
+        self.lr_schedule.step(loss)
+        self.optimizer.zero_grad()
+        return loss
+
+    def batch_loss(self, batch: Batch) -> Tensor:
+        """The mean loss of a batch, or a zero that depends on the rows where nothing in it can teach them."""
+        if not batch.has_token.any():
+            # The networks are skipped, but the rows stay in the graph: other processes may wait for their gradient.
+            return sum(rows.sum() for rows in self.prompt_encoder.rows()) * 0.0
+        return self.task.losses(batch.to(self.device, non_blocking=True)).mean()
+
+    def agree(self, loss: Tensor, taught: bool) -> tuple[float, bool]:
+        """The mean loss over the processes, and whether any of them saw the word."""
+        if self.accelerator.num_processes == 1:
+            return loss.item(), taught
+        shared = torch.stack([loss, torch.tensor(float(taught), device=self.device)])
+        loss, taught = self.accelerator.reduce(shared, reduction="mean").tolist()
+        return loss, taught > 0
+
+    def update_rows(self) -> None:
+        """Clip the joint gradient of all encoders' rows, look at it the first time, and step the optimizer."""
+        limit = self.options.optimizer.max_grad_norm
+        if limit:
+            self.accelerator.clip_grad_norm_(self.rows.parameters(), limit)
+        else:
+            self.accelerator.unscale_gradients()
+        if not self.gradient_checked:
+            self.check_gradient()
+        self.optimizer.step()
+        if self.options.token.preserve_embedding_norm:
+            self.rows.rescale(self.usual_norms)
+
+    def check_gradient(self) -> None:
+        """Stop a run whose first gradient cannot teach anything; warn of single vectors without one."""
+        gradients = [rows.grad for rows in self.rows.rows]
+        if not all(torch.isfinite(gradient).all() for gradient in gradients):
+            if self.accelerator.scaler is not None:
+                return  # fp16's loss scale has not settled yet; the scaler skips this step by itself
+            raise UserError(self.explain_stop("the gradient of the new vectors is not finite"))
+        self.gradient_checked = True
+        norms = torch.stack([gradient.norm(dim=1) for gradient in map(Tensor.float, gradients)])
+        if not norms.any():
+            raise UserError(
+                self.explain_stop("the captions hold the word, but the new vectors receive a gradient of exactly zero")
+            )
+        still = [name for name, norm in zip(self.word.placeholder.names, norms.amin(dim=0), strict=True) if norm == 0]
+        if still:
+            logger.warning(
+                "The first step gave no gradient to %s. A vector learns only where its name stands in a caption.",
+                ", ".join(still),
+            )
+
+    def explain_stop(self, reason: str) -> str:
+        """A sentence on why a run was stopped, with what to try."""
+        return (
+            f"Training stopped: {reason}. Going on would only spoil the embedding. Try --mixed_precision=bf16 or no in "
+            "place of fp16, a lower --learning_rate, or --no_half_vae; if it happens at the first step, the model "
+            "file or its VAE may be damaged."
+        )
+
+    def validate(self) -> None:
+        """Log the loss on held-out pictures, with the same noise and timesteps every time."""
+        if not self.data.has_validation:
+            return
+        loader = self.data.validation_loader(
+            process_index=self.accelerator.process_index, num_processes=self.accelerator.num_processes
+        )
+        loss = torch.zeros((), device=self.device)
+        with torch.no_grad(), self.averaged_rows():
+            for batch in loader:
+                if len(batch):
+                    loss += self.task.losses(batch.to(self.device)).mean() * batch.weight
+        loss, _ = self.agree(loss, True)
+        logger.info("Epoch %d, step %d: loss/validation %.5f", self.epoch, self.step, loss)
+
+    # ---- results
+
+    @contextmanager
+    def averaged_rows(self) -> Iterator[list[Tensor]]:
+        """The rows as they are to be used, within a ``with``: the average of an optimizer that keeps one.
+
+        The training values come back bit by bit, so that saving more often does not change a run.
+        """
+        training_values = [rows.detach().clone() for rows in self.rows.rows]
+        with averaged_values(self.choice.optimizer):
+            yield [rows.detach().cpu().clone() for rows in self.rows.rows]
+        for rows, values in zip(self.rows.rows, training_values, strict=True):
+            rows.data.copy_(values)
+
+    def carry_out(self, actions: Iterable[Action]) -> None:
+        """Save and remove what the schedule says."""
+        for action in actions:
+            if action.kind == "save":
+                self.save(action.name)
+            elif action.kind == "remove" and self.accelerator.is_main_process:
+                remove_checkpoint(self.results.path(action.name))
+
+    def save(self, name: str) -> list[Tensor]:
+        """Write the embedding file ``name`` and return the rows in it; all processes take part, one writes."""
+        with self.averaged_rows() as rows:
+            if self.accelerator.is_main_process:
+                self.results.write(name, rows, self.step, self.epoch)
+        return rows
+
+    def rescue(self) -> None:
+        """Keep what an interrupted run has learned so far, under the name of its step."""
+        name = self.saves.names.file(self.saves.names.step(self.step))
+        if self.step == 0 or not all(torch.isfinite(rows).all() for rows in self.rows.rows):
+            return
+        self.save(name)
+        logger.warning("The vectors of step %d are kept in %s.", self.step, self.results.path(name))
+
+    def finish(self) -> Path:
+        """Save the result and say where it is, how far it moved and how to use it."""
+        for action in self.saves.at_end():
+            rows = self.save(action.name)
+        path = self.results.path(action.name)
+        if self.accelerator.is_main_process:
+            self.results.report(path, self.starts, rows, self.step, largest_rate(self.choice) or None)
+        self.accelerator.end_training()
+        return path
+
+
+def _groups(loader: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """Consecutive batches in lists of ``size``; the last list of an epoch may be shorter."""
+    group: list[Batch] = []
+    for batch in loader:
+        group.append(batch)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group

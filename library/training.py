@@ -1,0 +1,53 @@
+"""From checked options to a finished run: what can go wrong without a model is found before one is loaded."""
+
+import logging
+from pathlib import Path
+
+from library import runtime
+from library.base_model import BaseModel
+from library.captions import OBJECT_TEMPLATES, STYLE_TEMPLATES
+from library.dataset import TrainingData
+from library.dataset_config import check_caching, load_dataset_configs
+from library.debug_dataset import show_dataset
+from library.model_family import FAMILIES, ModelFamily
+from library.new_word import NewWord
+from library.option_notices import notices
+from library.options import Options, TokenOptions
+from library.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def train(options: Options, family_name: str) -> Path | None:
+    """Run one training and return the path of its embedding; None after ``--debug_dataset``. Raises UserError."""
+    family = FAMILIES[family_name]
+    runtime.set_up_logging(options.runtime)
+    runtime.check_runtime(options.runtime)
+    for sentence in notices(options):
+        logger.info(sentence)
+    model = BaseModel.open(options.model, family)
+    word = NewWord.check(options.token, model.tokenizers())
+    data = find_data(options, family, word, runtime.seed_everything(options.training.seed))
+    if options.dataset.debug_dataset:
+        show_dataset(data, options.save.output_dir)
+        return None
+    return Trainer(options, family, model, word, data).run()
+
+
+def find_data(options: Options, family: ModelFamily, word: NewWord, seed: int) -> TrainingData:
+    """Find and check the pictures and captions, and report on them."""
+    configs = load_dataset_configs(options.dataset, bucket_step=family.bucket_step)
+    check_caching(configs, caching=options.cache.cache_latents)
+    data = TrainingData(configs, word.prompts, templates=templates(options.token), seed=seed)
+    report = data.check()
+    logger.info(report.text)
+    for warning in report.warnings:
+        logger.warning(warning)
+    return data
+
+
+def templates(options: TokenOptions) -> tuple[str, ...] | None:
+    """The sentences that replace all captions, if any; the object templates win over the style templates."""
+    if options.use_object_template:
+        return OBJECT_TEMPLATES
+    return STYLE_TEMPLATES if options.use_style_template else None

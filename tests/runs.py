@@ -1,0 +1,56 @@
+"""Runs the real scripts in this process on tiny models, and keeps hold of what they built."""
+
+from pathlib import Path
+
+import pytest
+from photos import make_photos
+
+import sdxl_train_textual_inversion
+import train_textual_inversion
+from library.trainer import Trainer
+
+SCRIPTS = {"sd1": train_textual_inversion, "sd2": train_textual_inversion, "sdxl": sdxl_train_textual_inversion}
+FAMILY_FLAGS = {"sd1": [], "sd2": ["--v2", "--v_parameterization"], "sdxl": []}
+TOKEN = "mychar"
+
+
+def write_dataset(folder: Path, general: str = "", dataset: str = "", subset: str = "", **photos) -> Path:
+    """Draw photographs (see ``make_photos``) and write a dataset file that names them; returns the file."""
+    images = folder / "images"
+    make_photos(images, **photos)
+    file = folder / "dataset.toml"
+    file.write_text(
+        f"[general]\ncaption_extension = '.txt'\n{general}\n[[datasets]]\nresolution = 64\nbatch_size = 2\n{dataset}\n"
+        f"[[datasets.subsets]]\nimage_dir = '{images.as_posix()}'\n{subset}\n",
+        encoding="utf-8",
+    )
+    return file
+
+
+def arguments(family: str, model: Path, dataset: Path | None, output: Path, *more: str) -> list[str]:
+    """The command line of a short run; ``more`` is appended and may override."""
+    given = [f"--pretrained_model_name_or_path={model}", f"--output_dir={output}", f"--token_string={TOKEN}"]
+    given += ["--init_word=girl", "--max_train_steps=2", "--learning_rate=1e-2", "--seed=1", "--cache_latents"]
+    given += ["--max_data_loader_n_workers=0", *FAMILY_FLAGS[family]]
+    if dataset is not None:
+        given.append(f"--dataset_config={dataset}")
+    return [*given, *more]
+
+
+def run(family: str, argv: list[str]) -> int:
+    """The exit code of the family's script."""
+    return SCRIPTS[family].main(argv)
+
+
+@pytest.fixture
+def trainers(monkeypatch) -> list[Trainer]:
+    """Every trainer that runs during the test, in order, as it is at the end of its run."""
+    seen: list[Trainer] = []
+    original = Trainer.run
+
+    def recorded(trainer: Trainer):
+        seen.append(trainer)
+        return original(trainer)
+
+    monkeypatch.setattr(Trainer, "run", recorded)
+    return seen

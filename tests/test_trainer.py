@@ -1,0 +1,142 @@
+"""The whole training through the real scripts: what learns, what must not change, and what the file is worth."""
+
+import copy
+
+import pytest
+import torch
+from runs import TOKEN, arguments, run, trainers, write_dataset  # noqa: F401  (a fixture)
+from safetensors.torch import load_file
+
+from library.base_model import BaseModel
+
+CAPTION = f"a photo of {TOKEN}, smiling"
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    """Four photographs of two shapes, every caption with the word."""
+    return write_dataset(tmp_path_factory.mktemp("data"), dataset="enable_bucket = true", caption=CAPTION)
+
+
+@pytest.fixture
+def untouched(monkeypatch):
+    """Pairs (module, copy of its state when it was loaded) of every model that a run loads."""
+    pairs = []
+    for part in ("text_encoders", "unet", "vae"):
+        original = getattr(BaseModel, part)
+
+        def recorded(self, *args, original=original, **kwargs):
+            loaded = original(self, *args, **kwargs)
+            for module in loaded if isinstance(loaded, list) else [loaded]:
+                pairs.append((module, copy.deepcopy(module.state_dict())))
+            return loaded
+
+        monkeypatch.setattr(BaseModel, part, recorded)
+    return pairs
+
+
+def model_of(family: str, request, single_file: bool = False):
+    return request.getfixturevalue(f"tiny_{family}" + ("_file" if single_file else ""))
+
+
+FAMILIES = ["sd1", "sd2", "sdxl"]
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_the_rows_learn(family, count, dataset, tmp_path, request, trainers, untouched):  # noqa: F811
+    argv = arguments(family, model_of(family, request), dataset, tmp_path, f"--num_vectors_per_token={count}")
+    gradients = []
+
+    def look(optimizer, *_):
+        gradients.append([p.grad.norm(dim=1) for group in optimizer.param_groups for p in group["params"]])
+
+    hook = torch.optim.optimizer.register_optimizer_step_pre_hook(look)
+    try:
+        assert run(family, argv) == 0
+    finally:
+        hook.remove()
+    (trainer,) = trainers
+    widths = {"sd1": [32], "sd2": [64], "sdxl": [32, 64]}[family]
+    owned = [p for group in trainer.choice.optimizer.param_groups for p in group["params"]]
+    assert [tuple(p.shape) for p in owned] == [(count, width) for width in widths]
+    state = [t for s in trainer.choice.optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
+    assert max(t.numel() for t in state) == count * max(widths)
+    assert len(gradients) == 2
+    assert all((norms > 0).all() for norms in gradients[0])
+    for start, rows in zip(trainer.starts, trainer.rows.rows, strict=True):
+        assert ((rows - start).norm(dim=1) > 1e-3).all()
+    assert len(untouched) == len(widths) + 2
+    for module, before in untouched:
+        after = {
+            name.replace("token_embedding.table.", "token_embedding."): t for name, t in module.state_dict().items()
+        }
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("extension", ["safetensors", "pt"])
+@pytest.mark.parametrize("single_file", [False, True], ids=["folder", "file"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fresh_pipeline_gives_the_trained_models_latents(
+    family,
+    single_file,
+    extension,
+    dataset,
+    tmp_path,
+    request,
+    trainers,  # noqa: F811
+):
+    argv = arguments(family, model_of(family, request, single_file), dataset, tmp_path)
+    argv += ["--num_vectors_per_token=3", f"--save_model_as={extension}", "--max_train_steps=3"]
+    assert run(family, argv) == 0
+    (trainer,) = trainers
+    file = tmp_path / f"{TOKEN}.{extension}"
+    prompt, settings = (
+        f"a {TOKEN} in a park",
+        {"num_inference_steps": 3, "output_type": "latent", "height": 64, "width": 64},
+    )
+
+    fresh = fresh_pipeline(model_of(family, request))
+    load_as_printed(fresh, family, file)
+    wanted = fresh(prompt, generator=torch.Generator().manual_seed(3), **settings).images
+
+    with torch.no_grad():
+        texts = [trainer.word.placeholder.expand(prompt), ""]
+        ids = [torch.stack(pair) for pair in zip(*(trainer.word.prompts.encode(text) for text in texts), strict=True)]
+        conditioning = trainer.prompt_encoder.encode(ids)
+    embeds = {"prompt_embeds": conditioning.context[:1], "negative_prompt_embeds": conditioning.context[1:]}
+    if conditioning.pooled is not None:
+        embeds |= {"pooled_prompt_embeds": conditioning.pooled[:1]}
+        embeds |= {"negative_prompt_embeds": torch.zeros_like(conditioning.context[1:])}
+        embeds |= {"negative_pooled_prompt_embeds": torch.zeros_like(conditioning.pooled[:1])}
+    pipeline = fresh_pipeline(model_of(family, request))
+    pipeline.unet = trainer.task.unet
+    got = pipeline(**embeds, generator=torch.Generator().manual_seed(3), **settings).images
+    assert (got - wanted).abs().max() < 1e-4
+
+    plain = fresh_pipeline(model_of(family, request))(prompt, generator=torch.Generator().manual_seed(3), **settings)
+    assert (plain.images - wanted).abs().max() > 1e-2
+
+
+def fresh_pipeline(folder):
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def load_as_printed(pipe, family, file):
+    """Run the very lines that the end of a run prints for diffusers."""
+    from library.report import diffusers_snippet
+
+    keys = ["clip_l", "clip_g"] if family == "sdxl" else ["emb_params"]
+    exec(diffusers_snippet(file, TOKEN, keys), {"pipe": pipe})
+
+
+@pytest.mark.parametrize("flag", ["--use_object_template", "--use_style_template"])
+def test_templates_need_no_captions(flag, tmp_path, tiny_sd1):
+    data = write_dataset(tmp_path, caption=None)
+    assert run("sd1", arguments("sd1", tiny_sd1, data, tmp_path / "out", flag, "--num_vectors_per_token=2")) == 0
+    assert load_file(tmp_path / "out" / f"{TOKEN}.safetensors")["emb_params"].shape == (2, 32)
