@@ -8,7 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_models import build_pipeline
 
+from library.embedding_files import write_embedding
+from library.metadata import TrainingRecord
 from library.report import Movement, diffusers_snippet, movement_table, movement_warning, movements, usage_card
 
 SINGLE, PAIR = ("emb_params",), ("clip_l", "clip_g")
@@ -149,3 +152,36 @@ def test_the_card_s_snippet_is_python_and_names_the_file():
     snippet = card.partition("of the same base:\n")[2]
     ast.parse("if True:\n" + snippet)
     assert "load_file('out/my ti.safetensors')" in snippet
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_the_snippet_gives_a_real_pipeline_with_one_encoder_the_word(tmp_path, suffix):
+    pipe = build_pipeline("sd1")
+    rows = {"emb_params": torch.randn(2, 32)}
+    write_embedding(tmp_path / f"stem{suffix}", rows, TrainingRecord("mychar", 2))
+    exec(diffusers_snippet(tmp_path / f"stem{suffix}", "mychar", SINGLE), {"pipe": pipe})
+    table = pipe.text_encoder.get_input_embeddings().weight
+    ids = pipe.tokenizer(pipe.maybe_convert_prompt("a mychar here", pipe.tokenizer)).input_ids
+    assert torch.equal(table[ids[2:4]], rows["emb_params"])
+
+
+@pytest.mark.parametrize("eos_in_config", [2, 49407])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_the_snippet_gives_a_real_pipeline_with_two_encoders_the_word(tmp_path, suffix, eos_in_config):
+    pipe = build_pipeline("sdxl")
+    encoder = pipe.text_encoder_2
+    encoder.config.eos_token_id = encoder.text_model.eos_token_id = eos_in_config
+    rows = {"clip_l": torch.randn(2, 32), "clip_g": torch.randn(2, 64)}
+    write_embedding(tmp_path / f"stem{suffix}", rows, TrainingRecord("mychar", 2))
+    exec(diffusers_snippet(tmp_path / f"stem{suffix}", "mychar", PAIR), {"pipe": pipe})
+
+    with torch.no_grad():
+        pooled = pipe.encode_prompt("a mychar here", do_classifier_free_guidance=False)[2]
+        prompt = pipe.maybe_convert_prompt("a mychar here", pipe.tokenizer_2)
+        ids = pipe.tokenizer_2(prompt, padding="max_length", return_tensors="pt").input_ids
+        states = encoder(ids).last_hidden_state
+        at_end_of_text = encoder.text_projection(states[0, ids[0].tolist().index(49407)])
+        at_new_token = encoder.text_projection(states[0, ids[0].argmax()])
+    assert torch.equal(encoder.get_input_embeddings().weight[ids[0, 2:4]], rows["clip_g"])
+    assert torch.allclose(pooled[0], at_end_of_text, atol=1e-6)
+    assert not torch.allclose(pooled[0], at_new_token, atol=1e-3)
