@@ -100,7 +100,8 @@ def check_token_string(placeholder: Placeholder, tokenizers: Sequence) -> None:
     if known is not None:
         raise UserError(
             f'--token_string "{text}" cannot be used: "{known}" already is a word of the model\'s vocabulary. '
-            f'Choose one that is not, for example "{_free_variant(placeholder, tokenizers)}", and write it in the captions.'
+            f'Choose a word that is not, for example "{_free_variant(placeholder, tokenizers)}", and write it in the '
+            "captions."
         )
 
 
@@ -146,7 +147,7 @@ def _used_rows(table: torch.Tensor) -> torch.Tensor:
 
 
 def table_spread(table: torch.Tensor) -> float:
-    """The standard deviation of one coordinate over the rows in use, averaged over coordinates (CLIP-L: about 0.014)."""
+    """Standard deviation of a coordinate over the rows in use, averaged over coordinates (CLIP-L: about 0.014)."""
     return _used_rows(table).std(dim=0).mean().item()
 
 

@@ -1,0 +1,92 @@
+"""The house itself: what may import what, how large a room may grow, and that nothing heavy loads for --help."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted((ROOT / "library").glob("*.py"))
+
+# Lower layers know nothing of higher ones; modules of one layer may use each other.
+LAYERS = [
+    "errors option_types placeholder buckets resizing data_options training_options output_options options",
+    "captions config_file option_checks option_notices options_page arguments dataset_schema dataset_sources batch_order",
+    "dataset_config images tokens diffusion named_classes optimizers lr_schedulers frozen_layers metadata metadata_files "
+    "caption_files embedding_files report runtime architectures weight_files latent_files batches",
+    "latents model_identity model_family base_model checkpoints text_encoding new_word image_sets image_table",
+    "preflight dataset debug_dataset denoising results",
+    "trainer training",
+    "command_line",
+]
+LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
+
+
+def imports_of(module: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module == "library":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("library."):
+            found.add(node.module.removeprefix("library."))
+        elif isinstance(node, ast.Import):
+            found |= {a.name.removeprefix("library.") for a in node.names if a.name.startswith("library.")}
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.stem)
+def test_layers(module):
+    if module.stem == "__init__":
+        assert imports_of(module) == set()
+        return
+    higher = {name for name in imports_of(module) if LAYER_OF[name] > LAYER_OF[module.stem]}
+    assert higher == set()
+
+
+def test_every_layer_names_a_module():
+    assert set(LAYER_OF) == {module.stem for module in MODULES} - {"__init__"}
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.stem)
+def test_size(module):
+    source = module.read_text(encoding="utf-8")
+    assert source.count("\n") <= 450
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 80, node.name
+
+
+def words_in_code(module: Path) -> set[str]:
+    """Names and strings of a module, docstrings and comments left out."""
+    words = set()
+    for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Name | ast.Attribute):
+            words.add(node.id if isinstance(node, ast.Name) else node.attr)
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            words.add(node.name)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            words.add(node.value)
+        body = getattr(node, "body", [])
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            body.pop(0)
+    return words
+
+
+def test_the_word_sdxl_has_its_place():
+    """The difference between the families is the business of few modules; all others loop over lists."""
+    knowing = {m.stem for m in MODULES if any("sdxl" in word.lower() for word in words_in_code(m))}
+    options = {m.stem for m in MODULES if m.stem.startswith(("option", "arguments")) or m.stem.endswith("_options")}
+    assert knowing - options <= {"architectures", "model_family", "model_identity", "base_model", "weight_files"}
+
+
+def test_help_imports_nothing_heavy():
+    for script in ("train_textual_inversion", "sdxl_train_textual_inversion"):
+        code = (
+            f"import sys, {script} as s\ntry: s.main(['--help'])\nexcept SystemExit as e: assert e.code == 0\n"
+            "assert not {'torch', 'transformers', 'diffusers', 'numpy', 'PIL'} & set(sys.modules)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "--token_string" in done.stdout
