@@ -102,11 +102,36 @@ def image_size(path: Path | str) -> Size:
 
     Raises UserError, naming the file, where there is no picture.
     """
+    if str(path).lower().endswith(".webp") and (size := _plain_webp_size(path)):
+        return size
     with _opened(path) as image:
         if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: a photo with its preview
             logger.warning(f"{path} is animated; only its first frame is used.")
         width, height = image.size
         return (height, width) if _orientation(image) >= 5 else (width, height)
+
+
+def _plain_webp_size(path: Path | str) -> Size | None:
+    """Size of a WebP file without animation or metadata; None for any other file.
+
+    Pillow sets up a whole canvas when it opens a WebP file, which takes ten times as long as other formats' headers.
+    Layout: RFC 9649, sections 2.5 to 2.7.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            head = file.read(30)
+    except OSError:
+        return None
+    if len(head) < 30 or head[:4] != b"RIFF" or head[8:12] != b"WEBP":
+        return None
+    if head[12:16] == b"VP8 ":
+        return int.from_bytes(head[26:28], "little") & 0x3FFF, int.from_bytes(head[28:30], "little") & 0x3FFF
+    if head[12:16] == b"VP8L":
+        bits = int.from_bytes(head[21:25], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    if head[12:16] == b"VP8X" and not head[20] & 0b1110:  # EXIF, XMP, animation
+        return int.from_bytes(head[24:27], "little") + 1, int.from_bytes(head[27:30], "little") + 1
+    return None
 
 
 def read_image(path: Path | str, *, alpha: bool = False) -> np.ndarray:
