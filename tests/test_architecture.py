@@ -13,9 +13,10 @@ MODULES = sorted((ROOT / "library").glob("*.py"))
 # Lower layers know nothing of higher ones; modules of one layer may use each other.
 LAYERS = [
     "errors option_types placeholder buckets resizing data_options training_options output_options options",
-    "captions config_file option_checks option_notices options_page arguments dataset_schema dataset_sources batch_order",
-    "dataset_config images tokens diffusion named_classes optimizers lr_schedulers frozen_layers metadata metadata_files "
-    "caption_files embedding_files report runtime architectures weight_files latent_files batches",
+    "captions config_file option_checks option_notices options_page arguments dataset_schema dataset_sources "
+    "batch_order",
+    "dataset_config images tokens diffusion named_classes optimizers lr_schedulers frozen_layers metadata "
+    "metadata_files caption_files embedding_files report runtime architectures weight_files latent_files batches",
     "latents model_identity model_family base_model checkpoints text_encoding new_word image_sets image_table",
     "preflight dataset debug_dataset denoising results",
     "trainer training",
@@ -60,18 +61,13 @@ def test_size(module):
 
 def words_in_code(module: Path) -> set[str]:
     """Names and strings of a module, docstrings and comments left out."""
-    words = set()
-    for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Name | ast.Attribute):
-            words.add(node.id if isinstance(node, ast.Name) else node.attr)
-        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
-            words.add(node.name)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            words.add(node.value)
-        body = getattr(node, "body", [])
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
-            body.pop(0)
-    return words
+    nodes = list(ast.walk(ast.parse(module.read_text(encoding="utf-8"))))
+    free_standing = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    words = {node.id for node in nodes if isinstance(node, ast.Name)}
+    words |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    words |= {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    strings = [node for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return words | {node.value for node in strings if id(node) not in free_standing}
 
 
 def test_the_word_sdxl_has_its_place():
