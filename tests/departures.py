@@ -15,6 +15,7 @@ from pathlib import Path
 
 from library.option_types import checked
 from library.options import declared_options
+from library.placeholder import Placeholder
 
 
 @dataclass(frozen=True)
@@ -54,21 +55,25 @@ def _is_multi_line_in_our_way(case: dict) -> bool:
 
 
 def _naive_expansion_differs(case: dict) -> bool:
-    for word, names in case["replacements"].items():
-        whole = re.sub(rf"(?i)(?<![a-z0-9]){re.escape(word)}(?![a-z0-9])", names, case["caption"]) if word else None
-        if word and whole != case["caption"].replace(word, names):
-            return True
-    return False
+    return any(
+        word and _placeholder(word, names).expand(case["caption"]) != case["caption"].replace(word, names)
+        for word, names in case["replacements"].items()
+    )
+
+
+def _placeholder(word: str, names: str) -> Placeholder:
+    return Placeholder(word, names.count(" ") // (word.count(" ") + 1) + 1)
 
 
 def _dropping_could_lose_the_word(case: dict) -> bool:
-    subset, word = case["subset"], next(iter(case["replacements"]), "")
-    tags = [tag.strip() for tag in case["caption"].split(subset.get("caption_separator", ","))]
-    loose = tags[subset.get("keep_tokens", 0) :]
+    subset = case["subset"]
     every = subset.get("caption_dropout_every_n_epochs", 0)
     whole = subset.get("caption_dropout_rate", 0) > 0 or (every > 0 and case["current_epoch"] % every == 0)
     parts = subset.get("caption_tag_dropout_rate", 0) > 0 or subset.get("token_warmup_step", 0) > 0
-    return word != "" and ((whole and word in case["caption"]) or (parts and any(word in tag for tag in loose)))
+    if "" in case["replacements"]:
+        return whole
+    placeholders = (_placeholder(word, names) for word, names in case["replacements"].items())
+    return (whole or parts) and any(placeholder.found_in(case["caption"]) for placeholder in placeholders)
 
 
 def _in_config_file(case: dict) -> dict:
@@ -122,8 +127,8 @@ DEPARTURES: list[Departure] = [
     Departure(
         "captions", "D6", "prefix and suffix go to the chosen line, which is not blank", _is_multi_line_in_our_way
     ),
-    Departure("captions", "Q27", "the word is expanded in any case and only as a whole word", _naive_expansion_differs),
     Departure("captions", "D5", "dropping a caption or its tags never drops the word", _dropping_could_lose_the_word),
+    Departure("captions", "Q27", "the word is expanded in any case and only as a whole word", _naive_expansion_differs),
     Departure(
         "tokenize", "Q29", "the word is matched in any case and only as a whole word", _names_are_found_elsewhere
     ),
