@@ -1,5 +1,8 @@
 """The pictures of each subset: found, sized, with their captions and masks, before any model is loaded."""
 
+# Paths are plain strings here: of very many, Path objects take several times the room and time.
+# ruff: noqa: PTH113, PTH116, PTH117, PTH118, PTH119, PTH122
+
 import logging
 import os
 import random
@@ -25,7 +28,7 @@ class ImageSet:
     """The pictures of one subset, in columns: a hundred bytes or so per picture beside its caption.
 
     ``captions`` hold several lines only where the subset uses wildcards; ``uncaptioned`` lists the pictures that have
-    neither a caption nor the folder's class tokens. ``masks`` are the mask files by picture, where the subset has masks.
+    neither a caption nor the folder's class tokens. ``masks`` are the mask files by picture, where there are masks.
     """
 
     subset: SubsetConfig
@@ -270,8 +273,8 @@ def _check_mask_sizes(found: ImageSet) -> None:
 def balanced_repeats(train_total: int, counts: Sequence[int]) -> list[int]:
     """How often each regularisation picture comes, for as many samples of them as of the others.
 
-    ``counts`` is the ``num_repeats`` of every regularisation picture in order. They are taken in turn until there are at
-    least ``train_total`` samples: in the first pass each as often as its ``num_repeats``, then once more in every pass.
+    ``counts`` is the ``num_repeats`` of every regularisation picture in order. They are taken in turn until there are
+    at least ``train_total`` samples: in the first pass each as often as its ``num_repeats``, then once in every pass.
     Pictures that the first pass does not reach get 0.
     """
     repeats, total = [0] * len(counts), 0
@@ -289,8 +292,8 @@ def balanced_repeats(train_total: int, counts: Sequence[int]) -> list[int]:
 def held_out(count: int, share: float, seed: int) -> list[int]:
     """Rows of ``count`` pictures that are kept for validation: ``round(count x share)`` of them, sorted.
 
-    The choice is sd-scripts' for the same ``validation_seed`` (the end of a list shuffled by Python's generator), but no
-    picture is ever on both sides.
+    The choice is sd-scripts' for the same ``validation_seed`` (the end of a list shuffled by Python's generator), but
+    no picture is ever on both sides.
     """
     rows = list(range(count))
     # A generator of its own: the choice neither depends on other draws nor disturbs them.

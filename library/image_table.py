@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from library.buckets import BucketChooser, size_conditioning_crop
+from library.captions import CaptionRules
 from library.dataset_config import DatasetConfig, SubsetConfig
 from library.errors import UserError
 from library.image_sets import ImageSet, balanced_repeats, held_out, load_image_sets, select
@@ -126,8 +127,8 @@ class ImageTable:
 def load_tables(configs: Sequence[DatasetConfig], seed: int) -> tuple[ImageTable, ImageTable | None]:
     """Find every picture of every dataset: the table to train on, and the one held out for validation, if any.
 
-    ``seed`` chooses the validation pictures of a dataset that names no ``validation_seed``. Raises UserError for missing
-    or broken files and where nothing is left to train on.
+    ``seed`` chooses the validation pictures of a dataset that names no ``validation_seed``. Raises UserError for
+    missing or broken files and where nothing is left to train on.
     """
     train: list[tuple[int, ImageSet, list[int]]] = []
     validation: list[tuple[int, ImageSet, list[int]]] = []
@@ -169,10 +170,14 @@ def _split(config: DatasetConfig, sets: list[ImageSet], seed: int) -> tuple[list
 def _at_rest(found: ImageSet) -> ImageSet:
     """Validation pictures without augmentation and caption dropout: the loss must be comparable between passes."""
     subset = found.subset
-    no_dropout = replace(subset.captions, dropout_rate=0.0, dropout_every_n_epochs=0, tag_dropout_rate=0.0)
-    captions = replace(no_dropout, shuffle=False, warmup_step=0)
     still = replace(subset, flip_aug=False, color_aug=False, random_crop=False, face_crop_aug_range=None)
-    return replace(found, subset=replace(still, captions=captions))
+    return replace(found, subset=replace(still, captions=calm_rules(subset.captions)))
+
+
+def calm_rules(rules: CaptionRules) -> CaptionRules:
+    """The same rules with nothing shuffled, dropped or held back; only lines and wildcards are still drawn."""
+    calm = replace(rules, dropout_rate=0.0, dropout_every_n_epochs=0, tag_dropout_rate=0.0)
+    return replace(calm, shuffle=False, warmup_step=0)
 
 
 def _with_repeats(sets: list[ImageSet]) -> list[tuple[ImageSet, list[int]]]:

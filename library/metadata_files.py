@@ -118,18 +118,18 @@ def _join(caption: str, tags: str, separator: str, all_lines: bool) -> str:
 class FolderCache:
     """``metadata_cache.json``: captions and sizes of a folder's pictures, so that the files need not be opened again.
 
-    The layout is sd-scripts': ``{path: {"caption": str, "resolution": [width, height]}}``. Ours adds a ``stamp`` to each
-    picture, made of the size and time of change of its files; a picture whose stamp differs, or that has none, is read
-    anew. A cache that cannot be read or written costs time only, so it is a warning.
+    The layout is sd-scripts': ``{path: {"caption": str, "resolution": [width, height]}}``. Ours adds a ``stamp`` to
+    each picture, made of the size and time of change of its files; a picture whose stamp differs, or that has none, is
+    read anew. A cache that cannot be read or written costs time only, so it is a warning.
     """
 
     def __init__(self, folder: str):
-        self.path = os.path.join(folder, CACHE_NAME)
+        self.path = Path(folder) / CACHE_NAME
         self._entries = self._load()
 
     def _load(self) -> dict:
         try:
-            content = json.loads(Path(self.path).read_text(encoding="utf-8"))
+            content = json.loads(self.path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
@@ -157,10 +157,10 @@ class FolderCache:
         """Write the cache if it changed, in one piece: a run that is stopped leaves the old file or the new one."""
         if entries == self._entries:
             return
-        partial = f"{self.path}.{os.getpid()}.part"
+        partial = self.path.with_name(f"{CACHE_NAME}.{os.getpid()}.part")
         try:
-            Path(partial).write_text(json.dumps(entries, indent=2, ensure_ascii=False), encoding="utf-8")
-            os.replace(partial, self.path)
+            partial.write_text(json.dumps(entries, indent=2, ensure_ascii=False), encoding="utf-8")
+            partial.replace(self.path)
         except OSError as error:
             logger.warning('The cache "%s" cannot be written (%s).', self.path, error)
-            Path(partial).unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)

@@ -4,17 +4,20 @@ A run that cannot teach the word anything (no caption holds it, or the length li
 start; whatever else looks like a mistake is a warning with a count and the first file names.
 """
 
+# Paths are plain strings here: of very many, Path objects take several times the room and time.
+# ruff: noqa: PTH116, PTH123
+
 import os
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from library.captions import CaptionRules, process_caption, token_presence
 from library.errors import UserError
-from library.image_table import ImageTable
+from library.image_table import ImageTable, calm_rules
 from library.placeholder import Placeholder
 from library.tokens import PromptTokenizer
 
@@ -66,38 +69,49 @@ def _counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
+def _are(count: int, noun: str) -> str:
+    return f"{_counted(count, noun)} {'is' if count == 1 else 'are'}"
+
+
 def _contents(table: ImageTable, validation: ImageTable | None) -> list[str]:
     samples = table.samples_in_buckets()
-    batches = -(-samples // table.batch_sizes)
+    batches = int((-(-samples // table.batch_sizes)).sum())
     lines = [
-        f"Training data: {_counted(len(table), 'picture')}, {_counted(int(samples.sum()), 'sample')} an epoch "
-        f"in {_counted(int(batches.sum()), 'batch').replace('batchs', 'batches')}."
+        f"Training data: {_counted(len(table), 'picture')}, {_counted(int(samples.sum()), 'sample')} in "
+        f"{batches:,} batch{'es' if batches > 1 else ''} an epoch."
     ]
-    per_set = np.bincount(table.set_of, minlength=len(table.sets))
-    samples_per_set = np.bincount(table.set_of, weights=table.repeats, minlength=len(table.sets)).astype(int)
-    pictures = np.bincount(table.bucket_of, minlength=len(table.buckets))
-    for number, config in enumerate(table.configs):
-        width, height = config.buckets.resolution
-        lines.append(
-            f"  dataset {number + 1}: {width}x{height}, batch size {config.batch_size}, "
-            f"buckets {'on' if config.buckets.enabled else 'off'}"
-        )
-        for row, found in enumerate(table.sets):
-            if table.dataset_of[row] == number:
-                kind = " (regularisation)" if found.subset.is_reg else ""
-                source = found.subset.metadata_file or found.subset.image_dir
-                lines.append(
-                    f"    {_counted(int(per_set[row]), 'picture')}, {samples_per_set[row]:,} samples: {source}{kind}"
-                )
-        rows = [row for row, bucket in enumerate(table.buckets) if bucket.dataset == number]
-        for row in rows[:_SHOWN_BUCKETS]:
-            bucket = "x".join(map(str, table.buckets[row].size))
-            lines.append(f"    bucket {bucket:>9}: {_counted(int(pictures[row]), 'picture')}, {samples[row]:,} samples")
-        if len(rows) > _SHOWN_BUCKETS:
-            lines.append(f"    … and {len(rows) - _SHOWN_BUCKETS} more buckets")
+    for number in range(len(table.configs)):
+        lines += _dataset_contents(table, number, samples)
     if validation is not None:
         lines.append(f"  {_counted(len(validation), 'picture')} held out for validation")
     return lines
+
+
+def _dataset_contents(table: ImageTable, number: int, samples: np.ndarray) -> list[str]:
+    """One dataset's settings, its subsets and its first buckets."""
+    config = table.configs[number]
+    width, height = config.buckets.resolution
+    buckets = "buckets" if config.buckets.enabled else "no buckets"
+    lines = [f"  dataset {number + 1}: {width}x{height}, batch size {config.batch_size}, {buckets}"]
+    pictures = np.bincount(table.set_of, minlength=len(table.sets))
+    drawn = np.bincount(table.set_of, weights=table.repeats, minlength=len(table.sets)).astype(int)
+    for row, found in enumerate(table.sets):
+        if table.dataset_of[row] == number:
+            kind = " (regularisation)" if found.subset.is_reg else ""
+            source = found.subset.metadata_file or found.subset.image_dir
+            lines.append(f"    {_amount(pictures[row], drawn[row])}: {source}{kind}")
+    pictures = np.bincount(table.bucket_of, minlength=len(table.buckets))
+    rows = [row for row, bucket in enumerate(table.buckets) if bucket.dataset == number]
+    for row in rows[:_SHOWN_BUCKETS]:
+        size = "x".join(map(str, table.buckets[row].size))
+        lines.append(f"    bucket {size:>9}: {_amount(pictures[row], samples[row])}")
+    if len(rows) > _SHOWN_BUCKETS:
+        lines.append(f"    … and {len(rows) - _SHOWN_BUCKETS} more buckets")
+    return lines
+
+
+def _amount(pictures: int, samples: int) -> str:
+    return f"{_counted(pictures, 'picture')}, {_counted(samples, 'sample')}"
 
 
 def _check_templates(prompts: PromptTokenizer, templates: Sequence[str], report: Report) -> None:
@@ -150,18 +164,22 @@ def _check_presence(table: ImageTable, word: Placeholder, report: Report) -> Non
 
 
 def _presence(caption: str, rules: CaptionRules, word: Placeholder) -> str:
-    if rules.wildcard or rules.secondary_separator or rules.prefix or rules.suffix:
+    if not _is_plain(rules):
         return token_presence(caption, rules, word)
     return "always" if word.found_in(caption) else "never"
 
 
 def _check_lengths(table: ImageTable, prompts: PromptTokenizer, report: Report) -> None:
     """Find captions that the length limit cuts, and vectors of the word that stand only in what is cut off."""
-    word = prompts.placeholder
-    measure, kept, cut, losing = _Measure(prompts), set(), [], []
-    for path, text in _finished_captions(table, word):
+    word, measure = prompts.placeholder, _Measure(prompts)
+    kept: set[int] = set()
+    cut, losing = [], []
+    for path, caption, rules in _captions(table):
+        if len(kept) == word.count and measure.surely_fits(caption, rules):
+            continue
+        text = _finished(caption, rules, word)
         too_long = measure(text) > prompts.capacity
-        lost = prompts.lost_rows(text) if too_long else set()
+        lost = _lost_rows(text, prompts, measure) if too_long else set()
         if too_long:
             cut.append(path)
         if lost:
@@ -185,37 +203,64 @@ def _longer(prompts: PromptTokenizer) -> str:
     return ", or allow longer ones with --max_token_length" if prompts.capacity < 225 else ""
 
 
-def _finished_captions(table: ImageTable, word: Placeholder) -> Iterator[tuple[str, str]]:
-    """(path, one draw of the caption with nothing dropped or shuffled, expanded) of every picture but regularisation."""
+def _captions(table: ImageTable) -> Iterator[tuple[str, str, CaptionRules]]:
+    """(path, caption, rules with nothing dropped or shuffled) of every picture but the regularisation ones."""
     for number, found in enumerate(table.sets):
-        if found.subset.is_reg:
-            continue
-        rules = replace(
-            found.subset.captions, shuffle=False, dropout_rate=0.0, dropout_every_n_epochs=0, tag_dropout_rate=0.0
-        )
-        rules = replace(rules, warmup_step=0)
-        for row in table.row_of[table.set_of == number].tolist():
-            yield found.paths[row], process_caption(found.captions[row], rules, word, random.Random(0))
+        if not found.subset.is_reg:
+            rules = calm_rules(found.subset.captions)
+            for row in table.row_of[table.set_of == number].tolist():
+                yield found.paths[row], found.captions[row], rules
+
+
+def _finished(caption: str, rules: CaptionRules, word: Placeholder) -> str:
+    """One draw of a caption, expanded."""
+    if _is_plain(rules):  # the common case, tenfold as fast
+        return word.expand(caption.split("\n", 1)[0])
+    return process_caption(caption, rules, word, random.Random(0))
+
+
+def _is_plain(rules: CaptionRules) -> bool:
+    return not (rules.wildcard or rules.secondary_separator or rules.prefix or rules.suffix)
 
 
 class _Measure:
-    """Counts the tokens of finished captions: words between spaces are tokenized once each and added up."""
+    """Counts the tokens of texts: words between spaces are tokenized once each and added up."""
 
     def __init__(self, prompts: PromptTokenizer):
         self._prompts = prompts
         self._of_word: dict[str, int] = {}
 
     def __call__(self, text: str) -> int:
-        """The number of body tokens, or as much as ``text`` can have at most where that is within the limit."""
-        if len(text.encode()) <= self._prompts.capacity:
-            return len(text.encode())  # no token is shorter than a byte
+        """The number of body tokens of an expanded text."""
         return sum(self._length(word) for word in text.split())
+
+    def surely_fits(self, caption: str, rules: CaptionRules) -> bool:
+        """Whether no draw of ``caption`` can be too long. False may also mean that it was not worth a closer look."""
+        word = self._prompts.placeholder
+        text = " ".join(filter(None, (rules.prefix, caption, rules.suffix)))
+        room = self._prompts.capacity - text.lower().count(word.text.lower()) * (word.count - 1)
+        # A token is at least one byte long, so words that were never tokenized need not be for most captions.
+        if len(text.encode()) <= room or sum(map(self._at_most, text.split())) <= room:
+            return True
+        return self(text) <= room
+
+    def _at_most(self, word: str) -> int:
+        return self._of_word.get(word) or len(word.encode())
 
     def _length(self, word: str) -> int:
         length = self._of_word.get(word)
         if length is None:
             length = self._of_word[word] = len(self._prompts.body_ids(word))
         return length
+
+
+def _lost_rows(text: str, prompts: PromptTokenizer, measure: _Measure) -> set[int]:
+    """Vectors that stand in an expanded text only behind the limit."""
+    expanded = prompts.placeholder.expanded
+    start = text.lower().find(expanded.lower())
+    if start >= 0 and measure(text[: start + len(expanded)]) <= prompts.capacity:
+        return set()
+    return prompts.lost_rows(text)
 
 
 def _rows_in(text: str, word: Placeholder) -> set[int]:
@@ -255,15 +300,15 @@ def _warn_of_small_pictures(table: ImageTable, report: Report) -> None:
     tiny = np.flatnonzero(own_size & (scale > 1.01))
     if len(tiny):
         report.warnings.append(
-            f"{_counted(len(tiny), 'picture')} are smaller than one bucket step and are enlarged in spite of "
+            f"{_are(len(tiny), 'picture')} smaller than one bucket step and enlarged in spite of "
             f"bucket_no_upscale: {_first([table.path(index) for index in tiny[: _SHOWN_FILES + 1]])}."
         )
     small = np.flatnonzero(~own_size & (scale >= _BLURRING_SCALE))
     if len(small):
         names = [f"{table.path(index)} ({_times(scale[index])})" for index in small[: _SHOWN_FILES + 1]]
         report.warnings.append(
-            f"{_counted(len(small), 'picture')} are much smaller than what the model sees and are enlarged, so the word "
-            f"learns the blur too: {_first(names)}. Use larger pictures, a lower resolution or bucket_no_upscale."
+            f"{_are(len(small), 'picture')} much smaller than what the model sees and enlarged, so the "
+            f"word learns the blur too: {_first(names)}. Use larger pictures, a lower resolution or bucket_no_upscale."
         )
 
 
@@ -286,14 +331,14 @@ def _warn_of_duplicates(table: ImageTable, report: Report) -> None:
                 pairs.append(f"{path} = {other}")
     if pairs:
         report.warnings.append(
-            f"{_counted(len(pairs), 'picture')} look like copies of others in the same dataset, and count as often as "
+            f"{_are(len(pairs), 'picture')} as like as copies to others in the same dataset, and count as often as "
             f"they occur: {_first(sorted(pairs))}."
         )
 
 
 def _sampled_bytes(path: str, size: int) -> bytes:
     """Four kilobytes spread over a file: enough to tell pictures of equal length apart."""
-    with open(path, "rb", buffering=0) as file:  # noqa: PTH123
+    with open(path, "rb", buffering=0) as file:
         samples = []
         for part in range(4):
             file.seek(part * max(size - 1024, 0) // 3)

@@ -1,0 +1,108 @@
+"""How long it takes to find, size, caption, check, bucket and order many pictures, and how much memory that needs.
+
+    python tests/benchmarks/dataset_benchmark.py --pictures 10000
+
+Pillow alone, reading sizes and orientations of the same files, is measured beside it: the ratio says more than seconds
+do. The pictures are made in a temporary folder first (JPEG, half of them with EXIF data, and tag captions).
+"""
+
+import argparse
+import gc
+import io
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from transformers import CLIPTokenizer
+
+from library.buckets import BucketRules
+from library.dataset import TrainingData
+from library.dataset_config import DatasetConfig, SubsetConfig
+from library.placeholder import Placeholder
+from library.tokens import PromptTokenizer
+
+_WORDS = [f"{first}{second}" for first in ("red ", "old ", "big ", "odd ") for second in ("cat", "hat", "sky", "sea")]
+
+
+def make_pictures(folder: Path, count: int) -> None:
+    """Write ``count`` small JPEG files of many shapes, each with a caption of twenty tags."""
+    rng = random.Random(0)
+    files = [_jpeg(width, height, exif) for width in range(64, 200, 8) for height in (64, 80, 96) for exif in (0, 1)]
+    for number in range(count):
+        with (folder / f"picture_{number:06}.jpg").open("wb") as file:
+            file.write(rng.choice(files))
+            # Readers ignore what is behind the end of a JPEG: files as long as photographs, in little room.
+            file.truncate(rng.randrange(100_000, 5_000_000))
+        tags = ", ".join(["mychar", *rng.choices(_WORDS, k=20), f"number {number}"])
+        (folder / f"picture_{number:06}.txt").write_text(tags)
+
+
+def _jpeg(width: int, height: int, exif: int) -> bytes:
+    image, file, tags = Image.effect_noise((width, height), 60).convert("RGB"), io.BytesIO(), Image.Exif()
+    if exif:
+        tags[0x0112], tags[0x010F] = 6, "a camera"
+    image.save(file, "JPEG", exif=tags)
+    return file.getvalue()
+
+
+def memory() -> float:
+    """Resident memory of this process in MB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096 / 1e6
+
+
+def pillow_alone(folder: Path) -> float:
+    """Seconds that Pillow needs for the size and orientation of every picture."""
+    start = time.perf_counter()
+    for path in sorted(folder.glob("*.jpg")):
+        with Image.open(path) as image:
+            _ = image.size, image.getexif().get(0x0112)
+    return time.perf_counter() - start
+
+
+def timed(label: str, work):
+    """Run ``work``, print how long it took, and return what it made."""
+    start = time.perf_counter()
+    result = work()
+    print(f"{label:<44} {time.perf_counter() - start:8.3f} s")
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pictures", type=int, default=10_000)
+    parser.add_argument("--cache-info", action="store_true", help="also measure a second start with cache_info")
+    arguments = parser.parse_args()
+    tokenizer = CLIPTokenizer.from_pretrained(Path(__file__).parents[2] / "configs" / "tokenizer")
+    prompts = PromptTokenizer([tokenizer], Placeholder("mychar", 4))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_pictures(folder, arguments.pictures)
+        print(f"Pillow alone, sizes and orientations         {pillow_alone(folder):8.3f} s")
+        measure(folder, prompts, cache_info=False)
+        if arguments.cache_info:
+            measure(folder, prompts, cache_info=True)
+            print("again, with metadata_cache.json:")
+            measure(folder, prompts, cache_info=True)
+
+
+def measure(folder: Path, prompts: PromptTokenizer, *, cache_info: bool) -> None:
+    subset = SubsetConfig("dreambooth", image_dir=str(folder), cache_info=cache_info)
+    config = DatasetConfig("dreambooth", 4, BucketRules((512, 512), enabled=True), (subset,))
+    gc.collect()
+    before, start = memory(), time.perf_counter()
+    data = timed("found, sized, captions read, bucketed", lambda: TrainingData([config], prompts, seed=1))
+    timed("checked", data.check)
+    timed("ordered", lambda: data.order.epoch(1))
+    print(f"{'all':<44} {time.perf_counter() - start:8.3f} s, {memory() - before:.1f} MB more")
+    timed("ordered again", lambda: data.order.epoch(2))
+
+
+if __name__ == "__main__":
+    main()
