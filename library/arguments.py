@@ -50,7 +50,7 @@ class OptionParser(argparse.ArgumentParser):
         self.error(f'"{unknown[0]}" belongs to no option. A value with spaces needs quotes.')
 
 
-def build_parser(description: str, family: str) -> argparse.ArgumentParser:
+def build_parser(description: str, family: str) -> OptionParser:
     """Make the command line's parser; ``family`` is "sd" or "sdxl", and both take the same options."""
     parser = OptionParser(family, usage=USAGE, description=description, epilog=EPILOG)
     group = parser.add_argument_group("Configuration file")
@@ -91,7 +91,7 @@ def described(option: Option) -> str:
     return f"{option.help} ({'; '.join(notes)})" if notes else option.help
 
 
-def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> Options:
+def parse(parser: OptionParser, arguments: Sequence[str] | None = None) -> Options:
     """Turn the command line (default: the process's own) and its ``--config_file`` into checked options.
 
     Raises UserError for a mistake, SystemExit after ``--help`` and after ``--output_config`` has written its file.
@@ -105,7 +105,7 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = Non
     return options
 
 
-def read_values(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> dict[str, Any]:
+def read_values(parser: OptionParser, arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Return every option's value by name: the command line's, else the file's, else the default."""
     given = parser.parse_args(arguments)
     known = dict(declared_options())

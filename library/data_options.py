@@ -89,8 +89,8 @@ class DatasetOptions:
         choices=INTERPOLATIONS,
     )
     cache_info: bool = flag(
-        "Remember names, captions and sizes in metadata_cache.json beside the pictures, for a faster start with "
-        "many thousands of them. Delete the file after changing pictures or captions."
+        "Remember captions and sizes in metadata_cache.json beside the pictures, for a faster start with many "
+        "thousands of them. Files that have changed since are read again."
     )
     shuffle_caption: bool = flag(
         "Shuffle the comma-separated parts of a caption every time it is used. For tag lists; harms sentences."
@@ -218,8 +218,8 @@ class CacheOptions:
         at_least=1,
     )
     skip_cache_check: bool = flag(
-        "Trust cached files without checking their keys, for a faster start with very many pictures. Shapes are "
-        "checked all the same. Useless without --cache_latents_to_disk."
+        "Trust what cached files hold (picture and VAE may have changed since), for a faster start with very many "
+        "pictures. Shapes are checked all the same. Useless without --cache_latents_to_disk."
     )
     cache_text_encoder_outputs: bool = flag(
         "Keep the text encoders' output for captions that do not hold the new word (regularisation pictures, "

@@ -1,4 +1,7 @@
-"""Options that are given and have nothing to do in this run: one sentence each, saying why."""
+"""Options that are given and have nothing to do in this run: one sentence each, saying why.
+
+What only shows later, with the pictures found or the optimizer built, is said there.
+"""
 
 from collections.abc import Iterator
 
@@ -8,7 +11,6 @@ Rule = tuple[bool, str]
 
 # Which schedules read which of the settings that most ignore.
 SCHEDULES_THAT_READ = {
-    "lr_decay_steps": ("warmup_stable_decay",),
     "lr_scheduler_num_cycles": (
         "cosine_with_restarts",
         "cosine_with_min_lr",
@@ -23,7 +25,7 @@ SCHEDULES_THAT_READ = {
 
 def notices(options: Options) -> list[str]:
     """Return a sentence for each option that is given and changes nothing."""
-    rules = (_data, _caches, _noise, _loss, _optimizer, _schedule, _length, _runtime, _saving)
+    rules = (_data, _caches, _noise, _loss, _schedule, _length, _runtime, _saving)
     return [sentence for rule in rules for applies, sentence in rule(options, _given(options)) if applies]
 
 
@@ -35,12 +37,7 @@ def _given(options: Options) -> set[str]:
 
 def _data(options: Options, given: set[str]) -> Iterator[Rule]:
     data = options.dataset
-    for name in ("train_data_dir", "reg_data_dir", "in_json"):
-        yield (
-            name in given and data.dataset_config is not None,
-            f"--{name} is not used: --dataset_config describes the pictures.",
-        )
-    folders_only = data.dataset_config is None and data.dataset_class is None
+    folders_only = data.dataset_config is None
     yield (
         folders_only and "bucket_no_upscale" in given and not data.enable_bucket,
         "--bucket_no_upscale has nothing to do without --enable_bucket.",
@@ -48,10 +45,6 @@ def _data(options: Options, given: set[str]) -> Iterator[Rule]:
     yield (
         folders_only and "prior_loss_weight" in given and data.reg_data_dir is None,
         "--prior_loss_weight has nothing to do without regularisation pictures (--reg_data_dir).",
-    )
-    yield (
-        "conditioning_data_dir" in given and not data.masked_loss,
-        "--conditioning_data_dir has nothing to do without --masked_loss.",
     )
     yield (
         options.token.use_object_template and options.token.use_style_template,
@@ -90,13 +83,6 @@ def _loss(options: Options, given: set[str]) -> Iterator[Rule]:
             name in given and loss.loss_type not in ("huber", "smooth_l1"),
             f"--{name} has nothing to do with --loss_type {loss.loss_type}.",
         )
-
-
-def _optimizer(options: Options, given: set[str]) -> Iterator[Rule]:
-    yield (
-        options.optimizer.fused_backward_pass,
-        "--fused_backward_pass has nothing to do: only the few new vectors have gradients.",
-    )
 
 
 def _schedule(options: Options, given: set[str]) -> Iterator[Rule]:

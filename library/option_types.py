@@ -247,7 +247,8 @@ class Option:
 
 def option(default: Any, help: str, **details: Any) -> Any:
     """Declare an option as a dataclass field; ``details`` are the other fields of :class:`Option`."""
-    return field(default=default, metadata={"option": Option(help, default, **details)})
+    declared = Option(help, default, **details)
+    return field(default=default, repr=not declared.secret, metadata={"option": declared})
 
 
 def flag(help: str) -> Any:

@@ -41,8 +41,10 @@ class SaveOptions:
         "Also save after every n-th step. Typical: 100 to 250; an embedding is often best before the end."
     )
     save_n_epoch_ratio: int | None = _count("Save about this many times, evenly; wins over --save_every_n_epochs.")
-    save_last_n_epochs: int | None = _count("Of the epoch files keep only those of the last n epochs. Unset: all.")
-    save_last_n_steps: int | None = _count("Of the step files keep only those of the last n steps. Unset: all.")
+    save_last_n_epochs: int | None = _count("Keep only the last n epoch files. Unset: all.")
+    save_last_n_steps: int | None = _count(
+        "Keep only the step files of the last n steps (steps, not files). Unset: all."
+    )
     save_last_n_epochs_state: int | None = _count("The same for states. Unset: as --save_last_n_epochs.")
     save_last_n_steps_state: int | None = _count("The same for states. Unset: as --save_last_n_steps.")
     save_state: bool = flag("With each saved file, also save what --resume needs to go on exactly from there.")

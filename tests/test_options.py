@@ -107,6 +107,7 @@ def test_as_dict_leaves_secrets_out():
     whole = as_dict(options, secrets=True)
     assert (whole["wandb_api_key"], whole["huggingface_token"]) == ("k", "t")
     assert len(whole) == len(shown) + 2
+    assert "wandb_api_key" not in repr(options)
 
 
 def test_the_reference_page_is_up_to_date():
