@@ -52,7 +52,7 @@ class NoiseSchedule:
 
     @cached_property
     def all_snr(self) -> Tensor:
-        """Signal-to-noise ratio ᾱ / (1 − ᾱ) of every timestep, float32 [1000]; 0 where nothing of the picture is left."""
+        """Signal-to-noise ratio ᾱ / (1 − ᾱ) of every timestep, float32 [1000]; 0 where only noise is left."""
         return self.alphas_cumprod / (1 - self.alphas_cumprod)
 
     @cached_property

@@ -124,8 +124,8 @@ def _staged_rate(options: ScheduleOptions, choice: OptimizerChoice, warmup: int)
     if options.lr_scheduler_type or options.lr_scheduler not in ("constant", "constant_with_warmup"):
         name = options.lr_scheduler_type or options.lr_scheduler
         raise UserError(
-            f'--learning_rate gives rates with steps, which is a schedule already, and the scheduler "{name}" is another '
-            "one. Give a single rate, or leave the scheduler out."
+            f'--learning_rate gives rates with steps, which is a schedule already, and "{name}" is another one. '
+            "Give a single rate, or leave the scheduler out."
         )
     if options.lr_scheduler == "constant":
         _refuse_warmup(warmup, "the constant schedule", "Use --lr_scheduler=constant_with_warmup.")

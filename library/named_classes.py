@@ -42,7 +42,7 @@ def literal_arguments(option: str, items: Iterable[str] | None) -> dict[str, Any
 
 
 def load_class(option: str, module: str, name: str) -> type:
-    """Import the class ``name`` from ``module``; UserError naming ``option`` if there is none or a package is missing."""
+    """Import the class ``name`` from ``module``; a missing class or package is a UserError naming ``option``."""
     try:
         source = importlib.import_module(module)
     except ImportError as error:
