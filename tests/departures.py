@@ -5,6 +5,7 @@ ask ``departure(file, case)``; where it answers, they assert our behaviour inste
 """
 
 import functools
+import io
 import json
 import re
 import tomllib
@@ -12,6 +13,8 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from golden_data import golden_arrays
 
 from library.option_types import checked
 from library.options import declared_options
@@ -105,6 +108,24 @@ def _config_file_is_converted(case: dict) -> bool:
     return any(name not in options or checked(options[name], value) != value for name, value in read.items())
 
 
+def _picture_is_read_in_our_way(case: dict) -> bool:
+    """The file holds 16-bit greys, an EXIF orientation, or transparency that is not kept as alpha."""
+    from PIL import ExifTags, Image
+
+    data = golden_arrays("load_image")[case["npz_key"].split("_")[0] + "_file"].tobytes()
+    with Image.open(io.BytesIO(data)) as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return turned or image.mode.startswith("I") or (image.has_transparency_data and not case["alpha"])
+
+
+def _cache_lacks_what_fits(case: dict) -> bool:
+    """The file exists, but its latents do not have the bucket's shape, or it lacks an array that is asked for."""
+    width, height = case["bucket_reso"]
+    asked = {"latents": True, "latents_flipped": case["flip_aug"], "alpha_mask": case["alpha_mask"]}
+    complete = {key for key in asked if asked[key]} <= set(case["npz_keys"])
+    return case["exists"] and not (complete and case["npz_latents_shape"] == [4, height // 8, width // 8])
+
+
 DEPARTURES: list[Departure] = [
     Departure(
         "config_file",
@@ -146,6 +167,22 @@ DEPARTURES: list[Departure] = [
     ),
     Departure("sai_metadata", "D1", "the version is ours; more keys where the user gave none", lambda case: True),
     Departure("saved_file", "D1", "torch files hold AUTOMATIC1111's fields too; more metadata keys", lambda case: True),
+    Departure(
+        "load_image", "D6", "16 bits are scaled, EXIF turns, transparency lies on white", _picture_is_read_in_our_way
+    ),
+    Departure(
+        "dataset_item",
+        "D6",
+        "transparency is laid on white where no alpha mask is asked for",
+        lambda case: "A" in case["mode"] and not case.get("alpha_mask"),
+    ),
+    Departure(
+        "dataset_item",
+        "Q15",
+        "without buckets pictures are resized to cover and cropped",
+        lambda case: not case["bucket"] and case["wh"] != case["resolution"],
+    ),
+    Departure("latents_validity", "D6", "shapes and keys are always checked", _cache_lacks_what_fits),
 ]
 
 

@@ -1,0 +1,71 @@
+import numpy as np
+import pytest
+from golden_data import golden_arrays, golden_cases
+from PIL import Image
+
+from library.errors import UserError
+from library.resizing import INTERPOLATIONS, resize
+
+
+@pytest.mark.parametrize("case", golden_cases("resize"))
+def test_golden_resize(case):
+    arrays = golden_arrays("resize")
+    made = resize(arrays[case["npz_prefix"] + "in"], tuple(case["to_wh"]), case["interpolation"])
+    expected = arrays[case["npz_prefix"] + "out"]
+    assert made.shape == expected.shape
+    assert made.dtype == np.uint8
+    assert np.abs(made.astype(int) - expected).max() <= 2
+
+
+def _noise(width: int, height: int, channels: int = 3) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+def test_area_is_the_exact_mean_over_the_covered_pixels():
+    image = _noise(35, 23)
+    made = resize(image, (10, 7), "area")
+    # Repeating each pixel 10 (7) times makes the borders of all target pixels fall between pixels.
+    fine = image.repeat(7, axis=0).repeat(10, axis=1).astype(float)
+    expected = fine.reshape(7, 23, 10, 35, 3).mean((1, 3))
+    assert np.abs(made - expected).max() <= 0.51
+
+
+def test_area_equals_numpy_means_for_whole_factors():
+    image = _noise(30, 20, 4)
+    expected = image.reshape(5, 4, 10, 3, 4).mean((1, 3))
+    assert np.abs(resize(image, (10, 5), "area") - expected).max() <= 0.5
+
+
+@pytest.mark.parametrize(("size", "same_as"), [((12, 8), "area"), ((24, 16), "area"), ((25, 16), "lanczos")])
+def test_without_a_name_area_shrinks_and_lanczos_enlarges(size, same_as):
+    image = _noise(24, 17)
+    assert np.array_equal(resize(image, size), resize(image, size, same_as))
+
+
+def test_an_image_of_the_size_is_returned_as_it_is():
+    image = _noise(9, 5)
+    assert resize(image, (9, 5), "bicubic") is image
+
+
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+@pytest.mark.parametrize("source", [(1, 1), (1, 7), (50, 3)])
+@pytest.mark.parametrize("target", [(1, 1), (3, 20), (64, 64)])
+def test_a_plain_picture_stays_plain_at_any_size(interpolation, source, target):
+    image = np.full((source[1], source[0], 3), (7, 128, 250), dtype=np.uint8)
+    made = resize(image, target, interpolation)
+    assert made.shape == (target[1], target[0], 3)
+    assert np.abs(made.astype(int) - (7, 128, 250)).max() <= 1
+
+
+def test_pillow_filters_ignore_colours_that_alpha_hides_and_the_others_do_not():
+    image = np.zeros((4, 4, 4), dtype=np.uint8)
+    image[:, ::2] = (255, 255, 255, 255)
+    pillow = np.asarray(Image.fromarray(image).resize((2, 2), Image.Resampling.BOX))
+    assert np.array_equal(resize(image, (2, 2), "box"), pillow)
+    assert resize(image, (2, 2), "box")[0, 0, 0] == 255
+    assert abs(int(resize(image, (2, 2), "area")[0, 0, 0]) - 128) <= 1
+
+
+def test_an_unknown_name_is_an_error_that_lists_the_known_ones():
+    with pytest.raises(UserError, match=r'"lancsos".*Did you mean "lanczos".*bicubic'):
+        resize(_noise(4, 4), (2, 2), "lancsos")
