@@ -2,8 +2,8 @@
 
 Gradients must pass through the frozen U-Net to reach the trained rows. For a frozen ``nn.Linear`` PyTorch saves nothing
 but the weight, for a frozen ``nn.Conv2d`` the input as well, which only the weight's gradient would need. And where a
-stored 8-bit weight is unfolded in an ordinary forward, autograd keeps every unfolded weight until the backward pass. The
-two functions here save the weight as it is stored, and unfold it a second time in backward.
+stored 8-bit weight is unfolded in an ordinary forward, autograd keeps every unfolded weight until the backward pass.
+The two functions here save the weight as it is stored, and unfold it a second time in backward.
 """
 
 from collections.abc import Callable
@@ -87,7 +87,7 @@ class FrozenLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrozenLayer":
         """Follow the module to its device, but keep the stored dtypes when it is cast."""
-        stored = {name: tensor for name, tensor in self.named_buffers(recurse=False)}
+        stored = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, tensor in stored.items():
             setattr(self, name, tensor.to(getattr(self, name).device))
@@ -126,8 +126,8 @@ def freeze_layers(module: nn.Module, *, float8: bool = False) -> int:
     """Replace, in place, the layers below ``module`` that can keep less; return how many were replaced.
 
     Without ``float8``: convolutions, which no longer save their input; results stay the same to the last bit. With it,
-    linear layers too, and all these weights are stored in 8 bits. Norms, embeddings and biases stay as they are. Call it
-    when ``module`` has its computing dtype, before it moves to its device.
+    linear layers too, and all these weights are stored in 8 bits. Norms, embeddings and biases stay as they are. Call
+    it when ``module`` has its computing dtype, before it moves to its device.
     """
     replaced = 0
     for name, child in module.named_children():
