@@ -128,6 +128,12 @@ def _cache_lacks_what_fits(case: dict) -> bool:
 
 DEPARTURES: list[Departure] = [
     Departure(
+        "bucket_assign",
+        "Q16",
+        "bucket_no_upscale never makes a bucket smaller than one step",
+        lambda case: case["bucket_no_upscale"] and (case["row"][-1] == "ZeroDivisionError" or 0 in case["row"][2:4]),
+    ),
+    Departure(
         "config_file",
         "D7",
         "a value that cannot be converted is refused",
