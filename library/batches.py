@@ -5,6 +5,8 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
+from library.images import Cut
+
 
 @dataclass
 class Sample:
@@ -20,6 +22,8 @@ class Sample:
     loss_weight: float
     size_conditioning: tuple[int, int, int, int, int, int]
     seed: int
+    cut: Cut  # what was taken of the file
+    flipped: bool
 
 
 @dataclass

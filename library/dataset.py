@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, Dataset
 from library.batch_order import BatchRef, BatchSampler, EpochOrder
 from library.batches import Batch, Sample, collate
 from library.buckets import size_conditioning_crop
-from library.captions import CaptionMoment, process_caption
+from library.captions import CaptionMoment, CaptionRules, process_caption
 from library.dataset_config import DatasetConfig
-from library.image_table import ImageTable, load_tables
+from library.image_table import ImageTable, calm_rules, load_tables
 from library.images import Cut, color_augment, flip, frame_image, frame_mask, to_tensor
 from library.latents import LatentCache, LatentEntry
 from library.preflight import Report, check
@@ -67,7 +67,7 @@ class SampleSource(Dataset):
         subset, config = self.table.subset(index), self.table.config(index)
         pixel_rng = random.Random(pixel_seed)
         flipped = subset.flip_aug and pixel_rng.random() < 0.5
-        latents, image, mask = self._picture(index, flipped, pixel_rng)
+        latents, image, mask, cut = self._picture(index, flipped, pixel_rng)
         caption = process_caption(
             self.table.caption(index),
             subset.captions,
@@ -88,23 +88,26 @@ class SampleSource(Dataset):
             loss_weight=config.prior_loss_weight if subset.is_reg else 1.0,
             size_conditioning=self._size_conditioning(index, flipped),
             seed=noise_seed,
+            cut=cut,
+            flipped=flipped,
         )
 
     def _picture(
         self, index: int, flipped: bool, rng: random.Random
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """(latents, None, mask) from the cache, or (None, pixels, mask) from the file."""
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, Cut]:
+        """(latents, None, mask, cut) from the cache, or (None, pixels, mask, cut) from the file."""
         if self.cache is not None:
             cached = self.cache.load(self.table.latent_entry(index))
             latents = cached.flipped if flipped else cached.latents
-            return latents, None, self._mask(index, flipped, cached.alpha_mask, None)
+            cut = self.table.framing(index).centre
+            return latents, None, self._mask(index, flipped, cached.alpha_mask, cut), cut
         subset = self.table.subset(index)
         picture = frame_image(self.table.path(index), self.table.framing(index), alpha=subset.alpha_mask, rng=rng)
         pixels = color_augment(picture.pixels, rng) if subset.color_aug else picture.pixels
         image = to_tensor(flip(pixels) if flipped else pixels)
-        return None, image, self._mask(index, flipped, picture.alpha, picture.cut)
+        return None, image, self._mask(index, flipped, picture.alpha, picture.cut), picture.cut
 
-    def _mask(self, index: int, flipped: bool, alpha, cut: Cut | None) -> torch.Tensor | None:
+    def _mask(self, index: int, flipped: bool, alpha, cut: Cut) -> torch.Tensor | None:
         """The mask image, which wins over the alpha channel, cut and mirrored as its picture was."""
         path, mask_path = self.table.path(index), self.table.mask_path(index)
         if mask_path is not None:
@@ -203,6 +206,26 @@ class TrainingData:
     def use_cache(self, cache: LatentCache) -> None:
         """Take latents from ``cache`` (filled) instead of pixels, in loaders made from now on."""
         self.cache = cache
+
+    def first_prompts(self) -> Iterator[list[torch.Tensor]]:
+        """Ids of one draw of every caption, int64 [1, chunks, 77] per tokenizer: all there are where nothing is random.
+
+        Where captions are dropped at times, the empty prompt comes too.
+        """
+        tables = [self.table] if self.validation_table is None else [self.table, self.validation_table]
+        texts = {}
+        for table in tables:
+            for index in range(len(table)):
+                rules = table.subset(index).captions
+                texts[self._one_caption(table.caption(index), calm_rules(rules))] = None
+                if rules.dropout_rate or rules.dropout_every_n_epochs:
+                    texts[""] = None
+        for text in texts:
+            yield [ids.unsqueeze(0) for ids in self.prompts.encode(text)]
+
+    def _one_caption(self, caption: str, rules: CaptionRules) -> str:
+        rng = random.Random(0)
+        return process_caption(caption, rules, self.prompts.placeholder, rng, templates=self.templates)
 
     def loader(
         self,
