@@ -1,0 +1,241 @@
+"""The base model: opened by its headers, named or refused, then loaded component by component, frozen.
+
+Nothing is read before it is needed and nothing twice: tensors come from the mapped file and are cast, or moved to the
+device, one at a time.
+"""
+
+import hashlib
+import logging
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from library.architectures import CONFIGS, SD2, VOCABULARY, TextEncoderLayout
+from library.errors import UserError
+from library.model_family import ModelFamily
+from library.model_folder import ModelFolder, fetch_from_hub, find_weights, looks_like_hub_id
+from library.model_identity import Identity, identify_file, identify_folder, read_config
+from library.options import ModelOptions
+from library.single_file import SingleFile, modern_vae_names, vae_component
+from library.weight_files import Tensors, open_weights
+
+logger = logging.getLogger(__name__)
+
+# Tensors in text-encoder files that these models have no use for.
+_UNUSED = ("embeddings.position_ids", "logit_scale", "text_projection.weight")
+
+
+class BaseModel:
+    """The frozen model that an embedding is trained for; made by :meth:`open`.
+
+    ``name`` is what the user called it, without folders. ``prediction_type`` is "epsilon" or "v_prediction" where the
+    model says it (a folder's scheduler, or a file's metadata), else None.
+    """
+
+    def __init__(self, source: SingleFile | ModelFolder, options: ModelOptions, name: str):
+        self.source = source
+        self.options = options
+        self.name = name
+        self.architecture = source.architecture
+        self.prediction_type = _prediction_type(source)
+
+    @classmethod
+    def open(cls, options: ModelOptions, family: ModelFamily, configs: Path = CONFIGS) -> "BaseModel":
+        """Find the model and tell what it is, reading headers only.
+
+        ``configs`` holds the component configurations that single files lack. Raises UserError, in a sentence that
+        says what to do, for whatever ``family`` cannot train.
+        """
+        name = options.pretrained_model_name_or_path
+        if not name:
+            raise UserError("--pretrained_model_name_or_path is missing: give the base model that learns the word.")
+        path = _locate(name, "--pretrained_model_name_or_path")
+        mmap = not options.disable_mmap_load_safetensors
+        if path.is_dir():
+            identity = identify_folder(path)
+            _check_family(name, identity, family)
+            source = ModelFolder(path, identity.architecture, mmap)
+        else:
+            weights = open_weights(path, mmap=mmap)
+            identity = identify_file(weights.shapes)
+            _check_family(name, identity, family)
+            source = SingleFile(path, weights, identity.architecture, configs / identity.architecture.name)
+        model = cls(source, options, name if path != Path(name) and looks_like_hub_id(name) else Path(name).name)
+        model._check_flags(name)
+        return model
+
+    def _check_flags(self, name: str) -> None:
+        """Compare --v2 and --v_parameterization with what the model is."""
+        is_v2 = self.architecture is SD2
+        if self.options.v2 != is_v2:
+            flag = "add --v2" if is_v2 else "leave --v2 out"
+            message = f"{name} is a {self.architecture.title} model: {flag}"
+            if isinstance(self.source, SingleFile):
+                hint = " (and --v_parameterization for the 768-pixel models)" if is_v2 else ""
+                raise UserError(f"{message}{hint}.")
+            logger.warning("%s. It is loaded as what it is, but the embedding's metadata follow the option.", message)
+        wanted = "v_prediction" if self.options.v_parameterization else "epsilon"
+        if self.prediction_type not in (None, wanted):
+            flag = "leave --v_parameterization out" if self.options.v_parameterization else "add --v_parameterization"
+            logger.warning(
+                "%s says that it predicts %s, but this run trains with %s. The embedding will be wrong unless you %s.",
+                name, self.prediction_type, wanted, flag,
+            )  # fmt: skip
+
+    @cached_property
+    def embedding_widths(self) -> list[int]:
+        """Length of a token's vector in each text encoder, without loading them."""
+        return [self.source.embedding_width(layout) for layout in self.architecture.text_encoders]
+
+    @cached_property
+    def vae_scale_factor(self) -> float:
+        """What latents are multiplied by; the base model's, also with another VAE."""
+        source = self.source
+        if isinstance(source, SingleFile):
+            return source.config("vae")["scaling_factor"]
+        usual = read_config(CONFIGS / self.architecture.name / "vae" / "config.json")["scaling_factor"]
+        return (read_config(source.path / "vae" / "config.json") or {}).get("scaling_factor", usual)
+
+    @cached_property
+    def _hash(self) -> str | None:
+        if isinstance(self.source, ModelFolder):
+            return None
+        with self.source.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def hash(self) -> str | None:
+        """SHA-256 of a checkpoint file, by which model sites find it; None for a folder.
+
+        It reads the whole file (one or two seconds per GB) when first asked for.
+        """
+        return self._hash
+
+    def tokenizers(self) -> list[CLIPTokenizer]:
+        """One tokenizer per text encoder: of --tokenizer_cache_dir, of the model folder, or the bundled one."""
+        return [self._tokenizer(layout) for layout in self.architecture.text_encoders]
+
+    def _tokenizer(self, layout: TextEncoderLayout) -> CLIPTokenizer:
+        folders = []
+        if self.options.tokenizer_cache_dir:
+            folders.append(Path(self.options.tokenizer_cache_dir) / layout.tokenizer_id.replace("/", "_"))
+            if not folders[0].is_dir():
+                logger.info("--tokenizer_cache_dir holds no %s; another copy of it is used.", folders[0].name)
+        if isinstance(self.source, ModelFolder):
+            folders.append(self.source.path / layout.tokenizer)
+        folder = next((f for f in folders if any((f / n).is_file() for n in ("tokenizer.json", "vocab.json"))), None)
+        if folder is not None:
+            tokenizer = _read_tokenizer(folder)
+        else:
+            files = (str(VOCABULARY / "vocab.json"), str(VOCABULARY / "merges.txt"))
+            tokenizer = CLIPTokenizer(*files, model_max_length=77)
+        if folder is None or layout.with_projection:
+            # Set afterwards: given to the constructor, "!" in a text would be read as padding.
+            tokenizer.pad_token = layout.pad_token
+        return tokenizer
+
+    def text_encoders(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> list[nn.Module]:
+        """The text encoders, frozen."""
+        return [self._text_encoder(layout, dtype, device) for layout in self.architecture.text_encoders]
+
+    def _text_encoder(self, layout: TextEncoderLayout, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+        config, tensors = self.source.text_encoder(layout)
+        model_class = CLIPTextModelWithProjection if layout.with_projection else CLIPTextModel
+        with init_empty_weights():
+            model = model_class(CLIPTextConfig.from_dict(config))
+        # transformers nests the encoder in the class with projection only.
+        names = {name.removeprefix("text_model."): name for name in model.state_dict()}
+        unused = [name for name in _UNUSED if name not in names]
+        tensors = {names.get(name, name): tensor for name, tensor in tensors.items() if name not in unused}
+        return _fill(model, tensors, dtype, device, f"{self.source.path} ({layout.component})")
+
+    def unet(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> UNet2DConditionModel:
+        """The U-Net, frozen."""
+        config, tensors = self.source.unet()
+        with init_empty_weights():
+            model = UNet2DConditionModel.from_config(config)
+        return _fill(model, tensors, dtype, device, f"{self.source.path} (U-Net)")
+
+    def vae(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> AutoencoderKL:
+        """The model's VAE or that of --vae, frozen; its ``scaling_factor`` is the base model's."""
+        origin = f"--vae {self.options.vae}" if self.options.vae else str(self.source.path)
+        config, tensors = self._other_vae(self.options.vae) if self.options.vae else self.source.vae()
+        if (channels := config.get("latent_channels", 4)) != 4:
+            raise UserError(f"{origin} makes latents of {channels} channels; Stable Diffusion needs a VAE with 4.")
+        with init_empty_weights():
+            model = AutoencoderKL.from_config(config)
+        model.register_to_config(scaling_factor=self.vae_scale_factor)
+        return _fill(model, tensors, dtype, device, f"{origin} (VAE)")
+
+    def _other_vae(self, name: str) -> tuple[dict, Tensors]:
+        mmap = not self.options.disable_mmap_load_safetensors
+        path = _locate(name, "--vae")
+        if path.is_file():
+            usual = read_config(CONFIGS / self.architecture.name / "vae" / "config.json")
+            return vae_component(path, open_weights(path, mmap=mmap), usual)
+        folder = next((f for f in (path, path / "vae") if (f / "config.json").is_file()), None)
+        if folder is None:
+            raise UserError(f"--vae {name} is a folder without config.json, so it holds no VAE in diffusers' layout.")
+        config = read_config(folder / "config.json")
+        if "latent_channels" not in config:
+            raise UserError(f"--vae {name} is a {config.get('_class_name', 'model')}, not a VAE of Stable Diffusion.")
+        return config, modern_vae_names(find_weights(folder, mmap=mmap).read_all())
+
+
+def _locate(name: str, option: str) -> Path:
+    """The file or folder behind a path (links resolved) or a hub id."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return path.resolve()
+    if not looks_like_hub_id(name):
+        raise UserError(f"{option} {name} does not exist. Check the path.")
+    return fetch_from_hub(name)
+
+
+def _check_family(name: str, identity: Identity, family: ModelFamily) -> None:
+    if identity.architecture is None:
+        raise UserError(f"{name} is {identity.what}. {identity.advice}")
+    if identity.architecture not in family.architectures:
+        raise UserError(
+            f"{name} is {identity.what}, but this script trains {family.title}. Use {identity.architecture.script} "
+            "with the same options."
+        )
+
+
+def _prediction_type(source: SingleFile | ModelFolder) -> str | None:
+    if isinstance(source, ModelFolder):
+        return (read_config(source.path / "scheduler" / "scheduler_config.json") or {}).get("prediction_type")
+    if "v_pred" in source.weights.shapes:  # an empty tensor by which v-prediction models of SDXL mark themselves
+        return "v_prediction"
+    said = {"v": "v_prediction", "epsilon": "epsilon"}
+    return said.get(source.weights.metadata.get("modelspec.prediction_type", ""))
+
+
+def _read_tokenizer(folder: Path) -> CLIPTokenizer:
+    try:
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True, model_max_length=77)
+    except Exception as error:  # transformers raises whatever the damaged file leads to
+        raise UserError(f"{folder} holds a tokenizer that cannot be read ({error}).") from error
+
+
+def _fill(model: nn.Module, tensors: Tensors, dtype: torch.dtype, device: torch.device | str, where: str) -> nn.Module:
+    """Put ``tensors`` into an empty model, cast one at a time, and freeze it. Raises UserError unless all fit."""
+    wanted = model.state_dict()
+    missing = [name for name in wanted if name not in tensors]
+    unknown = [name for name in tensors if name not in wanted]
+    misfits = [n for n, empty in wanted.items() if n in tensors and tensors[n].shape != empty.shape]
+    for names, problem in ((missing, "is incomplete"), (unknown, "does not fit"), (misfits, "does not fit")):
+        if names:
+            what = "missing" if names is missing else "unknown to it" if names is unknown else "of another shape"
+            raise UserError(
+                f"{where} {problem}: {len(names)} of the model's tensors are {what}, for example {names[0]}. "
+                "Download the model again, or use another copy."
+            )
+    for name in tensors:
+        tensors[name] = tensors[name].to(device=device, dtype=dtype).contiguous()
+    model.load_state_dict(tensors, assign=True)
+    return model.to(device).requires_grad_(False).eval()

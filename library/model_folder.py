@@ -1,0 +1,88 @@
+"""Models as diffusers folders, on disk or from the Hugging Face hub through diffusers' own cache."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from library.architectures import Architecture, TextEncoderLayout
+from library.errors import UserError
+from library.model_identity import read_config
+from library.single_file import modern_vae_names
+from library.weight_files import Tensors, Weights, join_weights, open_weights
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
+# Full precision first: casting it gives the half-precision variant, but not the other way round.
+_VARIANTS = ("", ".fp16", ".bf16", ".non_ema", ".ema")
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A diffusers folder of a known architecture; each method reads one component: its configuration and tensors."""
+
+    path: Path
+    architecture: Architecture
+    mmap: bool
+
+    def unet(self) -> tuple[dict, Tensors]:
+        return self._component("unet")
+
+    def vae(self) -> tuple[dict, Tensors]:
+        if not (self.path / "vae" / "config.json").is_file():
+            raise UserError(f"{self.path} holds no VAE. Give one with --vae.")
+        config, tensors = self._component("vae")
+        return config, modern_vae_names(tensors)
+
+    def text_encoder(self, layout: TextEncoderLayout) -> tuple[dict, Tensors]:
+        config, tensors = self._component(layout.component)
+        return config, {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
+
+    def embedding_width(self, layout: TextEncoderLayout) -> int:
+        """The length of a token's vector, from the configuration alone."""
+        return self._config(layout.component)["hidden_size"]
+
+    def _component(self, name: str) -> tuple[dict, Tensors]:
+        return self._config(name), find_weights(self.path / name, mmap=self.mmap).read_all()
+
+    def _config(self, component: str) -> dict:
+        config = read_config(self.path / component / "config.json")
+        if config is None:
+            raise UserError(f"{self.path} is incomplete: {component}/config.json is missing.")
+        return config
+
+
+def find_weights(folder: Path, *, mmap: bool) -> Weights:
+    """Open a component's weights: one file or shards, safetensors or torch's, plain or a variant such as fp16."""
+    for suffix in (".safetensors", ".bin"):
+        for variant in _VARIANTS:
+            for stem in _STEMS:
+                if (file := folder / f"{stem}{variant}{suffix}").is_file():
+                    return open_weights(file, mmap=mmap)
+                # Both spellings exist: model.safetensors.index.fp16.json and model.fp16.safetensors.index.json.
+                for index in (f"{stem}{suffix}.index{variant}.json", f"{stem}{variant}{suffix}.index.json"):
+                    if (shards := read_config(folder / index)) is not None:
+                        names = sorted(set(shards["weight_map"].values()))
+                        return join_weights((folder / name for name in names), mmap=mmap)
+    raise UserError(
+        f"{folder} holds no weights (no {_STEMS[0]}.safetensors or {_STEMS[1]}.safetensors). The model folder is "
+        "incomplete; download or copy it again."
+    )
+
+
+def looks_like_hub_id(name: str) -> bool:
+    """Whether a name that is no path on this machine can be one on the hub: ``owner/model``."""
+    return _HUB_ID.fullmatch(name) is not None and not name.endswith((".safetensors", ".ckpt", ".pt", ".bin"))
+
+
+def fetch_from_hub(name: str) -> Path:
+    """The local copy of a model on the hub, downloaded unless diffusers' cache has it. Raises UserError."""
+    from diffusers import DiffusionPipeline
+
+    try:
+        return Path(DiffusionPipeline.download(name))
+    except Exception as error:  # every library underneath raises its own; all mean that there is no model to train
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"{name} is no file or folder here, and it could not be fetched from the Hugging Face hub: {reason} "
+            "Check the spelling, or give the path of a checkpoint or of a diffusers folder."
+        ) from error

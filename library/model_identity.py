@@ -1,0 +1,158 @@
+"""Says what a checkpoint or a model folder is, from its tensors' names and shapes or its configuration files.
+
+Only Stable Diffusion 1.x, 2.x and XL are trained. Everything else is named, with what to do about it.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from library.architectures import SD1, SD2, SDXL, Architecture
+from library.errors import UserError
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_OTHER_FAMILY = "Textual Inversion is not supported for it; use LoRA or fine-tuning instead."
+_PLAIN_MODEL = "Give the complete base model instead."
+
+
+@dataclass(frozen=True)
+class Identity:
+    """``what`` a file or folder is, as in "is a FLUX model". Without ``architecture``, ``advice`` says what to do."""
+
+    what: str
+    architecture: Architecture | None = None
+    advice: str = ""
+
+
+# Parts of tensor names that give a kind of file away, the most telling first.
+_MARKS = (
+    (("lora_down", "lora_up", "lora_A.", "lora_B.", "lora.up.", "hada_w1", "lokr_w"), "a LoRA file", _PLAIN_MODEL),
+    (("control_model.", "controlnet_cond_embedding."), "a ControlNet", _PLAIN_MODEL),
+    (("double_blocks.", "single_transformer_blocks."), "a FLUX model", _OTHER_FAMILY),
+    (("joint_blocks.", "norm1_context."), "a Stable Diffusion 3 model", _OTHER_FAMILY),
+    (("cap_embedder.", "time_caption_embed."), "a Lumina model", _OTHER_FAMILY),
+)
+# Beginnings of tensor names of files that hold one part of a model only.
+_PARTS = (
+    (("first_stage_model.", "encoder.down", "decoder.up"), "only a VAE", "Give it as --vae, and a base model besides."),
+    (("down_blocks.", "input_blocks."), "only a U-Net", "Give the whole diffusers folder, or a complete checkpoint."),
+    (
+        ("text_model.", "cond_stage_model.", "conditioner.", "transformer.resblocks."),
+        "only a text encoder",
+        _PLAIN_MODEL,
+    ),
+    (("model.diffusion_model.",), "a model of another family", _OTHER_FAMILY),
+)
+_EMBEDDING_NAMES = ("emb_params", "emp_params", "clip_g", "clip_l", "string_to_param.*")
+_FAMILY_TITLES = {
+    "Flux": "a FLUX model",
+    "StableDiffusion3": "a Stable Diffusion 3 model",
+    "SD3": "a Stable Diffusion 3 model",
+    "Lumina": "a Lumina model",
+}
+
+
+def identify_file(shapes: Shapes) -> Identity:
+    """Name a single-file checkpoint by its tensors."""
+    for parts, what, advice in _MARKS:
+        if any(part in name for name in shapes for part in parts):
+            return Identity(what, advice=advice)
+    if "model.diffusion_model.input_blocks.0.0.weight" in shapes:
+        return _identify_unet_file(shapes)
+    if shapes and (any(name in shapes for name in _EMBEDDING_NAMES) or _looks_like_embedding(shapes)):
+        return Identity("an embedding", advice="To train it further, give it as --weights, and its base model here.")
+    for beginnings, what, advice in _PARTS:
+        if any(name.startswith(beginnings) for name in shapes):
+            return Identity(what, advice=advice)
+    first = next(iter(shapes), None)
+    content = f'its first tensor is "{first}"' if first else "it holds no tensors"
+    return Identity(f"not a Stable Diffusion checkpoint ({content})", advice=_PLAIN_MODEL)
+
+
+def _looks_like_embedding(shapes: Shapes) -> bool:
+    return len(shapes) <= 2 and all(shape[-1:] in ((768,), (1024,), (1280,)) for shape in shapes.values())
+
+
+def _identify_unet_file(shapes: Shapes) -> Identity:
+    channels = shapes["model.diffusion_model.input_blocks.0.0.weight"][1]
+    slots = {slot for slot in ("cond_stage_model", "conditioner.embedders.0", "conditioner.embedders.1")
+             if any(name.startswith(f"{slot}.") for name in shapes)}  # fmt: skip
+    if channels != 4:
+        return _special_unet(channels)
+    if slots == {"conditioner.embedders.0"}:
+        return Identity("the SDXL refiner", advice="An embedding is trained on the SDXL base model; give that instead.")
+    if "conditioner.embedders.1" in slots:
+        return Identity(f"a {SDXL.title} checkpoint", SDXL)
+    if not slots:
+        return Identity("only a U-Net, without text encoder", advice=_PLAIN_MODEL)
+    # SD 2 has OpenCLIP's encoder, whose tensors are named otherwise; converted files tell by the width.
+    width = shapes.get("model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", (0, 0))[1]
+    is_sd2 = width == 1024 or any(name.startswith("cond_stage_model.model.") for name in shapes)
+    architecture = SD2 if is_sd2 else SD1
+    return Identity(f"a {architecture.title} checkpoint", architecture)
+
+
+def _special_unet(channels: int) -> Identity:
+    kind = {9: "an inpainting model", 8: "an InstructPix2Pix model", 7: "an upscaler or depth model"}
+    what = kind.get(channels, "a model for another purpose")
+    return Identity(
+        f"{what} (its U-Net takes {channels} channels, not 4)", advice="Give the ordinary base model instead."
+    )
+
+
+def identify_folder(folder: Path) -> Identity:
+    """Name a folder in diffusers' layout by its configuration files. Raises UserError if one of them is broken."""
+    pipeline = read_config(folder / "model_index.json")
+    unet = read_config(folder / "unet" / "config.json")
+    if unet is None:
+        return _identify_other_folder(folder, pipeline)
+    channels = unet.get("in_channels", 4)
+    if channels != 4:
+        return _special_unet(channels)
+    encoder = read_config(folder / "text_encoder" / "config.json")
+    is_xl = unet.get("addition_embed_type") == "text_time"
+    if encoder is None:
+        refiner = is_xl and (folder / "text_encoder_2").is_dir()
+        what = "the SDXL refiner" if refiner else "incomplete: it has no text_encoder folder with a config.json"
+        return Identity(what, advice=_PLAIN_MODEL)
+    if encoder.get("model_type", "clip_text_model") not in ("clip_text_model", "clip"):
+        return Identity(f"a model with a {encoder['model_type']} text encoder, not CLIP", advice=_PLAIN_MODEL)
+    if is_xl:
+        return Identity(f"a {SDXL.title} model", SDXL)
+    width = encoder.get("hidden_size")
+    is_sd2 = width == 1024 or (width != 768 and bool(unet.get("use_linear_projection")))
+    architecture = SD2 if is_sd2 else SD1
+    return Identity(f"a {architecture.title} model", architecture)
+
+
+def _identify_other_folder(folder: Path, pipeline: dict | None) -> Identity:
+    if pipeline is None:
+        files = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".ckpt"))
+        if files:
+            return Identity(
+                "a folder of checkpoint files", advice=f"Name one of them, for example {folder / files[0]}."
+            )
+        return Identity(
+            "not a diffusers model folder (it has no model_index.json)",
+            advice="Give a folder with model_index.json, unet, vae and text_encoder, or a checkpoint file.",
+        )
+    kind = str(pipeline.get("_class_name"))
+    title = next(
+        (title for name, title in _FAMILY_TITLES.items() if name in kind), f"a model of another family ({kind})"
+    )
+    return Identity(title, advice=_OTHER_FAMILY)
+
+
+def read_config(file: Path) -> dict | None:
+    """The content of a JSON file, or None if there is none. Raises UserError if it is no JSON object."""
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} is not a configuration: it holds no JSON object.")
+    return content

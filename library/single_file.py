@@ -1,0 +1,199 @@
+"""Checkpoints in one file: the original layouts (LDM, SGM, OpenCLIP) turned into diffusers' and transformers' names.
+
+A file does not say how its model is built. The bundled configurations do, and the sizes in them are corrected by the
+shapes of the tensors, so that unusual widths load as well.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+    convert_open_clip_checkpoint,
+)
+
+from library.architectures import Architecture, TextEncoderLayout
+from library.errors import UserError
+from library.model_identity import read_config
+from library.weight_files import Tensors, Weights
+
+HEAD_WIDTH = 64  # of every attention in OpenCLIP, SD 2 and SDXL, and in CLIP-L
+_VAE_PREFIXES = ("first_stage_model.", "vae.", "")
+_VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+
+
+@dataclass(frozen=True)
+class SingleFile:
+    """A checkpoint file of a known architecture; each method reads one component: its configuration and tensors."""
+
+    path: Path
+    weights: Weights
+    architecture: Architecture
+    config_folder: Path
+
+    def config(self, component: str) -> dict:
+        return read_config(self.config_folder / component / "config.json")
+
+    def unet(self) -> tuple[dict, Tensors]:
+        names = [name for name in self.weights.shapes if name.startswith("model.diffusion_model.")]
+        config = self.config("unet")
+        tensors = _converted(convert_ldm_unet_checkpoint, self.weights.read(names), config, self.path)
+        pooled = self.weights.shapes.get(f"{self.architecture.text_encoders[-1].slot}.model.text_projection", (0, 0))[1]
+        return unet_sizes(config, tensors, pooled), tensors
+
+    def vae(self) -> tuple[dict, Tensors]:
+        return vae_component(self.path, self.weights, self.config("vae"))
+
+    def text_encoder(self, layout: TextEncoderLayout) -> tuple[dict, Tensors]:
+        config = self.config(layout.component)
+        clip, open_clip = f"{layout.slot}.transformer.", f"{layout.slot}.model."
+        if names := [name for name in self.weights.shapes if name.startswith(open_clip)]:
+            tensors = _from_open_clip(self.weights.read(names), open_clip)
+            config = text_sizes(config, tensors, spare_layers=0 if layout.with_projection else 1)
+            return config, without_spare_layers(tensors, config["num_hidden_layers"])
+        names = [name for name in self.weights.shapes if name.startswith(clip)]
+        tensors = {
+            name.removeprefix(clip).removeprefix("text_model."): t for name, t in self.weights.read(names).items()
+        }
+        return text_sizes(config, tensors), tensors
+
+    def embedding_width(self, layout: TextEncoderLayout) -> int:
+        """The length of a token's vector, from the header alone."""
+        start, end = f"{layout.slot}.", "token_embedding.weight"
+        names = (name for name in self.weights.shapes if name.startswith(start) and name.endswith(end))
+        if (name := next(names, None)) is None:
+            raise UserError(f"{self.path} is incomplete: the text encoder's token table is missing.")
+        return self.weights.shapes[name][1]
+
+
+def vae_component(path: Path, weights: Weights, config: dict) -> tuple[dict, Tensors]:
+    """A VAE from a checkpoint or a file of its own: original layout with or without prefix, or diffusers' layout."""
+    prefix = next((p for p in _VAE_PREFIXES if any(name.startswith(f"{p}encoder.") for name in weights.shapes)), None)
+    if prefix is None:
+        raise UserError(f"{path} holds no VAE. Give one with --vae.")
+    parts = tuple(prefix + part for part in _VAE_PARTS)
+    tensors = weights.read(name for name in weights.shapes if name.startswith(parts))
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    if any(name.startswith("encoder.down_blocks.") for name in tensors):
+        tensors = modern_vae_names(tensors)
+    else:
+        tensors = _converted(convert_ldm_vae_checkpoint, tensors, config, path)
+    return vae_sizes(config, tensors), tensors
+
+
+def modern_vae_names(tensors: Tensors) -> Tensors:
+    """Rename the attention layers of VAEs that diffusers saved before version 0.17."""
+    names = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+    result = {}
+    for name, tensor in tensors.items():
+        if ".attentions." in name:
+            for old, new in names.items():
+                name = name.replace(old, new)
+        result[name] = tensor
+    return result
+
+
+def _converted(convert, tensors: Tensors, config: dict, path: Path) -> Tensors:
+    """Call one of diffusers' conversions, which stop at some missing tensors and put None for others."""
+    try:
+        converted = convert(tensors, config)
+    except KeyError as error:
+        raise UserError(f"{path} is incomplete: the tensor {error} is missing.") from error
+    return {name: tensor for name, tensor in converted.items() if tensor is not None}
+
+
+def _from_open_clip(tensors: Tensors, prefix: str) -> Tensors:
+    width = (
+        tensors[f"{prefix}token_embedding.weight"].shape[1] if f"{prefix}token_embedding.weight" in tensors else None
+    )
+    model = SimpleNamespace(config=SimpleNamespace(hidden_size=width))
+    converted = convert_open_clip_checkpoint(model, tensors, prefix=prefix)
+    return {name.removeprefix("text_model."): tensor for name, tensor in converted.items()}
+
+
+def unet_sizes(config: dict, tensors: Tensors, pooled_width: int) -> dict:
+    """The U-Net's configuration with the sizes of these tensors (diffusers' names).
+
+    ``pooled_width`` is that of SDXL's pooled vector, which shares a layer with six sinusoids of equal width.
+    """
+    shape = _Shapes(tensors)
+    levels = range(len(config["down_block_types"]))
+    widths = [shape(f"down_blocks.{i}.resnets.0.conv1.weight", 0, config["block_out_channels"][i]) for i in levels]
+    attention = next((name for name in tensors if name.endswith("attn2.to_k.weight")), "")
+    projection = next((name for name in tensors if name.endswith("attentions.0.proj_in.weight")), None)
+    sizes = {
+        "block_out_channels": widths,
+        "in_channels": shape("conv_in.weight", 1, config["in_channels"]),
+        "cross_attention_dim": shape(attention, 1, config["cross_attention_dim"]),
+    }
+    if projection is not None:
+        sizes["use_linear_projection"] = tensors[projection].ndim == 2
+    if widths != config["block_out_channels"] and isinstance(config["attention_head_dim"], list):
+        # diffusers calls it a dimension, but it is the number of heads.
+        sizes["attention_head_dim"] = [width // head_width(widths) for width in widths]
+    if isinstance(config["transformer_layers_per_block"], list):
+        depths = [_count(tensors, f"down_blocks.{i}.attentions.0.transformer_blocks.") for i in levels]
+        sizes["transformer_layers_per_block"] = [depth or 1 for depth in depths]
+    if (total := shape("add_embedding.linear_1.weight", 1, 0)) > pooled_width:
+        sizes["projection_class_embeddings_input_dim"] = total
+        sizes["addition_time_embed_dim"] = (total - pooled_width) // 6
+    return config | sizes
+
+
+def vae_sizes(config: dict, tensors: Tensors) -> dict:
+    """The VAE's configuration with the sizes of these tensors (diffusers' names)."""
+    shape = _Shapes(tensors)
+    levels = range(len(config["down_block_types"]))
+    usual = config["block_out_channels"]
+    widths = [shape(f"encoder.down_blocks.{i}.resnets.0.conv1.weight", 0, usual[i]) for i in levels]
+    channels = shape("decoder.conv_in.weight", 1, config["latent_channels"])
+    return config | {"block_out_channels": widths, "latent_channels": channels}
+
+
+def text_sizes(config: dict, tensors: Tensors, spare_layers: int = 0) -> dict:
+    """The text encoder's configuration with the sizes of these tensors (transformers' names without prefix).
+
+    ``spare_layers`` is how many layers the file holds that the model does not use (SD 2 files: the last).
+    """
+    shape = _Shapes(tensors)
+    width = shape("embeddings.token_embedding.weight", 1, config["hidden_size"])
+    layers, usual = _count(tensors, "encoder.layers."), config["num_hidden_layers"]
+    sizes = {
+        "hidden_size": width,
+        "vocab_size": shape("embeddings.token_embedding.weight", 0, config["vocab_size"]),
+        "max_position_embeddings": shape("embeddings.position_embedding.weight", 0, config["max_position_embeddings"]),
+        "intermediate_size": shape("encoder.layers.0.mlp.fc1.weight", 0, config["intermediate_size"]),
+        "projection_dim": shape("text_projection.weight", 0, config["projection_dim"]),
+        # Some converters leave the unused layers out.
+        "num_hidden_layers": usual if usual <= layers <= usual + spare_layers else max(1, layers - spare_layers),
+    }
+    if width != config["hidden_size"]:
+        sizes["num_attention_heads"] = width // head_width([width])
+    return config | sizes
+
+
+def without_spare_layers(tensors: Tensors, layers: int) -> Tensors:
+    unused = tuple(f"encoder.layers.{i}." for i in range(layers, layers + 2))
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(unused)}
+
+
+def head_width(widths: Iterable[int]) -> int:
+    """Width of one attention head: 64, or 8 in miniature models, where 64 does not divide every width."""
+    return HEAD_WIDTH if all(width % HEAD_WIDTH == 0 for width in widths) else 8
+
+
+class _Shapes:
+    """Sizes of tensors by name, with a fallback: what is missing is reported once all names are compared."""
+
+    def __init__(self, tensors: Tensors):
+        self.tensors = tensors
+
+    def __call__(self, name: str, axis: int, fallback: int) -> int:
+        return self.tensors[name].shape[axis] if name in self.tensors else fallback
+
+
+def _count(tensors: Tensors, prefix: str) -> int:
+    return len({name.removeprefix(prefix).split(".")[0] for name in tensors if name.startswith(prefix)})
