@@ -189,6 +189,42 @@ DEPARTURES: list[Departure] = [
         lambda case: not case["bucket"] and case["wh"] != case["resolution"],
     ),
     Departure("latents_validity", "D6", "shapes and keys are always checked", _cache_lacks_what_fits),
+    Departure(
+        "loss_weights",
+        "Q8",
+        "huber_scale acts in the snr schedule too",
+        lambda case: case.get("huber_schedule") == "snr" and case["huber_scale"] != 1,
+    ),
+    Departure(
+        "loss_weights",
+        "Q6",
+        "signal-to-noise ratios follow the zero-terminal betas",
+        lambda case: (
+            case["zero_terminal_snr"] and case["quantity"] not in ("alphas_cumprod", "betas", "huber_threshold")
+        ),
+    ),
+    Departure("zero_terminal_snr", "Q6", "the last signal-to-noise ratio is 0, like the last ᾱ", lambda case: True),
+    Departure(
+        "optimizer_map",
+        "D2",
+        "D-Adaptation: the class alone counts, its defaults were read off a stand-in",
+        lambda case: "dadapt" in case["optimizer_type"].lower() and "error" not in case,
+    ),
+    Departure(
+        "optimizer_args",
+        "D2",
+        "fused_backward_pass has nothing to do and is no error",
+        lambda case: "--fused_backward_pass" in case["argv"],
+    ),
+    Departure(
+        "lr_schedules",
+        "D7",
+        "schedules that crash in sd-scripts work",
+        lambda case: any(
+            f"--lr_scheduler={name}" in case["argv"] for name in ("cosine_warmup_with_min_lr", "reduce_lr_on_plateau")
+        ),
+    ),
+    ),
 ]
 
 
