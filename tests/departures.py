@@ -224,7 +224,6 @@ DEPARTURES: list[Departure] = [
             f"--lr_scheduler={name}" in case["argv"] for name in ("cosine_warmup_with_min_lr", "reduce_lr_on_plateau")
         ),
     ),
-    ),
 ]
 
 
