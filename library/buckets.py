@@ -166,7 +166,8 @@ def size_conditioning_crop(bucket: Size, image_size: Size) -> tuple[float, float
     """(left, top, right, bottom) that SDXL is told about a picture in its bucket.
 
     These are the borders of the whole picture fitted *into* the bucket, not the pixels that are really cut off.
-    sd-scripts trains with these numbers and keeps them in its latent caches.
+    sd-scripts trains with these numbers and keeps them in its latent caches, rounding errors included: a picture of
+    exactly the bucket's shape can come out as starting at -1.
     """
     width, height = bucket
     ratio = image_size[0] / image_size[1]
