@@ -193,8 +193,8 @@ def _check_required(options: Options) -> None:
 
 def _check_output(options: Options) -> None:
     name = options.save.output_name
-    if name and re.search(r"[/\\]", name):
-        raise UserError(f'--output_name "{name}" is a path. Give the folder with --output_dir and only the name here.')
+    if name and re.search(r"[/\\\x00-\x1f]", name):
+        raise UserError(f'--output_name "{name}" is no file name. The folder belongs in --output_dir.')
     if options.save.output_dir is None:
         return
     folder = Path(options.save.output_dir)

@@ -39,7 +39,7 @@ def whole_number(value: Any) -> int:
 def number(value: Any) -> float:
     """Read a finite float from a number or a text such as "1e-4"."""
     try:
-        result = math.nan if isinstance(value, bool) else float(value)
+        result = float("" if isinstance(value, bool) else value)
     except (TypeError, ValueError, OverflowError):
         raise ArgumentTypeError(f"{shown(value)} is not a number.") from None
     if not math.isfinite(result):

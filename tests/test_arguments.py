@@ -155,8 +155,9 @@ def test_an_output_folder_that_cannot_be_is_refused(run, tmp_path):
     for folder in ("file", "file/below"):
         with pytest.raises(UserError, match=r"file is a file, not a folder"):
             run(f"--output_dir={tmp_path / folder}")
-    with pytest.raises(UserError, match="--output_name"):
-        run("--output_name=folder/name")
+    for name in ("folder/name", "folder\\name", "two\nlines"):
+        with pytest.raises(UserError, match="is no file name"):
+            run(f"--output_name={name}")
 
 
 @pytest.mark.parametrize(
