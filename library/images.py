@@ -152,8 +152,8 @@ def read_image(path: Path | str, *, alpha: bool = False) -> np.ndarray:
 def _opened(path: Path | str) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
-            # One's own large photo is no attack; from twice Pillow's limit on it raises an error instead.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            # Of large photos (twice as large ones are an error) and odd metadata; they name no file and change nothing.
+            warnings.simplefilter("ignore")
             with Image.open(path) as image:
                 yield image
     except Exception as error:  # Pillow's readers raise many kinds of errors for damaged files.

@@ -77,7 +77,7 @@ class VaeEncoder:
     def __init__(self, vae: torch.nn.Module, device: torch.device | str, dtype: torch.dtype):
         self.device, self.dtype = torch.device(device), dtype
         self.fingerprint = vae_fingerprint(vae)
-        self.vae = vae.to(self.device, dtype).eval().requires_grad_(False)
+        self.vae = _moved(vae, self.device, dtype).eval().requires_grad_(False)
 
     def encode(
         self, images: torch.Tensor, generators: Sequence[torch.Generator], names: Sequence[object] = ()
@@ -91,7 +91,7 @@ class VaeEncoder:
         if self.dtype != torch.float32 and not _finite(mean, spread).all():
             logger.warning(f"The VAE overflows in {self.dtype}; it encodes in float32 from here on.")
             self.dtype = torch.float32
-            self.vae.to(torch.float32)
+            _moved(self.vae, self.device, torch.float32)
             mean, spread = self._posterior(images)
         finite = _finite(mean, spread).tolist()
         if not all(finite):
@@ -115,6 +115,11 @@ class VaeEncoder:
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _moved(vae: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    # Not vae.to(): diffusers' own version warns at every change of dtype, whether it concerns this model or not.
+    return torch.nn.Module.to(vae, device, dtype)
 
 
 def _finite(mean: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:

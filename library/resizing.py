@@ -35,7 +35,7 @@ def resize(image: np.ndarray, size: tuple[int, int], interpolation: str | None =
     if interpolation is None:
         interpolation = "area" if size[0] <= width and size[1] <= height else "lanczos"
     if interpolation in _PILLOW:
-        return np.asarray(Image.fromarray(image).resize(size, _PILLOW[interpolation]))
+        return np.array(Image.fromarray(image).resize(size, _PILLOW[interpolation]))
     if interpolation in _TORCH:
         return _torch_resize(image, size, _TORCH[interpolation])
     if interpolation == "area":
