@@ -190,3 +190,5 @@ STABLE_DIFFUSION_XL = StableDiffusionXL(
     vae_scale_factor=0.13025,
     resolution=1024,
 )
+
+FAMILIES = {family.name: family for family in (STABLE_DIFFUSION, STABLE_DIFFUSION_XL)}
