@@ -14,13 +14,12 @@ from library.errors import UserError, did_you_mean
 
 _PILLOW = {"lanczos": Image.Resampling.LANCZOS, "box": Image.Resampling.BOX}
 _TORCH = {
-    "nearest": "nearest-exact",
     "bilinear": "bilinear",
     "linear": "bilinear",
     "bicubic": "bicubic",
     "cubic": "bicubic",
 }
-INTERPOLATIONS = (*_PILLOW, *_TORCH, "area")
+INTERPOLATIONS = (*_PILLOW, *_TORCH, "nearest", "area")
 
 
 def resize(image: np.ndarray, size: tuple[int, int], interpolation: str | None = None) -> np.ndarray:
@@ -38,6 +37,8 @@ def resize(image: np.ndarray, size: tuple[int, int], interpolation: str | None =
         return np.array(Image.fromarray(image).resize(size, _PILLOW[interpolation]))
     if interpolation in _TORCH:
         return _torch_resize(image, size, _TORCH[interpolation])
+    if interpolation == "nearest":
+        return image[_nearest(height, size[1])][:, _nearest(width, size[0])]
     if interpolation == "area":
         return _area_resize(image, size)
     raise UserError(
@@ -86,10 +87,22 @@ def _coverage(index: int, source: int, target: int) -> tuple[int, np.ndarray]:
 
 
 def _linear(index: int, source: int, target: int) -> tuple[int, np.ndarray]:
-    """First source line and the one or two factors of OpenCV's linear rule for INTER_AREA where an image grows."""
-    first = math.floor(index * source / target)
-    share = (index + 1) - (first + 1) * target / source
+    """First source line and the one or two factors of OpenCV's linear rule for INTER_AREA where an image grows.
+
+    Where a target line begins exactly on a source line, the rounding of ``scale`` decides; hence OpenCV's own order.
+    """
+    inverse = target / source
+    scale = 1 / inverse
+    first = math.floor(index * scale)
+    share = float(np.float32((index + 1) - (first + 1) * inverse))
     share = share - math.floor(share) if share > 0 else 0.0
     if first + 1 >= source:
         return source - 1, np.ones(1, dtype=np.float32)
     return first, np.array([1 - share, share], dtype=np.float32)
+
+
+def _nearest(source: int, target: int) -> np.ndarray:
+    """The source line of each target line: OpenCV's INTER_NEAREST_EXACT, which counts in 65536ths of a line."""
+    step = ((source << 16) + target // 2) // target
+    start = step // 2 - source % 2
+    return ((step * np.arange(target, dtype=np.int64) + start) >> 16).clip(0, source - 1)

@@ -69,3 +69,26 @@ def test_pillow_filters_ignore_colours_that_alpha_hides_and_the_others_do_not():
 def test_an_unknown_name_is_an_error_that_lists_the_known_ones():
     with pytest.raises(UserError, match=r'"lancsos".*Did you mean "lanczos".*bicubic'):
         resize(_noise(4, 4), (2, 2), "lancsos")
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (24, [0, 2, 3, 4, 6, 7, 9, 10, 11, 13, 14, 16, 17, 19, 20, 21, 23]),
+        (15, [0, 0, 1, 2, 2, 3, 3, 4, 5, 5, 6, 6, 7, 8, 8, 9, 9, 10, 11, 11, 12, 12, 13, 14, 14]),
+    ],
+)
+def test_nearest_decides_between_two_pixels_as_opencv_does(source, expected):
+    """Columns that OpenCV 4.10 takes; where a middle falls between two pixels, torch takes the other one."""
+    image = np.repeat(np.arange(source, dtype=np.uint8)[None, :, None], 3, axis=2)
+    assert resize(image, (len(expected), 1), "nearest")[0, :, 0].tolist() == expected
+
+
+def test_area_that_enlarges_decides_between_two_pixels_as_opencv_does():
+    """Some of OpenCV 4.10's values for 36 → 51; in column 34, which begins on a source pixel, the left one counts."""
+    row = [95, 130, 194, 217, 207, 235, 15, 163, 33, 215, 217, 130, 248, 189, 16, 69, 184, 232]
+    row += [205, 78, 169, 61, 125, 10, 29, 240, 66, 19, 182, 39, 59, 4, 59, 81, 222, 44]
+    image = np.repeat(np.array(row, dtype=np.uint8)[None, :, None], 3, axis=2)
+    made = resize(image, (51, 1), "area")[0, :, 0].astype(int)
+    assert np.abs(made[:8] - [95, 115, 141, 194, 211, 214, 207, 233]).max() <= 1
+    assert np.abs(made[30:38] - [142, 61, 114, 77, 10, 10, 152, 211]).max() <= 1
