@@ -18,7 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from library.architectures import CONFIGS, SD2, VOCABULARY, TextEncoderLayout
 from library.errors import UserError
 from library.model_family import ModelFamily
-from library.model_folder import ModelFolder, fetch_from_hub, find_weights, looks_like_hub_id
+from library.model_folder import ModelFolder, fetch_from_hub, fetch_vae, find_weights, looks_like_hub_id
 from library.model_identity import Identity, identify_file, identify_folder, read_config
 from library.options import ModelOptions
 from library.single_file import SingleFile, modern_vae_names, vae_component
@@ -54,7 +54,10 @@ class BaseModel:
         name = options.pretrained_model_name_or_path
         if not name:
             raise UserError("--pretrained_model_name_or_path is missing: give the base model that learns the word.")
-        path = _locate(name, "--pretrained_model_name_or_path")
+        path = _local_path(name)
+        short_name = name if path is None else Path(name).name
+        if path is None:
+            path = fetch_from_hub(_hub_id(name, "--pretrained_model_name_or_path"))
         mmap = not options.disable_mmap_load_safetensors
         if path.is_dir():
             identity = identify_folder(path)
@@ -65,7 +68,7 @@ class BaseModel:
             identity = identify_file(weights.shapes)
             _check_family(name, identity, family)
             source = SingleFile(path, weights, identity.architecture, configs / identity.architecture.name)
-        model = cls(source, options, name if path != Path(name) and looks_like_hub_id(name) else Path(name).name)
+        model = cls(source, options, short_name)
         model._check_flags(name)
         return model
 
@@ -173,7 +176,9 @@ class BaseModel:
 
     def _other_vae(self, name: str) -> tuple[dict, Tensors]:
         mmap = not self.options.disable_mmap_load_safetensors
-        path = _locate(name, "--vae")
+        path = _local_path(name)
+        if path is None:
+            return fetch_vae(_hub_id(name, "--vae"))
         if path.is_file():
             usual = read_config(CONFIGS / self.architecture.name / "vae" / "config.json")
             return vae_component(path, open_weights(path, mmap=mmap), usual)
@@ -186,14 +191,16 @@ class BaseModel:
         return config, modern_vae_names(find_weights(folder, mmap=mmap).read_all())
 
 
-def _locate(name: str, option: str) -> Path:
-    """The file or folder behind a path (links resolved) or a hub id."""
+def _local_path(name: str) -> Path | None:
+    """The file or folder behind a path, links resolved; None if there is none."""
     path = Path(name).expanduser()
-    if path.exists():
-        return path.resolve()
+    return path.resolve() if path.exists() else None
+
+
+def _hub_id(name: str, option: str) -> str:
     if not looks_like_hub_id(name):
         raise UserError(f"{option} {name} does not exist. Check the path.")
-    return fetch_from_hub(name)
+    return name
 
 
 def _check_family(name: str, identity: Identity, family: ModelFamily) -> None:

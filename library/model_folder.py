@@ -4,6 +4,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffusers import AutoencoderKL, DiffusionPipeline
+from huggingface_hub.constants import HF_HUB_OFFLINE
+
 from library.architectures import Architecture, TextEncoderLayout
 from library.errors import UserError
 from library.model_identity import read_config
@@ -75,14 +78,31 @@ def looks_like_hub_id(name: str) -> bool:
 
 
 def fetch_from_hub(name: str) -> Path:
-    """The local copy of a model on the hub, downloaded unless diffusers' cache has it. Raises UserError."""
-    from diffusers import DiffusionPipeline
-
+    """The local copy of a whole model on the hub, downloaded unless diffusers' cache has it. Raises UserError."""
     try:
-        return Path(DiffusionPipeline.download(name))
-    except Exception as error:  # every library underneath raises its own; all mean that there is no model to train
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"{name} is no file or folder here, and it could not be fetched from the Hugging Face hub: {reason} "
-            "Check the spelling, or give the path of a checkpoint or of a diffusers folder."
-        ) from error
+        return Path(DiffusionPipeline.download(name, local_files_only=HF_HUB_OFFLINE))
+    except Exception as error:  # the libraries underneath raise their own; all mean that there is no model
+        raise _not_fetched(name, error) from error
+
+
+def fetch_vae(name: str) -> tuple[dict, Tensors]:
+    """A VAE on the hub, at the root of its repository or in the folder ``vae``. Raises UserError."""
+    try:
+        vae = AutoencoderKL.from_pretrained(name, local_files_only=HF_HUB_OFFLINE)
+    except OSError:
+        try:
+            vae = AutoencoderKL.from_pretrained(name, subfolder="vae", local_files_only=HF_HUB_OFFLINE)
+        except Exception as error:
+            raise _not_fetched(name, error) from error
+    return dict(vae.config), vae.state_dict()
+
+
+def _not_fetched(name: str, error: Exception) -> UserError:
+    if HF_HUB_OFFLINE:
+        reason = "HF_HUB_OFFLINE is set and there is no copy in the cache"
+    else:
+        reason = str(error).strip().split("\n")[0].split(". ")[0]
+    return UserError(
+        f"{name} is no file or folder here, and it could not be fetched from the Hugging Face hub: {reason}. "
+        "Check the spelling, or give a path."
+    )

@@ -117,7 +117,7 @@ def identify_folder(folder: Path) -> Identity:
         refiner = is_xl and (folder / "text_encoder_2").is_dir()
         what = "the SDXL refiner" if refiner else "incomplete: it has no text_encoder folder with a config.json"
         return Identity(what, advice=_PLAIN_MODEL)
-    if encoder.get("model_type", "clip_text_model") not in ("clip_text_model", "clip"):
+    if encoder.get("model_type", "clip_text_model") != "clip_text_model":
         return Identity(f"a model with a {encoder['model_type']} text encoder, not CLIP", advice=_PLAIN_MODEL)
     if is_xl:
         return Identity(f"a {SDXL.title} model", SDXL)
