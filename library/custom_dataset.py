@@ -9,7 +9,6 @@ have a length and give a dictionary for each number below it: one finished batch
   (masks, which win), ``original_sizes_hw``, ``crop_top_lefts`` and ``target_sizes_hw`` [B, 2]
 """
 
-import importlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,31 +19,14 @@ from torch.utils.data import Dataset
 from library.batch_order import BatchRef, BatchSampler, EpochOrder
 from library.batches import Batch, collate
 from library.dataset import BatchLoader, sample_seeds
-from library.errors import UserError, did_you_mean
+from library.errors import UserError
 from library.latents import LatentCache, LatentEntry
+from library.named_classes import load_class
 from library.options import DatasetOptions
 from library.preflight import Report
 from library.tokens import PromptTokenizer
 
 _PIXELS_PER_LATENT = 8
-
-
-def load_class(name: str) -> type:
-    """The class of a dotted path. Raises UserError if there is none."""
-    module_name, _, class_name = name.rpartition(".")
-    if not module_name:
-        raise UserError(f'--dataset_class "{name}" must be a module and a class, such as my_data.MyDataset.')
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # the user's module may fail in any way
-        raise UserError(
-            f"--dataset_class {name}: the module {module_name} cannot be imported ({type(error).__name__}: {error}). "
-            "It must be installed, or lie in a folder that PYTHONPATH names."
-        ) from error
-    if not hasattr(module, class_name):
-        hint = did_you_mean(class_name, vars(module))
-        raise UserError(f'--dataset_class "{name}": the module "{module_name}" has no "{class_name}".{hint}')
-    return getattr(module, class_name)
 
 
 class CustomData:
@@ -68,11 +50,13 @@ class CustomData:
         self.resolution = options.resolution or (512, 512)
         self.masked_loss = options.masked_loss
         size = options.resolution and f"{options.resolution[0]},{options.resolution[1]}"
+        module, _, class_name = self.name.rpartition(".")
+        if not module:
+            raise UserError(f"--dataset_class {self.name} must be a module and a class, such as my_data.MyDataset.")
+        made_by = load_class("--dataset_class", module, class_name)
         try:
-            self.dataset = load_class(self.name)(None, max_token_length, size, options.debug_dataset)
+            self.dataset = made_by(None, max_token_length, size, options.debug_dataset)
             count = len(self.dataset)
-        except UserError:
-            raise
         except Exception as error:  # the user's class may fail in any way
             raise UserError(f"--dataset_class {self.name} cannot be used: {type(error).__name__}: {error}.") from error
         if count == 0:

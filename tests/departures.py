@@ -16,6 +16,7 @@ from pathlib import Path
 
 from golden_data import golden_arrays
 
+from library.dataset_schema import DREAMBOOTH, GENERAL, known_keys
 from library.option_types import checked
 from library.options import declared_options
 from library.placeholder import Placeholder
@@ -126,7 +127,51 @@ def _cache_lacks_what_fits(case: dict) -> bool:
     return case["exists"] and not (complete and case["npz_latents_shape"] == [4, height // 8, width // 8])
 
 
+def _caption_is_found_or_read_in_our_way(case: dict) -> bool:
+    """A .txt file where no extension is given, or a file that is empty or begins with a blank line or a BOM."""
+    firsts = [text.split("\n")[0].strip() for text in case["files"].values()]
+    txt = "caption_extension" not in case["subset"] and any(name.endswith(".txt") for name in case["files"])
+    return txt or any(not first or first.startswith(("\ufeff", "efbbbf")) for first in firsts)
+
+
+def _tags_would_be_lost(case: dict) -> bool:
+    """Tags beside a blank caption, or behind a line break where only the first line is used."""
+    wildcard = case["subset"].get("enable_wildcard", False)
+
+    def lost(tags: str, caption: str) -> bool:
+        blank = not caption.strip() and (wildcard or caption)
+        return bool(tags and (blank or (not wildcard and "\n" in caption + tags)))
+
+    return any(lost(entry.get("tags", ""), entry.get("caption", "")) for entry in case["metadata"].values())
+
+
 DEPARTURES: list[Departure] = [
+    Departure(
+        "dataset_config",
+        "D5",
+        "refused: booleans as whole numbers, values out of range, unknown interpolations",
+        lambda case: "error" not in case and _holds_what_we_refuse(case),
+    ),
+    Departure(
+        "dataset_config",
+        "D5",
+        "refused: a file or dataset with nothing in it",
+        lambda case: "error" not in case and _holds_no_pictures(case),
+    ),
+    Departure("dataset_config", "Q11", "refused: masked loss without masks", _has_no_masks),
+    Departure("dataset_config", "D5", "dropout keys are accepted", _holds_dropout),
+    Departure(
+        "dataset_config",
+        "D5",
+        "an unset caption_extension means .caption, then .txt",
+        lambda case: "'caption_extension'" not in str(case["user_config"]) and "caption_ext" not in str(case["argv"]),
+    ),
+    Departure(
+        "bucket_adjust",
+        "Q16",
+        "the least bucket side is one step or more",
+        lambda case: case["min_bucket_reso"] < case["bucket_reso_steps"],
+    ),
     Departure(
         "bucket_assign",
         "Q16",
@@ -188,6 +233,19 @@ DEPARTURES: list[Departure] = [
         "without buckets pictures are resized to cover and cropped",
         lambda case: not case["bucket"] and case["wh"] != case["resolution"],
     ),
+    Departure(
+        "caption_files",
+        "D6",
+        "an unset extension finds .txt too; blank lines and a byte order mark are skipped",
+        _caption_is_found_or_read_in_our_way,
+    ),
+    Departure(
+        "finetune_metadata",
+        "D5",
+        "a dataset with nothing in it is an error",
+        lambda case: case["subset"].get("num_repeats", 1) < 1,
+    ),
+    Departure("finetune_metadata", "decisions, Data", "tags are never lost", _tags_would_be_lost),
     Departure("latents_validity", "D6", "shapes and keys are always checked", _cache_lacks_what_fits),
     Departure(
         "loss_weights",

@@ -1,0 +1,185 @@
+import logging
+import os
+
+import pytest
+from datasets import configs_of, make_picture, subset_of
+from PIL import Image
+
+from library.errors import UserError
+from library.image_sets import balanced_repeats, held_out, list_images, load_image_sets
+
+
+def _sets(folder, *subsets, **options):
+    return load_image_sets(configs_of(folder, {"resolution": 64, "subsets": list(subsets)}, **options)[0])
+
+
+def test_any_letter_case_sorted_not_recursive_no_hidden_files(tmp_path):
+    for name in ("b.PNG", "a.Png", "c.jpeg", "d.JpG", "e.webp", "f.BMP", "._a.png", "sub/g.png"):
+        make_picture(tmp_path / name.lower()).rename(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "folder.png").mkdir()
+    assert list_images(str(tmp_path)) == ["a.Png", "b.PNG", "c.jpeg", "d.JpG", "e.webp", "f.BMP"]
+
+
+def test_links_to_pictures_are_pictures(tmp_path):
+    make_picture(tmp_path / "elsewhere" / "a.png")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "link.png").symlink_to(tmp_path / "elsewhere" / "a.png")
+    (tmp_path / "images" / "broken.png").symlink_to(tmp_path / "elsewhere" / "gone.png")
+    assert list_images(str(tmp_path / "images")) == ["link.png"]
+
+
+def test_columns(tmp_path):
+    make_picture(tmp_path / "images" / "b.png", (40, 30), "two mychar")
+    make_picture(tmp_path / "images" / "a.png", (20, 10))
+    (found,) = _sets(tmp_path, {"image_dir": str(tmp_path / "images")})
+    assert found.paths == [str(tmp_path / "images" / name) for name in ("a.png", "b.png")]
+    assert found.captions == ["", "two mychar"]
+    assert found.sizes.tolist() == [[20, 10], [40, 30]]
+    assert found.uncaptioned == [found.paths[0]]
+
+
+def test_sizes_are_those_of_the_upright_picture(tmp_path):
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (40, 30)).save(tmp_path / "images" / "a.jpg", exif=tags)
+    (found,) = _sets(tmp_path, {"image_dir": str(tmp_path / "images")})
+    assert found.sizes.tolist() == [[30, 40]]
+
+
+def _folder(tmp_path, kind):
+    folder = tmp_path / "images"
+    if kind != "missing":
+        folder.mkdir()
+    if kind == "file":
+        folder.rmdir()
+        folder.write_text("x")
+    if kind == "nested":
+        make_picture(folder / "10_cat" / "a.png")
+    if kind == "zero bytes":
+        (folder / "a.png").touch()
+    if kind == "no picture":
+        (folder / "a.png").write_text("x")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "phrases"),
+    [
+        ("missing", ["images", "does not exist", "image_dir"]),
+        ("file", ["images", "is a file"]),
+        ("empty", ["images", "no pictures", ".png"]),
+        ("nested", ["images", "10_cat", "not searched"]),
+        ("zero bytes", ["a.png", "empty"]),
+        ("no picture", ["a.png", "not an image"]),
+    ],
+)
+def test_a_folder_without_good_pictures_is_an_error(tmp_path, kind, phrases):
+    with pytest.raises(UserError) as error:
+        _sets(tmp_path, {"image_dir": str(_folder(tmp_path, kind))})
+    assert all(phrase in str(error.value) for phrase in phrases), error.value
+
+
+def test_an_empty_folder_among_others_is_an_error_too(tmp_path):
+    make_picture(tmp_path / "good" / "a.png")
+    (tmp_path / "bad").mkdir()
+    with pytest.raises(UserError, match="bad"):
+        _sets(tmp_path, {"image_dir": str(tmp_path / "good")}, {"image_dir": str(tmp_path / "bad")})
+
+
+def test_a_folder_listed_twice_counts_once_however_it_is_spelled(tmp_path, caplog):
+    folder = make_picture(tmp_path / "images" / "a.png").parent
+    (tmp_path / "link").symlink_to(folder)
+    spellings = [str(folder), f"{folder}/", str(tmp_path / "link"), os.path.relpath(folder)]
+    with caplog.at_level(logging.WARNING):
+        sets = _sets(tmp_path, *({"image_dir": name} for name in spellings))
+    assert [len(found) for found in sets] == [1]
+    assert len(caplog.records) == 3
+
+
+def test_a_picture_of_two_metadata_files_counts_once_with_the_last_caption(tmp_path, caplog):
+    make_picture(tmp_path / "a.png")
+    make_picture(tmp_path / "b.png")
+    (tmp_path / "1.json").write_text('{"a.png": {"caption": "first"}, "b.png": {"caption": "b"}}')
+    (tmp_path / "2.json").write_text('{"a.png": {"caption": "second"}}')
+    with caplog.at_level(logging.WARNING):
+        sets = _sets(
+            tmp_path, *({"metadata_file": str(tmp_path / f"{i}.json"), "image_dir": str(tmp_path)} for i in (1, 2))
+        )
+    assert [found.captions for found in sets] == [["b"], ["second"]]
+    assert "1.json" in caplog.text
+
+
+# Masks
+
+
+@pytest.fixture
+def masked(tmp_path):
+    """Two folders with a picture each, and one folder with both masks."""
+    for name, size in (("a", (40, 20)), ("b", (20, 40))):
+        make_picture(tmp_path / name / f"{name}.png", size, "mychar")
+        make_picture(tmp_path / "masks" / f"{name}.jpg", size)
+    return tmp_path
+
+
+def _masked_sets(root, *names, **more):
+    subsets = [{"image_dir": str(root / name), **more} for name in names]
+    return _sets(root, *subsets, masked_loss=True, conditioning_data_dir=str(root / "masks"))
+
+
+def test_subsets_may_share_a_mask_folder(masked):
+    sets = _masked_sets(masked, "a", "b")
+    assert [found.masks for found in sets] == [[str(masked / "masks" / f"{name}.jpg")] for name in ("a", "b")]
+
+
+def test_a_mask_that_is_missing_is_an_error(masked):
+    (masked / "masks" / "b.jpg").unlink()
+    with pytest.raises(UserError, match=r"masks.*no mask.*b\.png"):
+        _masked_sets(masked, "a", "b")
+
+
+def test_a_mask_without_a_picture_is_an_error(masked):
+    with pytest.raises(UserError, match=r"masks.*no picture.*b\.jpg"):
+        _masked_sets(masked, "a")
+
+
+def test_two_masks_for_one_picture_are_an_error(masked):
+    make_picture(masked / "masks" / "a.png", (40, 20))
+    with pytest.raises(UserError, match=r"two masks of one name: a\.jpg and a\.png"):
+        _masked_sets(masked, "a", "b")
+
+
+def test_a_mask_of_another_size_is_an_error(masked):
+    make_picture(masked / "masks" / "b.jpg", (40, 20))
+    with pytest.raises(UserError, match=r"b\.jpg.*40x20.*b\.png.*20x40"):
+        _masked_sets(masked, "a", "b")
+
+
+# Regularisation and validation
+
+
+@pytest.mark.parametrize(
+    ("total", "counts", "expected"),
+    [
+        (30, [1] * 5, [6] * 5),
+        (3, [1] * 5, [1, 1, 1, 0, 0]),
+        (1, [5], [5]),
+        (7, [2, 2, 2], [3, 2, 2]),
+        (4, [], []),
+        (8, [3, 1, 1], [4, 2, 2]),
+    ],
+)
+def test_regularisation_pictures_fill_up_to_the_others(total, counts, expected):
+    assert balanced_repeats(total, counts) == expected
+
+
+def test_held_out_pictures_are_those_of_sd_scripts():
+    """The end of the list as Python's own generator shuffles it, for the seed given."""
+    assert held_out(10, 0.3, 42) == [0, 1, 4]
+    assert held_out(10, 0.3, 42) != held_out(10, 0.3, 43)
+
+
+@pytest.mark.parametrize(("count", "share", "held"), [(10, 0.15, 2), (3, 0.5, 2), (4, 1.0, 4), (5, 0.01, 0)])
+def test_as_many_are_held_out_as_the_share_says(count, share, held):
+    assert len(held_out(count, share, 1)) == held
