@@ -145,6 +145,36 @@ def _tags_would_be_lost(case: dict) -> bool:
     return any(lost(entry.get("tags", ""), entry.get("caption", "")) for entry in case["metadata"].values())
 
 
+def _tables_of(case: dict) -> list[dict]:
+    """All tables of a dataset file."""
+    content = case["user_config"]
+    datasets = content.get("datasets", [])
+    return [content.get("general", {}), *datasets, *(subset for d in datasets for subset in d.get("subsets", []))]
+
+
+def _holds_dropout(case: dict) -> bool:
+    return any("dropout" in name for table in _tables_of(case) for name in table)
+
+
+def _holds_what_we_refuse(case: dict) -> bool:
+    """A value of the right measured type (a boolean passes as a whole number) that is none of ours or out of range."""
+    known = known_keys(GENERAL, DREAMBOOTH)
+    tables = _tables_of(case)
+    return any(name in known and not known[name].accepts(table[name]) for table in tables for name in table)
+
+
+def _holds_no_pictures(case: dict) -> bool:
+    datasets = case["user_config"].get("datasets", [])
+    repeats = [[subset.get("num_repeats", 1) for subset in dataset.get("subsets", [])] for dataset in datasets]
+    return not datasets or any(all(count < 1 for count in counts) for counts in repeats)
+
+
+def _has_no_masks(case: dict) -> bool:
+    return case["masked_loss"] and not any(
+        mask in str(case["user_config"]) + str(case["argv"]) for mask in ("conditioning_data_dir", "alpha_mask")
+    )
+
+
 DEPARTURES: list[Departure] = [
     Departure(
         "dataset_config",
