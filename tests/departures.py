@@ -194,7 +194,7 @@ DEPARTURES: list[Departure] = [
         "dataset_config",
         "D5",
         "an unset caption_extension means .caption, then .txt",
-        lambda case: "error" not in case and "caption_ext" not in f"{case['user_config']} {case['argv']}",
+        lambda case: "error" not in case and ".caption'" not in f"{case['user_config']} {case['argv']}",
     ),
     Departure(
         "bucket_adjust",

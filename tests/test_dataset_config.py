@@ -86,7 +86,7 @@ def test_golden_dataset_config(tmp_path, case):
     if found.why.startswith("refused") if found else "error" in case:
         with pytest.raises(UserError) as caught:
             load_golden(tmp_path, case)
-        for place in places_of(case.get("where", "")):
+        for place in places_of(case.get("where") or ""):
             assert place in str(caught.value)
         return
     datasets = load_golden(tmp_path, case)
@@ -123,15 +123,12 @@ def assert_is_as_measured(dataset, measured, unset_extension):
 
 
 def assert_dropout_is_taken_over(content, datasets):
-    ((level, name, value),) = [
-        (level, name, value)
-        for level, table in (("general", content.get("general", {})), *(("dataset", d) for d in content["datasets"]))
-        for name, value in [*table.items(), *(item for s in table.get("subsets", []) for item in s.items())]
-        if "dropout" in name
-    ]
-    held = [in_their_names(subset)[name] for dataset in datasets for subset in dataset.subsets]
-    assert value in held
-    assert level != "general" or held == [value] * len(held)
+    """Each dropout key reaches the subsets below it, the innermost value winning."""
+    for dataset, table in zip(datasets, content["datasets"], strict=True):
+        for subset, inner in zip(dataset.subsets, table["subsets"], strict=True):
+            written = content.get("general", {}) | table | inner
+            expected = {name: value for name, value in written.items() if "dropout" in name}
+            assert {name: in_their_names(subset)[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize("case", golden_cases("bucket_adjust"))
