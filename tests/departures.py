@@ -152,10 +152,6 @@ def _tables_of(case: dict) -> list[dict]:
     return [content.get("general", {}), *datasets, *(subset for d in datasets for subset in d.get("subsets", []))]
 
 
-def _holds_dropout(case: dict) -> bool:
-    return any("dropout" in name for table in _tables_of(case) for name in table)
-
-
 def _holds_what_we_refuse(case: dict) -> bool:
     """A value of the right measured type (a boolean passes as a whole number) that is none of ours or out of range."""
     known = known_keys(GENERAL, DREAMBOOTH)
@@ -189,7 +185,7 @@ DEPARTURES: list[Departure] = [
         lambda case: "error" not in case and _holds_no_pictures(case),
     ),
     Departure("dataset_config", "Q11", "refused: masked loss without masks", _has_no_masks),
-    Departure("dataset_config", "D5", "dropout keys are accepted", _holds_dropout),
+    Departure("dataset_config", "D5", "dropout keys are accepted", lambda case: "dropout" in (case.get("where") or "")),
     Departure(
         "dataset_config",
         "D5",
