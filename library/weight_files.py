@@ -19,20 +19,8 @@ from library.errors import UserError
 
 Tensors = dict[str, torch.Tensor]
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+# What torch's reader of pickles runs into, depending on where a file is damaged.
+_DAMAGE = (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError)
 _DOWNLOAD_AGAIN = "Download or copy it again."
 
 
@@ -52,7 +40,8 @@ def open_weights(path: Path, *, mmap: bool = True) -> Weights:
     """Open a file without reading its tensors.
 
     With ``mmap`` the tensors are views of the mapped file: they take no memory of their own until they are cast or
-    moved. Raises UserError if the file is missing, cut off, or no file of weights.
+    moved. Without it they are read plainly, which is faster on network drives. Raises UserError if the file is missing,
+    cut off, or no file of weights.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist.")
@@ -91,15 +80,14 @@ def _nature(head: bytes) -> str:
 
 
 def _open_safetensors(path: Path, mmap: bool) -> Weights:
-    header, start = _safetensors_header(path)
+    header = _safetensors_header(path)
     metadata = header.pop("__metadata__", {})
     shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
-    read = partial(_read_mapped, path) if mmap else partial(_read_copies, path, header, start)
-    return Weights(shapes, read, metadata)
+    return Weights(shapes, partial(_read_safetensors, path, "mmap" if mmap else "pread"), metadata)
 
 
-def _safetensors_header(path: Path) -> tuple[dict, int]:
-    """The parsed header and the position where the tensors' bytes begin."""
+def _safetensors_header(path: Path) -> dict:
+    """The parsed header: per tensor its dtype, shape and place. Read here so that a cut-off file is told as one."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
@@ -113,27 +101,12 @@ def _safetensors_header(path: Path) -> tuple[dict, int]:
         raise UserError(f"{path} is damaged: its header cannot be read. {_DOWNLOAD_AGAIN}") from error
     if end > size:
         raise UserError(f"{path} is cut off: {size:,} of {end:,} bytes are there. {_DOWNLOAD_AGAIN}")
-    return header, start
+    return header
 
 
-def _read_mapped(path: Path, names: Iterable[str]) -> Tensors:
-    with safe_open(path, framework="pt") as file:
+def _read_safetensors(path: Path, backend: str, names: Iterable[str]) -> Tensors:
+    with safe_open(path, framework="pt", backend=backend) as file:
         return {name: file.get_tensor(name) for name in names}
-
-
-def _read_copies(path: Path, header: dict, start: int, names: Iterable[str]) -> Tensors:
-    """Read plainly, in file order: faster than mapping on network drives and hard disks."""
-    tensors = {}
-    with path.open("rb") as file:
-        for name in sorted(names, key=lambda name: header[name]["data_offsets"][0]):
-            entry = header[name]
-            first, end = entry["data_offsets"]
-            tensor = torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]])
-            file.seek(start + first)
-            if end > first:
-                file.readinto(tensor.view(-1).view(torch.uint8).numpy())
-            tensors[name] = tensor
-    return tensors
 
 
 def _open_pickle(path: Path, mmap: bool) -> Weights:
@@ -144,13 +117,17 @@ def _open_pickle(path: Path, mmap: bool) -> Weights:
 def _load_pickle(path: Path, mmap: bool) -> Tensors:
     """The tensors of a torch file, out of its "state_dict" if it has one."""
     try:
-        content = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+        if mmap and path.suffix != ".safetensors":  # by that suffix torch.load expects safetensors
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        else:
+            with path.open("rb") as file:
+                content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} holds Python objects besides tensors and could run code when read, so it is refused. Convert it "
             "to .safetensors with a tool you trust, or use a .safetensors copy."
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except _DAMAGE as error:
         raise UserError(f"{path} is damaged or cut off: torch cannot read it. {_DOWNLOAD_AGAIN}") from error
     while isinstance(content, dict) and "state_dict" in content:
         content = content["state_dict"]
