@@ -184,16 +184,17 @@ def _with_repeats(sets: list[ImageSet]) -> list[tuple[ImageSet, list[int]]]:
     """Every set of a dataset with how often each of its pictures comes."""
     total = sum(len(found) * found.subset.num_repeats for found in sets if not found.subset.is_reg)
     counts = [found.subset.num_repeats for found in sets if found.subset.is_reg for _ in range(len(found))]
-    if len(counts) > total:
+    balanced = balanced_repeats(total, counts)
+    if unused := balanced.count(0):
         logger.warning(
-            "There are %d regularisation pictures but only %d samples of the others an epoch; %d are not used.",
-            *(len(counts), total, balanced_repeats(total, counts).count(0)),
+            "%d of %d regularisation pictures are not used: there are only %d samples of the others an epoch.",
+            *(unused, len(counts), total),
         )
-    balanced = iter(balanced_repeats(total, counts))
+    shares = iter(balanced)
     result = []
     for found in sets:
         if found.subset.is_reg:
-            result.append((found, [next(balanced) for _ in range(len(found))]))
+            result.append((found, [next(shares) for _ in range(len(found))]))
         else:
             result.append((found, [found.subset.num_repeats] * len(found)))
     return result

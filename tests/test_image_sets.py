@@ -2,7 +2,7 @@ import logging
 import os
 
 import pytest
-from datasets import configs_of, make_picture, subset_of
+from datasets import configs_of, make_picture
 from PIL import Image
 
 from library.errors import UserError
