@@ -8,6 +8,7 @@ uses the image in buckets of several sizes.
 import os
 import zipfile
 import zlib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,18 @@ def cache_path(image: Path, image_size: Size, suffix: str) -> Path:
     if old_style.is_file():
         return old_style
     return image.with_name(f"{image.stem}_{image_size[0]:04d}x{image_size[1]:04d}{suffix}")
+
+
+def refuse_shared_names(images: Iterable[Path]) -> None:
+    """Raise UserError, naming both, for two images that differ in the extension only: they would share a cache file."""
+    owners: dict[Path, Path] = {}
+    for image in images:
+        owner = owners.setdefault(image.with_suffix(""), image)
+        if owner != image:
+            raise UserError(
+                f"The images {owner} and {image} would share one latent cache file on disk. Rename one of them, or leave "
+                "out --cache_latents_to_disk."
+            )
 
 
 def why_unusable(path: Path, wanted: Wanted, skip_check: bool = False) -> str:
@@ -162,7 +175,7 @@ def _all_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 @contextmanager
-def _write_errors(folder: Path):
+def _write_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

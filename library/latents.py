@@ -20,7 +20,7 @@ from tqdm import tqdm
 from library.buckets import Size
 from library.errors import UserError
 from library.images import Framing, Picture, frame_image, to_tensor
-from library.latent_files import Wanted, cache_path, read_slot, why_unusable, write_slot
+from library.latent_files import Wanted, cache_path, read_slot, refuse_shared_names, why_unusable, write_slot
 
 logger = logging.getLogger(__name__)
 
@@ -217,7 +217,7 @@ class LatentCache:
 
     def _disk_tasks(self, entries: list[LatentEntry], process_index: int, num_processes: int) -> list[_Task]:
         """This process's share; all that goes into one file is one process's."""
-        _refuse_shared_names(entries)
+        refuse_shared_names(entry.path for entry in entries)
         entries = self._one_per_slot(entries)
         per_file = Counter(self.file(entry) for entry in entries)
         mine = set(list(per_file)[process_index::num_processes])
@@ -300,18 +300,6 @@ class LatentCache:
 def _bucket_order(entry: LatentEntry) -> tuple[int, Size]:
     width, height = entry.framing.bucket
     return width * height, (width, height)
-
-
-def _refuse_shared_names(entries: list[LatentEntry]) -> None:
-    """Two images whose paths differ in the extension only would share one cache file."""
-    owners: dict[Path, Path] = {}
-    for entry in entries:
-        owner = owners.setdefault(entry.path.with_suffix(""), entry.path)
-        if owner != entry.path:
-            raise UserError(
-                f"The images {owner} and {entry.path} would share one latent cache file on disk. Rename one of them, "
-                "or leave out --cache_latents_to_disk."
-            )
 
 
 def _made_from(entry: LatentEntry) -> str:
