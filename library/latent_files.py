@@ -78,8 +78,8 @@ def refuse_shared_names(images: Iterable[Path]) -> None:
         owner = owners.setdefault(image.with_suffix(""), image)
         if owner != image:
             raise UserError(
-                f"The images {owner} and {image} would share one latent cache file on disk. Rename one of them, or leave "
-                "out --cache_latents_to_disk."
+                f"The images {owner} and {image} would share one latent cache file on disk. Rename one of them, or "
+                "leave out --cache_latents_to_disk."
             )
 
 

@@ -263,8 +263,9 @@ class LatentCache:
         if chosen:
             paths = [names[index] for index in chosen]
             generators = [self._generator(path, "flipped") for path in paths]
-            for index, mirrored in zip(chosen, encoder.encode(images[chosen].flip(-1), generators, paths), strict=True):
-                flipped[index] = mirrored.cpu()
+            mirrored = encoder.encode(images[chosen].flip(-1), generators, paths).cpu()
+            for index, one in zip(chosen, mirrored, strict=True):
+                flipped[index] = one.clone()
         for index, (task, picture) in enumerate(zip(batch, pictures, strict=True)):
             # Cloned, lest one kept image hold its whole batch.
             self._keep(task, CachedLatents(latents[index].clone(), flipped[index], _mask(picture)), encoder)

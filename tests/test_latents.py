@@ -177,12 +177,12 @@ def test_flipped_latents_are_encoded_only_where_asked_for(tmp_path):
 
 
 def test_a_memory_cache_keeps_no_batch_alive_and_is_filled_once(tmp_path):
-    entries, vae, cache = _images(tmp_path, 4), PoolingVae(), _cache(False)
+    entries, vae, cache = _images(tmp_path, 4, flip=True), PoolingVae(), _cache(False)
     cache.fill(entries, _encoder(vae, torch.bfloat16), batch_size=4)
-    kept = cache.memory[entries[0]].latents
-    assert kept.untyped_storage().nbytes() == 4 * 8 * 8 * 2
+    kept = cache.memory[entries[0]]
+    assert kept.latents.untyped_storage().nbytes() == kept.flipped.untyped_storage().nbytes() == 4 * 8 * 8 * 2
     report = cache.fill(entries, _encoder(vae, torch.bfloat16))
-    assert (report.reused, report.encoded, vae.encoded) == (4, 0, 4)
+    assert (report.reused, report.encoded, vae.encoded) == (4, 0, 8)
     assert not list(tmp_path.glob("*.npz"))
 
 
