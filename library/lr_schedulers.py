@@ -191,8 +191,8 @@ def _schedule_by_name(options: ScheduleOptions, optimizer: Optimizer, warmup: in
         ARGUMENTS_OPTION,
         SCHEDULES[name],
         optimizer,
-        fixed=_phase_arguments(name, warmup, decay, total_steps),
-        given=_shape_arguments(name, options) | given,
+        fixed=_phase_arguments(name, warmup, decay, total_steps) | _shape_arguments(name, options),
+        given=given,
     )
 
 
@@ -215,8 +215,7 @@ def _check_needed(name: str, options: ScheduleOptions, given: dict[str, Any]) ->
             "--lr_scheduler=piecewise_constant needs factors with the steps they last until, for example "
             "--lr_scheduler_args \"step_rules='1:500,0.1:1000,0.01'\"."
         )
-    has_floor = options.lr_scheduler_min_lr_ratio is not None or {"min_lr", "min_lr_rate"} & set(given)
-    if name in WITH_FLOOR and not has_floor:
+    if name in WITH_FLOOR and options.lr_scheduler_min_lr_ratio is None and "min_lr" not in given:
         raise UserError(f"--lr_scheduler={name} needs --lr_scheduler_min_lr_ratio, for example 0.1.")
 
 
@@ -229,12 +228,14 @@ def _phase_arguments(name: str, warmup: int, decay: int, total_steps: int) -> di
     if name == "polynomial":
         # A warm-up that ends with the run would make transformers divide by the zero steps that are left.
         return {"num_warmup_steps": warmup, "num_training_steps": total_steps + (warmup == total_steps)}
-    steps = {"num_warmup_steps": warmup, "num_training_steps": total_steps}
-    return steps | {"num_decay_steps": decay} if name == "warmup_stable_decay" else steps
+    if name == "warmup_stable_decay":
+        stable = total_steps - warmup - decay
+        return {"num_warmup_steps": warmup, "num_stable_steps": stable, "num_decay_steps": decay}
+    return {"num_warmup_steps": warmup, "num_training_steps": total_steps}
 
 
 def _shape_arguments(name: str, options: ScheduleOptions) -> dict[str, Any]:
-    """What the options say about the curve; ``lr_scheduler_args`` wins over these.
+    """What the options say about the curve.
 
     A "cycle" is a restart for cosine_with_restarts and half a wave elsewhere; cosine takes its cycles from
     ``lr_scheduler_args`` alone, as in sd-scripts.

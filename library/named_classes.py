@@ -8,10 +8,13 @@ import ast
 import importlib
 import inspect
 import keyword
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from library.errors import UserError, did_you_mean
+
+logger = logging.getLogger(__name__)
 
 # Packages whose name on PyPI is not the one that is imported.
 PIP_NAMES = {"lion_pytorch": "lion-pytorch"}
@@ -30,7 +33,7 @@ def literal_arguments(option: str, items: Iterable[str] | None) -> dict[str, Any
         if not key.isidentifier() or keyword.iskeyword(key):
             raise UserError(f'{option}: "{key}" in "{item}" is no name. Write key=value without spaces.')
         if key in arguments:
-            raise UserError(f'{option} gives "{key}" twice.')
+            logger.warning('%s gives "%s" more than once; the last one counts.', option, key)
         try:
             arguments[key] = ast.literal_eval(value)
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):

@@ -127,11 +127,14 @@ def test_a_share_of_the_steps():
         steps_of(-0.1, 1000, "--lr_warmup_steps")
 
 
-def test_arguments_win_over_options():
-    options = ScheduleOptions(
-        lr_scheduler="cosine_with_restarts", lr_scheduler_num_cycles=2, lr_scheduler_args=("num_cycles=4",)
-    )
+def test_cycles_are_restarts():
+    options = ScheduleOptions(lr_scheduler="cosine_with_restarts", lr_scheduler_num_cycles=4)
     assert [step for step, rate in enumerate(rates_of(options)) if rate == 1e-3] == [0, 25, 50, 75]
+
+
+def test_arguments_shape_what_no_option_does():
+    options = ScheduleOptions(lr_scheduler="polynomial", lr_scheduler_args=("lr_end=5e-4",))
+    assert rates_of(options)[-1] == pytest.approx(5.05e-4)
 
 
 def test_a_scheduler_by_its_path():
@@ -165,6 +168,7 @@ def test_steps_without_effect_are_mentioned(caplog):
         ({"lr_scheduler": "cosine_warmup_with_min_lr"}, "--lr_scheduler_min_lr_ratio"),
         ({"lr_scheduler": "cosine", "lr_scheduler_args": ("num_cycle=1",)}, 'Did you mean "num_cycles"?'),
         ({"lr_scheduler": "cosine", "lr_scheduler_args": ("num_warmup_steps=1",)}, "another option does"),
+        ({"lr_scheduler": "polynomial", "lr_scheduler_args": ("power=2",)}, "another option does"),
         ({"lr_scheduler": "cosine", "lr_scheduler_args": ("last_epoch=5",)}, "refuses"),
         ({"lr_scheduler": "cosine", "lr_scheduler_args": ("num_cycles",)}, "must be one key=value"),
         ({"lr_scheduler": "warmup_stable_decay", "lr_scheduler_args": ("decay_type='x'",)}, "Unknown decay type"),
