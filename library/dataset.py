@@ -130,7 +130,7 @@ class BatchLoader:
 
     def __init__(self, source: Dataset, sampler: BatchSampler, *, workers: int, persistent: bool, pin_memory: bool):
         self.sampler = sampler
-        workers = min(workers, os.cpu_count() or 1, len(sampler))
+        workers = min(workers, usable_cores(), len(sampler))
         self._loader = DataLoader(
             source,
             sampler=sampler,
@@ -153,6 +153,11 @@ class BatchLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self._loader)
+
+
+def usable_cores() -> int:
+    """Processor cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _as_it_is(batch: Batch) -> Batch:

@@ -1,0 +1,432 @@
+"""dataset.py and batches.py: pictures of a dataset file as batches."""
+
+import io
+import pickle
+import random
+import warnings
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from datasets import data_of, make_picture, prompts
+from departures import departure
+from golden_data import golden_arrays, golden_cases
+from PIL import Image
+
+from library import dataset
+from library.captions import OBJECT_TEMPLATES, CaptionMoment
+from library.dataset import BatchLoader, SampleSource, sample_seeds
+from library.images import read_image
+from library.latents import LatentCache, VaeEncoder
+
+
+class MeanVae(torch.nn.Module):
+    """8x8 means of the channels and their sum; not random."""
+
+    def encode(self, images):
+        pooled = torch.nn.functional.avg_pool2d(images, 8)
+        mean = torch.cat([pooled, pooled.sum(1, keepdim=True)], dim=1)
+        return SimpleNamespace(latent_dist=SimpleNamespace(mean=mean, std=torch.zeros_like(mean)))
+
+
+def _filled(data, *, to_disk=False):
+    cache = LatentCache(suffix="_sd.npz", to_disk=to_disk, seed=1)
+    cache.fill(data.latent_entries(), VaeEncoder(MeanVae(), "cpu", torch.float32), batch_size=2)
+    data.use_cache(cache)
+    return cache
+
+
+def _both_sides(data):
+    """Samples of the first picture, by whether they are mirrored."""
+    source = SampleSource(data.table, data.prompts, seed=data.seed, cache=data.cache)
+    samples = {}
+    for position in range(30):
+        sample = source.sample(0, CaptionMoment(epoch=1), position)
+        samples[sample.flipped] = sample
+        if len(samples) == 2:
+            return samples
+    raise AssertionError("all draws are on one side")
+
+
+def _same(one, other):
+    assert (one.keys, one.captions, one.seeds, one.weight) == (other.keys, other.captions, other.seeds, other.weight)
+    for name in ("latents", "images", "masks", "loss_weights", "size_conditioning", "has_token"):
+        left, right = getattr(one, name), getattr(other, name)
+        assert (left is None) == (right is None)
+        assert left is None or torch.equal(left, right), name
+    assert all(map(torch.equal, one.input_ids, other.input_ids))
+
+
+# Golden cases
+
+
+@pytest.mark.parametrize("case", golden_cases("dataset_item"))
+def test_golden_dataset_item_as_a_batch(case, tmp_path):
+    arrays, prefix = golden_arrays("dataset_item"), case["npz_prefix"]
+    (tmp_path / "images").mkdir()
+    file = tmp_path / "images" / "image.png"
+    file.write_bytes(arrays[prefix + "png"].tobytes())
+    file.with_suffix(".txt").write_text("mychar")
+    names = ("resolution", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "resize_interpolation")
+    values = {name: case[name] for name in names if name in case} | {"enable_bucket": case["bucket"]}
+    subset = {"image_dir": str(file.parent), "alpha_mask": case.get("alpha_mask", False)}
+    (batch,) = data_of(tmp_path, {**values, "subsets": [subset]}).loader()
+    image = (batch.images[0] + 1) * 127.5
+    assert batch.loss_weights.tolist() == [case["loss_weight"]]
+    if departure("dataset_item", case):
+        with Image.open(io.BytesIO(arrays[prefix + "png"].tobytes())) as picture:
+            assert batch.size_conditioning[0, :2].tolist() == list(picture.size[::-1])
+        assert list(image.shape[-2:]) == list(batch.size_conditioning[0, 4:])
+        return
+    assert list(image.shape) == case["image_shape_chw"]
+    assert np.abs(image.numpy() - arrays[prefix + "image_u8_chw"]).max() <= 2
+    if case["alpha_shape_hw"] is None:
+        assert batch.masks is None
+    else:
+        assert list(batch.masks.shape) == [1, 1, *case["alpha_shape_hw"]]
+        assert np.abs(batch.masks[0, 0].numpy() * 255 - arrays[prefix + "alpha_u8"]).max() <= 2
+
+
+@pytest.mark.parametrize("case", golden_cases("sdxl_conditioning"))
+def test_golden_sdxl_conditioning(case, tmp_path):
+    make_picture(tmp_path / "images" / "a.png", tuple(case["image_wh"]), "mychar")
+    names = ("resolution", "bucket_reso_steps", "bucket_no_upscale", "min_bucket_reso", "max_bucket_reso")
+    values = {name: case[name] for name in names} | {"enable_bucket": True}
+    data = data_of(tmp_path, {**values, "subsets": [{"image_dir": str(tmp_path / "images"), "flip_aug": True}]})
+    assert list(data.table.bucket(0)) == case["bucket_reso"]
+    assert data.table.resized.tolist() == [case["resized_size"]]
+    if case["source"] != "image":
+        _filled(data, to_disk=case["source"] == "disk")
+    samples = _both_sides(data)
+    for flipped, name in ((False, "not_flipped"), (True, "flipped")):
+        expected = case[name]["original_sizes_hw"] + case[name]["crop_top_lefts"] + case[name]["target_sizes_hw"]
+        assert list(samples[flipped].size_conditioning) == expected
+
+
+# The same batches however they are loaded
+
+EVERYTHING = {"shuffle_caption": True, "flip_aug": True, "color_aug": True, "random_crop": True, "num_repeats": 3}
+
+
+@pytest.fixture
+def varied(tmp_path):
+    """Three shapes, tags, everything random that there is."""
+    for number, size in enumerate([(60, 40), (40, 60), (50, 50), (64, 41), (52, 49)]):
+        make_picture(tmp_path / "a" / f"{number}.png", size, f"mychar, red, blue, green, yellow, {number}")
+    buckets = {"enable_bucket": True, "min_bucket_reso": 16, "bucket_reso_steps": 8}
+    subset = {"image_dir": str(tmp_path / "a"), **EVERYTHING}
+    return data_of(tmp_path, {"resolution": 32, "batch_size": 2, **buckets, "subsets": [subset]}, words=prompts(2))
+
+
+def test_any_number_of_workers_gives_the_same_batches(varied):
+    alone = varied.loader()
+    parallel = varied.loader(workers=2, persistent=True)
+    for epoch in (1, 2):
+        alone.set_epoch(epoch, 0)
+        parallel.set_epoch(epoch, 0)
+        for one, other in zip(alone, parallel, strict=True):
+            _same(one, other)
+
+
+def test_any_number_of_processes_draws_the_same_samples(varied):
+    seen = {}
+    for processes in (1, 2, 3):
+        loaders = [varied.loader(process_index=i, num_processes=processes) for i in range(processes)]
+        assert {len(loader) for loader in loaders} == {varied.num_batches(processes)}
+        batches = [batch for round_of in zip(*loaders, strict=True) for batch in round_of if len(batch)]
+        seen[processes] = [(batch.keys, batch.captions, batch.seeds, batch.images.sum().item()) for batch in batches]
+    assert seen[1] == seen[2] == seen[3]
+
+
+def test_epochs_differ_and_come_again(varied):
+    loader = varied.loader()
+    texts = {}
+    for epoch in (1, 2, 1):
+        loader.set_epoch(epoch, 0)
+        found = [(batch.captions, batch.seeds) for batch in loader]
+        assert texts.setdefault(epoch, found) == found
+    assert texts[1] != texts[2]
+
+
+def test_repeats_of_a_picture_are_drawn_independently(varied):
+    batches = list(varied.loader())
+    captions = [caption for batch in batches for caption in batch.captions]
+    assert len(set(captions)) > len(captions) * 0.8
+    seeds = [seed for batch in batches for seed in batch.seeds]
+    assert len(set(seeds)) == len(seeds) == 15
+
+
+def test_global_generators_stay_alone(varied):
+    random.seed(3), np.random.seed(3), torch.manual_seed(3)
+    expected = random.random(), np.random.rand(), torch.rand(1)
+    random.seed(3), np.random.seed(3), torch.manual_seed(3)
+    list(varied.loader(workers=1))
+    list(varied.loader())
+    assert (random.random(), np.random.rand(), torch.rand(1)) == expected
+
+
+def test_seeds_of_samples():
+    seeds = [sample_seeds(seed, epoch, position) for seed in (-1, 0, 2**40) for epoch in (1, 2) for position in (0, 1)]
+    flat = [number for three in seeds for number in three]
+    assert len(set(flat)) == len(flat)
+    assert all(0 <= number < 2**63 for number in flat)
+    assert sample_seeds(1, 2, 3) == sample_seeds(1, 2, 3)
+
+
+def test_more_workers_than_batches_or_cores_are_not_started(varied, monkeypatch):
+    monkeypatch.setattr(dataset, "usable_cores", lambda: 1)
+    assert varied.loader(workers=8)._loader.num_workers == 1
+    monkeypatch.setattr(dataset, "usable_cores", lambda: 300)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch counts the cores as well
+        assert varied.loader(workers=800)._loader.num_workers == varied.num_batches()
+
+
+def test_persistent_workers_without_workers_are_no_error(varied):
+    assert len(list(varied.loader(workers=0, persistent=True))) == varied.num_batches()
+
+
+def test_a_source_can_be_sent_to_another_process(varied):
+    source = SampleSource(varied.table, varied.prompts, seed=1)
+    copy = pickle.loads(pickle.dumps(source))
+    ref = next(iter(varied.loader().sampler))
+    _same(copy[ref], source[ref])
+
+
+# What is in a batch
+
+
+def _one_folder(tmp_path, captions, *, size=(48, 32), mode="RGB", dataset=None, words=None, **subset):
+    for number, caption in enumerate(captions):
+        make_picture(tmp_path / "a" / f"{number}.png", size, caption, mode)
+    values = {"resolution": 32, "batch_size": 4, **(dataset or {})}
+    options = {"masked_loss": True} if "conditioning_data_dir" in subset else {}
+    values["subsets"] = [{"image_dir": str(tmp_path / "a"), **subset}]
+    return data_of(tmp_path, values, words=words, **options)
+
+
+def test_pixels_are_those_of_the_file_cut_to_the_bucket(tmp_path):
+    data = _one_folder(tmp_path, ["mychar"], size=(32, 32))
+    (batch,) = data.loader()
+    pixels = read_image(tmp_path / "a" / "0.png").transpose(2, 0, 1)
+    assert torch.allclose(batch.images[0], torch.from_numpy(pixels / 127.5 - 1).float(), atol=1e-6)
+    assert (batch.latents, batch.masks) == (None, None)
+    assert batch.keys == [str(tmp_path / "a" / "0.png")]
+
+
+@pytest.mark.parametrize("to_disk", [False, True])
+def test_latents_stand_in_for_pixels(tmp_path, to_disk):
+    data = _one_folder(tmp_path, ["mychar"] * 3, flip_aug=True)
+    images = {sample.flipped: sample.image for sample in (_both_sides(data)[side] for side in (False, True))}
+    _filled(data, to_disk=to_disk)
+    for side, sample in _both_sides(data).items():
+        expected = torch.nn.functional.avg_pool2d(images[side], 8)
+        assert sample.image is None
+        assert torch.allclose(sample.latents[:3], expected, atol=1e-6)
+    (batch,) = data.loader()
+    assert batch.images is None
+    assert (batch.latents.shape, batch.latents.dtype) == ((3, 4, 4, 4), torch.float32)
+
+
+def test_cached_pictures_draw_the_captions_of_uncached_ones(tmp_path):
+    data = _one_folder(tmp_path, ["mychar, a, b, c, d"] * 3, shuffle_caption=True, flip_aug=True)
+    (before,) = data.loader()
+    _filled(data)
+    (after,) = data.loader(workers=1)
+    assert (before.captions, before.seeds, before.keys) == (after.captions, after.seeds, after.keys)
+
+
+def test_ids_per_encoder_and_presence_of_the_word(tmp_path):
+    words = prompts(2, encoders=2, limit=150)
+    data = _one_folder(tmp_path, ["mychar, x", "MyChar", "mychars", "x " * 149 + "mychar"], words=words)
+    (batch,) = data.loader()
+    assert [tuple(ids.shape) for ids in batch.input_ids] == [(4, 2, 77)] * 2
+    found = dict(zip(batch.captions, batch.has_token.tolist(), strict=True))
+    assert found == {
+        "mychar mychar1, x": True,
+        "mychar mychar1": True,
+        "mychars": False,
+        "x " * 149 + "mychar mychar1": True,  # its second vector is cut off
+    }
+    row = batch.captions.index("mychar mychar1")
+    assert batch.input_ids[1][row, 0, :4].tolist() == [49406, 49408, 49409, 49407]
+
+
+def test_a_word_that_is_cut_off_is_not_present(tmp_path):
+    (batch,) = _one_folder(tmp_path, ["x " * 75 + "mychar"]).loader()
+    assert batch.has_token.tolist() == [False]
+
+
+def test_templates_replace_captions(tmp_path):
+    make_picture(tmp_path / "a" / "0.png", (32, 32), "a caption")
+    values = {"resolution": 32, "subsets": [{"image_dir": str(tmp_path / "a"), "num_repeats": 20}]}
+    data = data_of(tmp_path, values, words=prompts(2), templates=OBJECT_TEMPLATES)
+    captions = [batch.captions[0] for batch in data.loader()]
+    assert set(captions) <= {template.format("mychar mychar1") for template in OBJECT_TEMPLATES}
+    assert len(set(captions)) > 5
+
+
+def test_warm_up_follows_the_step(tmp_path):
+    rules = {"token_warmup_step": 4, "token_warmup_min": 1, "keep_tokens": 1}
+    data = _one_folder(tmp_path, ["mychar, a, b, c, d, e"], dataset={"batch_size": 1}, num_repeats=12, **rules)
+    loader = data.loader(accumulation=2)
+    loader.set_epoch(1, 1)
+    assert [len(batch.captions[0].split(", ")) for batch in loader] == [3, 3, 4, 4, 5, 5, 6, 6, 6, 6, 6, 6]
+
+
+def test_a_warm_up_given_as_a_share_needs_the_number_of_steps(tmp_path):
+    data = _one_folder(tmp_path, ["mychar, a, b, c, d, e"], keep_tokens=1, token_warmup_step=0.5)
+    assert [batch.captions for batch in data.loader(max_steps=100)] == [["mychar, a"]]
+    assert [batch.captions for batch in data.loader(max_steps=1)] == [["mychar, a, b, c, d, e"]]
+
+
+def test_regularisation_pictures_have_the_prior_weight(tmp_path):
+    make_picture(tmp_path / "a" / "0.png", (32, 32), "mychar")
+    make_picture(tmp_path / "reg" / "0.png", (32, 32), "girl")
+    subsets = [{"image_dir": str(tmp_path / "a")}, {"image_dir": str(tmp_path / "reg"), "is_reg": True}]
+    data = data_of(tmp_path, {"resolution": 32, "batch_size": 2, "subsets": subsets}, prior_loss_weight=0.25)
+    (batch,) = data.loader()
+    assert dict(zip(batch.captions, batch.loss_weights.tolist(), strict=True)) == {"mychar": 1.0, "girl": 0.25}
+
+
+def test_datasets_of_several_resolutions_share_an_epoch(tmp_path):
+    make_picture(tmp_path / "a" / "0.png", (64, 64), "mychar")
+    make_picture(tmp_path / "b" / "0.png", (64, 64), "mychar")
+    sizes = [
+        {
+            "resolution": side,
+            "batch_size": side // 16,
+            "subsets": [{"image_dir": str(tmp_path / name), "num_repeats": 4}],
+        }
+        for side, name in ((32, "a"), (64, "b"))
+    ]
+    data = data_of(tmp_path, *sizes)
+    assert sorted(tuple(batch.images.shape) for batch in data.loader()) == [(2, 3, 32, 32)] * 2 + [(4, 3, 64, 64)]
+    assert data.resolution == (64, 64)
+    assert len(data.latent_entries()) == 2
+
+
+# Masks
+
+
+def test_alpha_masks_are_ones_where_there_are_none(tmp_path):
+    transparent = Image.new("RGBA", (32, 32), (9, 9, 9, 255))
+    transparent.paste((9, 9, 9, 51), (0, 0, 8, 32))
+    make_picture(tmp_path / "a" / "0.png", (32, 32), "mychar")
+    transparent.save(tmp_path / "a" / "1.png")
+    make_picture(tmp_path / "b" / "2.png", (32, 32), "mychar")
+    subsets = [{"image_dir": str(tmp_path / "a"), "alpha_mask": True}, {"image_dir": str(tmp_path / "b")}]
+    (batch,) = data_of(tmp_path, {"resolution": 32, "batch_size": 4, "subsets": subsets}).loader()
+    masks = {key[-5]: mask for key, mask in zip(batch.keys, batch.masks, strict=True)}
+    assert batch.masks.shape == (3, 1, 32, 32)
+    assert masks["0"].min() == masks["2"].min() == 1
+    assert torch.allclose(masks["1"][0, :, :8], torch.full((32, 8), 0.2))
+    assert masks["1"][0, :, 8:].min() == 1
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_masks_are_cut_and_mirrored_as_their_pictures(tmp_path, cached):
+    """Picture and mask are the same file, so what is cut of them must be the same as well."""
+    (tmp_path / "masks").mkdir()
+    for number in range(3):
+        shade = Image.linear_gradient("L").rotate(90).resize((90 + number, 50))
+        for file in (
+            make_picture(tmp_path / "a" / f"{number}.png", caption="mychar"),
+            tmp_path / "masks" / f"{number}.png",
+        ):
+            shade.convert("RGB").save(file)
+    values = {"resolution": 40, "batch_size": 2, "flip_aug": True, "random_crop": not cached, "num_repeats": 4}
+    subset = {"image_dir": str(tmp_path / "a"), "conditioning_data_dir": str(tmp_path / "masks")}
+    data = data_of(tmp_path, {**values, "subsets": [subset]}, masked_loss=True)
+    pixels = list(data.loader())
+    if cached:
+        _filled(data)
+    for batch, with_pixels in zip(data.loader(), pixels, strict=True):
+        assert torch.allclose(batch.masks[:, 0], (with_pixels.images[:, 0] + 1) / 2, atol=1e-3)
+    left = torch.stack([mask[0, :, 0].mean() for batch in pixels for mask in batch.masks])
+    assert left.min() < 0.4 < 0.6 < left.max()
+
+
+def test_mask_pictures_win_over_transparency(tmp_path):
+    for folder, shade in (("a", 0), ("masks", 255)):
+        make_picture(tmp_path / folder / "0.png", caption="mychar")
+        Image.new("RGBA", (32, 32), (shade, shade, shade, 0 if folder == "a" else 255)).save(
+            tmp_path / folder / "0.png"
+        )
+    metadata = tmp_path / "meta.json"
+    metadata.write_text('{"0.png": {"caption": "mychar"}}')
+    (tmp_path / "masks" / "0.txt").unlink()
+    subset = {"metadata_file": str(metadata), "image_dir": str(tmp_path / "a"), "alpha_mask": True}
+    masks = {"conditioning_data_dir": str(tmp_path / "masks"), "masked_loss": True}
+    (batch,) = data_of(tmp_path, {"resolution": 32, "subsets": [subset]}, **masks).loader()
+    assert batch.masks.min() == 1
+
+
+# Batches as objects
+
+
+def test_an_empty_batch_keeps_processes_in_step(tmp_path):
+    data = _one_folder(tmp_path, ["mychar"], words=prompts(encoders=2))
+    (batch,) = data.loader(process_index=1, num_processes=2)
+    assert (len(batch), batch.weight, batch.latents, batch.images, batch.masks) == (0, 0.0, None, None, None)
+    assert [ids.shape for ids in batch.input_ids] == [(0, 1, 77)] * 2
+    assert (batch.has_token.shape, batch.loss_weights.shape, batch.size_conditioning.shape) == ((0,), (0,), (0, 6))
+
+
+def test_moving_a_batch_moves_all_its_tensors(tmp_path):
+    (batch,) = _one_folder(tmp_path, ["mychar"], mode="RGBA", alpha_mask=True, words=prompts(encoders=2)).loader()
+    moved = batch.to("meta")
+    tensors = [
+        *moved.input_ids,
+        moved.has_token,
+        moved.images,
+        moved.masks,
+        moved.loss_weights,
+        moved.size_conditioning,
+    ]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert (moved.keys, moved.seeds, moved.latents) == (batch.keys, batch.seeds, None)
+
+
+# Validation and prompts
+
+
+@pytest.fixture
+def split(tmp_path):
+    captions = [f"mychar, a, b, {number}" for number in range(8)]
+    rules = {"shuffle_caption": True, "flip_aug": True, "random_crop": True, "caption_dropout_rate": 0.5}
+    return _one_folder(tmp_path, captions, dataset={"validation_split": 0.5, "batch_size": 3}, **rules)
+
+
+def test_validation_is_the_same_every_time(split):
+    assert split.has_validation
+    first, second = (list(split.validation_loader()) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        _same(one, other)
+    captions = [caption for batch in first for caption in batch.captions]
+    assert len(captions) == 4
+    assert all(caption.startswith("mychar, a, b, ") for caption in captions)
+
+
+def test_validation_weights_make_the_mean_over_all_pictures(split):
+    for processes in (1, 2):
+        loaders = [split.validation_loader(process_index=i, num_processes=processes) for i in range(processes)]
+        weights = [batch.weight for loader in loaders for batch in loader]
+        assert sum(weights) / processes == pytest.approx(1)
+
+
+def test_validation_pictures_are_cached_too(split):
+    assert len(split.latent_entries()) == 8
+
+
+def test_first_prompts_are_all_captions_once(split):
+    """And the empty one, since captions are dropped at times."""
+    found = {tuple(ids.flatten().tolist()) for (ids,) in split.first_prompts()}
+    texts = [f"mychar, a, b, {number}" for number in range(8)] + [""]
+    assert found == {tuple(split.prompts.encode(text)[0].flatten().tolist()) for text in texts}
+
+
+def test_a_loader_is_given_what_it_is_made_for(varied):
+    assert isinstance(varied.loader(), BatchLoader)
+    assert varied.check().warnings == []
