@@ -17,6 +17,7 @@ from library.batches import Batch, Sample, collate
 from library.buckets import size_conditioning_crop
 from library.captions import CaptionMoment, CaptionRules, process_caption
 from library.dataset_config import DatasetConfig
+from library.errors import UserError
 from library.image_table import ImageTable, calm_rules, load_tables
 from library.images import Cut, color_augment, flip, frame_image, frame_mask, to_tensor
 from library.latents import LatentCache, LatentEntry
@@ -132,7 +133,7 @@ class BatchLoader:
         self.sampler = sampler
         workers = min(workers, usable_cores(), len(sampler))
         self._loader = DataLoader(
-            source,
+            _Handing(source),
             sampler=sampler,
             batch_size=None,  # the sampler's items are whole batches already
             num_workers=workers,
@@ -152,7 +153,24 @@ class BatchLoader:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        return iter(self._loader)
+        """Yield the batches of the epoch. Raises UserError for a picture that cannot be read any more."""
+        for found in self._loader:
+            if isinstance(found, UserError):
+                raise found
+            yield found
+
+
+class _Handing(Dataset):
+    """Hands a user's mistake over as a value: torch would put the worker's traceback into its text."""
+
+    def __init__(self, source: Dataset):
+        self.source = source
+
+    def __getitem__(self, ref: BatchRef) -> Batch | UserError:
+        try:
+            return self.source[ref]
+        except UserError as error:
+            return UserError(str(error))
 
 
 def usable_cores() -> int:
@@ -160,7 +178,7 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _as_it_is(batch: Batch | UserError) -> Batch | UserError:
     return batch
 
 

@@ -1,7 +1,8 @@
 """``--debug_dataset``: what the model will see of the data, as a table and as a contact sheet, without loading it."""
 
+import itertools
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,13 +10,14 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from library.batch_order import BatchSampler
-from library.batches import Sample
+from library.batches import Batch, Sample
 from library.captions import CaptionMoment
 from library.dataset import SampleSource, TrainingData
 from library.image_table import ImageTable
 from library.tokens import PromptTokenizer
 
 _SHOWN = 30  # pictures in the table and on the sheet
+_SHOWN_BATCHES = 3  # of a dataset class of the user's own
 _COLUMNS = 6
 _CELL = 256  # pixels of the sheet for one picture, along each side
 _LABEL = 30  # pixels of the sheet for the text below it
@@ -45,6 +47,18 @@ def show_dataset(data: TrainingData, output_dir: str | None = None) -> Path | No
     contact_sheet([one.sample for one in drawn]).save(file)
     print(f"\nWhat the model sees of these pictures (cropped and augmented) is in {file}.")
     return file
+
+
+def show_batches(batches: Iterable[Batch], prompts: PromptTokenizer) -> None:
+    """Print the samples of the first batches that a dataset of the user's own gives."""
+    for number, batch in enumerate(itertools.islice(batches, _SHOWN_BATCHES), start=1):
+        pictures = batch.images if batch.latents is None else batch.latents
+        kind = "pixels" if batch.latents is None else "latents"
+        print(f"Batch {number}: {kind} {list(pictures.shape)}, loss weights {batch.loss_weights.tolist()}")
+        for row, key in enumerate(batch.keys):
+            print(f"  {key}: {batch.captions[row] or '(no caption given)'}")
+            for encoder, ids in enumerate(batch.input_ids):
+                print(f"    {_ids_text(prompts, encoder, ids[row])}")
 
 
 def _first_draws(data: TrainingData, source: SampleSource) -> Iterator[_Drawn]:

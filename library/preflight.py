@@ -25,6 +25,7 @@ _SHOWN_FILES = 5
 _SHOWN_BUCKETS = 12
 # Enlarging a picture beyond this makes a blur that the word would learn as well.
 _BLURRING_SCALE = 2.0
+_LEAST_KEPT = 0.5  # of a picture's area
 
 
 @dataclass
@@ -56,6 +57,7 @@ def check(
         _check_lengths(table, prompts, report)
         _warn_of_missing_captions(table, report)
     _warn_of_small_pictures(table, report)
+    _warn_of_cropping(table, report)
     _warn_of_duplicates(table, report)
     return report
 
@@ -173,17 +175,19 @@ def _check_lengths(table: ImageTable, prompts: PromptTokenizer, report: Report) 
     """Find captions that the length limit cuts, and vectors of the word that stand only in what is cut off."""
     word, measure = prompts.placeholder, _Measure(prompts)
     kept: set[int] = set()
-    cut, losing = [], []
+    cut, losing, straying = [], [], []
     for path, caption, rules in _captions(table):
         if len(kept) == word.count and measure.surely_fits(caption, rules):
             continue
-        text = _finished(caption, rules, word)
+        text = _finished(caption, calm_rules(rules), word)
         too_long = measure(text) > prompts.capacity
         lost = _lost_rows(text, prompts, measure) if too_long else set()
         if too_long:
             cut.append(path)
         if lost:
             losing.append(path)
+        elif too_long and _may_stray(caption, rules, word):
+            straying.append(path)
         if len(kept) < word.count:
             kept |= _rows_in(text, word) - lost
     _require_rows(kept, prompts)
@@ -191,6 +195,12 @@ def _check_lengths(table: ImageTable, prompts: PromptTokenizer, report: Report) 
         report.warnings.append(
             f'{len(losing)} caption(s) are so long that vectors of the word "{word.text}" are cut off: '
             f"{_first(losing)}. Move the word to the front{_longer(prompts)}."
+        )
+    if straying:
+        report.warnings.append(
+            f"{len(straying)} caption(s) are longer than {prompts.capacity} tokens and shuffled, so the word "
+            f'"{word.text}" can end up in what is cut off: {_first(straying)}. Put it first and set keep_tokens = 1'
+            f"{_longer(prompts)}."
         )
     if len(cut) > len(losing):
         report.warnings.append(
@@ -204,12 +214,11 @@ def _longer(prompts: PromptTokenizer) -> str:
 
 
 def _captions(table: ImageTable) -> Iterator[tuple[str, str, CaptionRules]]:
-    """(path, caption, rules with nothing dropped or shuffled) of every picture but the regularisation ones."""
+    """(path, caption, rules) of every picture but the regularisation ones."""
     for number, found in enumerate(table.sets):
         if not found.subset.is_reg:
-            rules = calm_rules(found.subset.captions)
             for row in table.row_of[table.set_of == number].tolist():
-                yield found.paths[row], found.captions[row], rules
+                yield found.paths[row], found.captions[row], found.subset.captions
 
 
 def _finished(caption: str, rules: CaptionRules, word: Placeholder) -> str:
@@ -217,6 +226,22 @@ def _finished(caption: str, rules: CaptionRules, word: Placeholder) -> str:
     if _is_plain(rules):  # the common case, tenfold as fast
         return word.expand(caption.split("\n", 1)[0])
     return process_caption(caption, rules, word, random.Random(0))
+
+
+def _may_stray(caption: str, rules: CaptionRules, word: Placeholder) -> bool:
+    """Whether shuffling can move the word: it stands in a caption, but not among the tags that are kept in front."""
+    if not rules.shuffle:
+        return False
+    text = _with_affixes(caption, rules)
+    if rules.keep_tokens_separator and rules.keep_tokens_separator in text:
+        fixed = text.split(rules.keep_tokens_separator, 1)[0]
+    else:
+        fixed = rules.separator.join(text.split(rules.separator)[: rules.keep_tokens])
+    return word.found_in(text) and not word.found_in(fixed)
+
+
+def _with_affixes(caption: str, rules: CaptionRules) -> str:
+    return " ".join(filter(None, (rules.prefix, caption, rules.suffix)))
 
 
 def _is_plain(rules: CaptionRules) -> bool:
@@ -237,7 +262,7 @@ class _Measure:
     def surely_fits(self, caption: str, rules: CaptionRules) -> bool:
         """Whether no draw of ``caption`` can be too long. False may also mean that it was not worth a closer look."""
         word = self._prompts.placeholder
-        text = " ".join(filter(None, (rules.prefix, caption, rules.suffix)))
+        text = _with_affixes(caption, rules)
         room = self._prompts.capacity - text.lower().count(word.text.lower()) * (word.count - 1)
         # A token is at least one byte long, so words that were never tokenized need not be for most captions.
         if len(text.encode()) <= room or sum(map(self._at_most, text.split())) <= room:
@@ -309,6 +334,19 @@ def _warn_of_small_pictures(table: ImageTable, report: Report) -> None:
         report.warnings.append(
             f"{_are(len(small), 'picture')} much smaller than what the model sees and enlarged, so the "
             f"word learns the blur too: {_first(names)}. Use larger pictures, a lower resolution or bucket_no_upscale."
+        )
+
+
+def _warn_of_cropping(table: ImageTable, report: Report) -> None:
+    """Name pictures of which less than half is seen."""
+    buckets = np.array([bucket.size for bucket in table.buckets])[table.bucket_of]
+    kept = (buckets / table.resized).prod(axis=1)
+    cropped = np.flatnonzero(kept < _LEAST_KEPT)
+    if len(cropped):
+        names = [f"{table.path(index)} ({kept[index]:.0%} is seen)" for index in cropped[: _SHOWN_FILES + 1]]
+        report.warnings.append(
+            f"{_counted(len(cropped), 'picture')} will lose more than half of what they show, for no bucket has their "
+            f"shape: {_first(names)}. Crop them yourself, or set enable_bucket = true and a larger max_bucket_reso."
         )
 
 

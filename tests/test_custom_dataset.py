@@ -8,6 +8,7 @@ import torch
 from datasets import prompts
 
 from library.custom_dataset import CustomData
+from library.debug_dataset import show_batches
 from library.errors import UserError
 from library.options import DatasetOptions
 
@@ -135,6 +136,16 @@ def test_the_report_says_whether_the_word_is_there(make):
     report = make(input_ids_list=None, captions=["a", "b"]).check()
     assert "5 batches of my_data.Mine" in report.text
     assert "49408" in report.warnings[0]
+
+
+def test_debug_dataset_shows_the_first_batches(make, capsys):
+    data = make(input_ids_list=None, captions=["mychar", "girl"])
+    show_batches(data.loader(), data.prompts)
+    shown = capsys.readouterr().out
+    assert [line for line in shown.splitlines() if line.startswith("Batch")] == [
+        f"Batch {number}: latents [2, 4, 8, 6], loss weights [1.0, 0.5]" for number in (1, 2, 3)
+    ]
+    assert shown.count("ids: 49406 [49408] 49407\n") == 3
 
 
 def test_pictures_cannot_be_cached(make):

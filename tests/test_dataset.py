@@ -4,6 +4,7 @@ import io
 import pickle
 import random
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +18,7 @@ from PIL import Image
 from library import dataset
 from library.captions import OBJECT_TEMPLATES, CaptionMoment
 from library.dataset import BatchLoader, SampleSource, sample_seeds
+from library.errors import UserError
 from library.images import read_image
 from library.latents import LatentCache, VaeEncoder
 
@@ -185,6 +187,14 @@ def test_more_workers_than_batches_or_cores_are_not_started(varied, monkeypatch)
 
 def test_persistent_workers_without_workers_are_no_error(varied):
     assert len(list(varied.loader(workers=0, persistent=True))) == varied.num_batches()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_picture_that_is_gone_is_one_sentence_from_any_process(varied, workers):
+    Path(varied.table.path(2)).unlink()
+    with pytest.raises(UserError) as error:
+        list(varied.loader(workers=workers))
+    assert str(error.value) == f"The image {varied.table.path(2)} does not exist."
 
 
 def test_a_source_can_be_sent_to_another_process(varied):

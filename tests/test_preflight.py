@@ -148,6 +148,22 @@ def test_a_word_that_is_cut_off_somewhere_is_a_warning(tmp_path):
     assert "1.png" in said
 
 
+@pytest.mark.parametrize(
+    ("rules", "strays"),
+    [
+        ({"shuffle_caption": True}, True),
+        ({"shuffle_caption": True, "keep_tokens": 1}, False),
+        ({"shuffle_caption": True, "keep_tokens": 1, "caption_prefix": "best,"}, True),
+        ({"shuffle_caption": True, "keep_tokens_separator": "|||"}, False),
+        ({}, False),
+    ],
+)
+def test_a_word_that_shuffling_can_move_behind_the_limit_is_a_warning(tmp_path, rules, strays):
+    said = _warnings(_captioned(tmp_path, ["mychar ||| a, " + "b, " * 80], **rules))
+    assert ("shuffled" in said) == strays
+    assert "longer than 75" in said
+
+
 def test_a_word_that_is_cut_off_everywhere_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"Every caption cuts off .*: mychar\. .*--max_token_length"):
         _captioned(tmp_path, [LONG + "mychar", "girl"]).check()
@@ -223,6 +239,13 @@ def test_pictures_that_are_enlarged_a_lot_are_named(tmp_path):
     assert "1 picture is much smaller" in said
     assert "0.png (2.6 times)" in said
     assert _warnings(_captioned(tmp_path / "other", ["mychar"], size=(40, 40))) == ""
+
+
+def test_pictures_that_are_mostly_cropped_are_named(tmp_path):
+    assert "0.png (40% is seen)" in _warnings(_captioned(tmp_path, ["mychar"], size=(160, 64)))
+    assert _warnings(_captioned(tmp_path / "less", ["mychar"], size=(120, 64))) == ""
+    buckets = {"enable_bucket": True, "min_bucket_reso": 32, "bucket_reso_steps": 16}
+    assert _warnings(_captioned(tmp_path / "buckets", ["mychar"], size=(160, 64), dataset=buckets)) == ""
 
 
 def test_pictures_below_one_bucket_step_are_named(tmp_path):
