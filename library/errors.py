@@ -13,8 +13,14 @@ class UserError(Exception):
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name that looks most like ``name``, or None when nothing is similar."""
+    """Return the known name that looks most like ``name``, or None when nothing is similar.
+
+    The only name that begins with what was written wins over names that are merely similar.
+    """
     by_lower = {candidate.lower(): candidate for candidate in known}
+    begun = [candidate for lower, candidate in by_lower.items() if lower.startswith(name.lower())]
+    if len(begun) == 1 and name:
+        return begun[0]
     found = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
     return by_lower[found[0]] if found else None
 

@@ -33,14 +33,15 @@ class Placeholder:
         return " ".join(self.names)
 
     @cached_property
-    def _row_of(self) -> dict[str, int]:
-        return {name.lower(): row for row, name in enumerate(self.names)}
+    def _longest_first(self) -> list[int]:
+        # So that "mychar1" is never read as "mychar" where a name ends in a sign that is no letter or digit.
+        return sorted(range(self.count), key=lambda row: -len(self.names[row]))
 
     @cached_property
     def _any_name(self) -> re.Pattern[str]:
-        # Longest first, so that "mychar1" is never read as "mychar" where a name ends in a non-alphanumeric sign.
-        names = sorted(self.names, key=len, reverse=True)
-        return re.compile(_BEFORE + "(" + "|".join(map(re.escape, names)) + ")" + _AFTER, re.IGNORECASE)
+        """Each name is a group of its own, in the order of ``_longest_first``."""
+        names = "|".join(f"({re.escape(self.names[row])})" for row in self._longest_first)
+        return re.compile(f"{_BEFORE}(?:{names}){_AFTER}", re.IGNORECASE)
 
     @cached_property
     def _run_or_word(self) -> re.Pattern[str]:
@@ -65,7 +66,9 @@ class Placeholder:
 
         The text is taken as it stands; call :meth:`expand` first.
         """
-        pieces = self._any_name.split(text)
-        # re.split with one group alternates: plain, name, plain, name, …, plain.
-        marked = [self._row_of[piece.lower()] if i % 2 else piece for i, piece in enumerate(pieces)]
-        return [piece for piece in marked if piece != ""]
+        pieces: list[str | int] = []
+        end = 0
+        for found in self._any_name.finditer(text):
+            pieces += [text[end : found.start()], self._longest_first[found.lastindex - 1]]
+            end = found.end()
+        return [piece for piece in [*pieces, text[end:]] if piece != ""]

@@ -186,8 +186,8 @@ class TrainableRows(nn.Module):
         self.rows = nn.ParameterList(nn.Parameter(start.detach().float().clone()) for start in starts)
 
     def forward(self) -> list[torch.Tensor]:
-        """The rows of every text encoder, each [N, D]."""
-        return list(self.rows)
+        """The rows of every text encoder, each [N, D]; views, which no other module can take for its parameters."""
+        return [rows.view_as(rows) for rows in self.rows]
 
     @torch.no_grad()
     def rescale(self, norms: Sequence[float]) -> None:

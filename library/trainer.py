@@ -18,7 +18,7 @@ from library.dataset import TrainingData
 from library.denoising import DenoisingTask
 from library.diffusion import NoiseSchedule
 from library.errors import UserError
-from library.frozen_layers import freeze_to_float8
+from library.frozen_layers import freeze_layers
 from library.latents import LatentCache, VaeEncoder
 from library.lr_schedulers import LearningRateSchedule, build_lr_schedule
 from library.model_family import ModelFamily
@@ -139,9 +139,10 @@ class Trainer:
 
     def load_unet(self) -> torch.nn.Module:
         """The frozen U-Net in the run's precision (or float8), on the device, in eval mode."""
-        unet = self.model.unet(self.precision.dtype, self.device)
-        if self.options.runtime.fp8_base:
-            freeze_to_float8(unet)
+        float8 = self.options.runtime.fp8_base
+        unet = self.model.unet(self.precision.dtype, "cpu" if float8 else self.device)
+        freeze_layers(unet, float8=float8)
+        unet.to(self.device)  # after the folding: the device never holds the unfolded weights
         if self.options.training.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         return unet

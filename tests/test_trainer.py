@@ -6,6 +6,7 @@ import pytest
 import torch
 from runs import TOKEN, arguments, run, trainers, write_dataset  # noqa: F401  (a fixture)
 from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from library.base_model import BaseModel
 
@@ -15,7 +16,9 @@ CAPTION = f"a photo of {TOKEN}, smiling"
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory):
     """Four photographs of two shapes, every caption with the word."""
-    return write_dataset(tmp_path_factory.mktemp("data"), dataset="enable_bucket = true", caption=CAPTION)
+    return write_dataset(
+        tmp_path_factory.mktemp("data"), dataset="enable_bucket = true\nmin_bucket_reso = 64", caption=CAPTION
+    )
 
 
 @pytest.fixture
@@ -51,7 +54,7 @@ def test_only_the_rows_learn(family, count, dataset, tmp_path, request, trainers
     def look(optimizer, *_):
         gradients.append([p.grad.norm(dim=1) for group in optimizer.param_groups for p in group["params"]])
 
-    hook = torch.optim.optimizer.register_optimizer_step_pre_hook(look)
+    hook = register_optimizer_step_pre_hook(look)
     try:
         assert run(family, argv) == 0
     finally:

@@ -1,0 +1,187 @@
+"""A user's mistakes through the real scripts: one sentence each, no traceback, an exit code, no model loaded."""
+
+import json
+
+import pytest
+import torch
+from runs import arguments, run, write_dataset
+from safetensors.torch import save_file
+
+from library.base_model import BaseModel
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def no_unet(monkeypatch):
+    """The mistake must be found before the U-Net is loaded."""
+    monkeypatch.setattr(BaseModel, "unet", lambda *_: pytest.fail("the U-Net was loaded"))
+
+
+def fails(capsys, family, argv, *phrases):
+    """Run, expect an exit code of 1 (2 from argparse), and every phrase in what was said."""
+    try:
+        code = run(family, argv)
+    except SystemExit as end:
+        code = end.code
+    said = capsys.readouterr().err
+    assert code not in (0, None), said
+    assert "Traceback" not in said
+    for phrase in phrases:
+        assert phrase in said
+    return said
+
+
+MISTAKES = {
+    "missing checkpoint": (
+        ["--pretrained_model_name_or_path=/nowhere/model.safetensors"],
+        ["/nowhere/model.safetensors"],
+    ),
+    "token that exists": (["--token_string=cat"], ["--token_string", '"cat"', "for example"]),
+    "token that exists as a whole word": (["--token_string=their"], ["--token_string", '"their"']),
+    "init word of two tokens": (["--init_word=mychar"], ["--init_word", "2 tokens", "one token"]),
+    "empty init word": (["--init_word= "], ["--init_word"]),
+    "init words and vectors that do not match": (
+        ["--init_word=cat dog", "--num_vectors_per_token=3"],
+        ["--init_word", "2 tokens", "exactly 3"],
+    ),
+    "no vectors": (["--num_vectors_per_token=0"], ["--num_vectors_per_token"]),
+    "no steps": (["--max_train_steps=0"], ["--max_train_steps"]),
+    "no caption with the token": (["--token_string=zxqvword"], ["zxqvword", "caption"]),
+    "more vectors than a prompt holds": (["--num_vectors_per_token=90"], ["90", "75"]),
+    "missing dataset file": (["--dataset_config=/nowhere/data.toml"], ["/nowhere/data.toml"]),
+    "value of the wrong type": (["--max_train_steps=many"], ["--max_train_steps", "many"]),
+    "unknown option": (["--learning_rat=1"], ["--learning_rat", "--learning_rate"]),
+    "unknown optimizer": (["--optimizer_type=AdamV"], ["--optimizer_type", "AdamV", "AdamW"]),
+    "unknown schedule": (["--lr_scheduler=cosin"], ["--lr_scheduler", "cosin", "cosine"]),
+    "optimizer argument it does not take": (["--optimizer_args", "colour=1"], ["--optimizer_args", "colour"]),
+    "weights that are not there": (["--weights=/nowhere/w.pt"], ["/nowhere/w.pt"]),
+    "timesteps": (["--min_timestep=500", "--max_timestep=100"], ["--min_timestep"]),
+    "full precision flag alone": (["--full_bf16"], ["--full_bf16", "--mixed_precision"]),
+    "clip_skip beyond the layers": (["--clip_skip=40"], ["--clip_skip"]),
+    "a negative flag that is neither true nor false": (
+        ["--metadata_is_negative_embedding=perhaps"],
+        ["--metadata_is_negative_embedding", "perhaps"],
+    ),
+    "resume": (["--resume=state"], ["--resume"]),
+    "xformers": (["--xformers"], ["xformers"]),
+    "deepspeed": (["--deepspeed"], ["--deepspeed"]),
+}
+
+
+@pytest.mark.usefixtures("no_unet")
+@pytest.mark.parametrize("name", MISTAKES)
+def test_options(name, dataset, tmp_path, tiny_sd1, capsys):
+    more, phrases = MISTAKES[name]
+    fails(capsys, "sd1", arguments("sd1", tiny_sd1, dataset, tmp_path / "out", *more), *phrases)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    "missing", ["--output_dir", "--token_string", "--pretrained_model_name_or_path", "--dataset_config"]
+)
+def test_required_options(missing, dataset, tmp_path, tiny_sd1, capsys):
+    argv = [a for a in arguments("sd1", tiny_sd1, dataset, tmp_path) if not a.startswith(missing)]
+    fails(capsys, "sd1", argv, missing)
+
+
+@pytest.mark.usefixtures("no_unet")
+@pytest.mark.parametrize(
+    ("extra", "phrases"),
+    [
+        ({"subset": "num_repeat = 3"}, ["num_repeat", "num_repeats", "dataset.toml"]),
+        ({"dataset": "batch_size = 'two'"}, ["batch_size", "dataset.toml"]),
+        ({"general": "shuffle_caption = 1"}, ["shuffle_caption", "dataset.toml"]),
+        ({"count": 0}, ["images"]),
+    ],
+)
+def test_datasets(extra, phrases, tmp_path, tiny_sd1, capsys):
+    if "batch_size" in extra.get("dataset", ""):
+        file = write_dataset(tmp_path)
+        file.write_text(file.read_text().replace("batch_size = 2", extra["dataset"]))
+    else:
+        file = write_dataset(tmp_path, **extra)
+    fails(capsys, "sd1", arguments("sd1", tiny_sd1, file, tmp_path / "out"), *phrases)
+
+
+@pytest.mark.usefixtures("no_unet")
+def test_missing_image_folder(tmp_path, tiny_sd1, capsys):
+    file = write_dataset(tmp_path)
+    file.write_text(file.read_text().replace("/images'", "/imagse'"))
+    fails(capsys, "sd1", arguments("sd1", tiny_sd1, file, tmp_path / "out"), "imagse")
+
+
+@pytest.mark.usefixtures("no_unet")
+@pytest.mark.parametrize("content", [b"", b"no picture", "truncated"])
+def test_broken_pictures(content, tmp_path, tiny_sd1, capsys):
+    file = write_dataset(tmp_path)
+    picture = tmp_path / "images" / "photo_2.png"
+    picture.write_bytes(picture.read_bytes()[:400] if content == "truncated" else content)
+    fails(capsys, "sd1", arguments("sd1", tiny_sd1, file, tmp_path / "out"), "photo_2.png")
+
+
+@pytest.mark.usefixtures("no_unet")
+@pytest.mark.parametrize(
+    ("shape", "phrases"), [((2, 32), ["2", "1"]), ((1, 1024), ["2.x", "1024"]), ((1, 7), ["7", "32"])]
+)
+def test_weights_that_do_not_fit(shape, phrases, dataset, tmp_path, tiny_sd1, capsys):
+    save_file({"emb_params": torch.zeros(shape)}, tmp_path / "w.safetensors")
+    argv = arguments("sd1", tiny_sd1, dataset, tmp_path / "out", f"--weights={tmp_path / 'w.safetensors'}")
+    fails(capsys, "sd1", argv, "w.safetensors", *phrases)
+
+
+@pytest.mark.usefixtures("no_unet")
+@pytest.mark.parametrize(
+    ("family", "flags", "model", "phrases"),
+    [
+        ("sd1", [], "tiny_sdxl_file", ["sdxl_train_textual_inversion.py"]),
+        ("sd1", [], "tiny_sdxl", ["sdxl_train_textual_inversion.py"]),
+        ("sdxl", [], "tiny_sd1_file", ["train_textual_inversion.py"]),
+        ("sdxl", ["--v2"], "tiny_sdxl", ["--v2"]),
+        ("sd1", [], "tiny_sd2_file", ["--v2"]),
+        ("sd1", ["--v2"], "tiny_sd1_file", ["--v2"]),
+    ],
+)
+def test_models_of_another_family(family, flags, model, phrases, dataset, tmp_path, request, capsys):
+    argv = arguments(family, request.getfixturevalue(model), dataset, tmp_path / "out", *flags)
+    fails(capsys, family, argv, *phrases)
+
+
+@pytest.mark.parametrize(
+    ("keys", "phrase"),
+    [
+        (["double_blocks.0.img_attn.norm.key_norm.scale"], "FLUX"),
+        (["model.diffusion_model.joint_blocks.0.context_block.attn.qkv.weight"], "3"),
+        (["lora_unet_mid_block.lora_down.weight"], "LoRA"),
+        (["emb_params"], "embedding"),
+    ],
+)
+def test_files_that_are_no_checkpoint(keys, phrase, dataset, tmp_path, capsys):
+    file = tmp_path / "model.safetensors"
+    save_file({key: torch.zeros(2, 2) for key in keys}, file)
+    fails(capsys, "sd1", arguments("sd1", file, dataset, tmp_path / "out"), str(file), phrase)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt"])
+def test_truncated_checkpoint(name, dataset, tmp_path, tiny_sd1_file, capsys):
+    file = tmp_path / name
+    file.write_bytes(tiny_sd1_file.read_bytes()[:5000] if name.endswith("safetensors") else b"PK\x03\x04 broken")
+    fails(capsys, "sd1", arguments("sd1", file, dataset, tmp_path / "out"), name)
+
+
+def test_unwritable_output(dataset, tmp_path, tiny_sd1, capsys):
+    (tmp_path / "out").write_text("a file")
+    fails(capsys, "sd1", arguments("sd1", tiny_sd1, dataset, tmp_path / "out"), "--output_dir")
+
+
+def test_config_file_that_is_not_there(capsys):
+    fails(capsys, "sd1", ["--config_file=/nowhere/c"], "/nowhere/c.toml")
+
+
+def test_a_diffusers_index_without_parts(dataset, tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    fails(capsys, "sd1", arguments("sd1", tmp_path / "model", dataset, tmp_path / "out"), "FLUX")
