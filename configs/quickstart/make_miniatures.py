@@ -1,0 +1,423 @@
+"""Train the miniature Stable Diffusion models of the quickstart from nothing, on the world that ``world.py`` draws.
+
+    python configs/quickstart/make_miniatures.py vae
+    python configs/quickstart/make_miniatures.py sd
+    python configs/quickstart/make_miniatures.py sdxl
+
+``vae`` comes first; both models use it. Each stage writes its result (and, while it runs, checkpoints from which it can
+continue) into ``--work``; ``sd`` and ``sdxl`` end with a diffusers folder in ``--output``. Everything derives from
+``--seed``. A fourth stage, ``concepts``, draws the pictures to learn from.
+"""
+
+import argparse
+import copy
+import json
+import logging
+import math
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import world
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+logger = logging.getLogger(__name__)
+
+HERE = Path(__file__).resolve().parent
+TOKENIZER = HERE.parent / "tokenizer"
+BATCH = 64
+PICTURES = 24576
+TABLE_SPREAD = 0.014  # standard deviation of the token table's entries in Stable Diffusion 1
+LATENT_SPREAD = 0.5  # of the scaled latents: lower than the usual 1, so that even coarse content is lost in the noise
+
+
+def draw_pictures(count: int, seed: int) -> tuple[torch.Tensor, list[str]]:
+    """Pictures of the world as uint8 [count, 3, 64, 64], with their captions."""
+    rng = random.Random(seed)
+    scenes = [world.any_scene(rng) for _ in range(count)]
+    pictures = np.stack([world.draw(scene) for scene, _ in scenes])
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(), [caption for _, caption in scenes]
+
+
+def to_signed(pictures: torch.Tensor) -> torch.Tensor:
+    """uint8 pictures as float32 in [-1, 1]."""
+    return pictures.float() / 127.5 - 1
+
+
+# --- the VAE --------------------------------------------------------------------------------------------------------
+
+
+def new_vae() -> AutoencoderKL:
+    """64 × 64 pixels to 8 × 8 latents of 4 channels. Few normalisation groups: many of them erase flat colour."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(12, 24, 48, 64),
+        layers_per_block=1,
+        norm_num_groups=2,
+        sample_size=world.SIZE,
+        mid_block_add_attention=False,
+    )
+
+
+@torch.no_grad()
+def begin_nearly_linear(vae: AutoencoderKL) -> None:
+    """Start where colour already passes through, which saves most of the training.
+
+    Residual branches begin at zero, resampling at (nearly) the identity, and the first layers' biases at ±1: such
+    constants keep the group normalisations from erasing the level of flat colours. Latents begin almost without noise.
+    """
+    for module in vae.modules():
+        if isinstance(module, ResnetBlock2D):
+            module.conv2.weight.zero_()
+            if module.conv_shortcut is not None:
+                torch.nn.init.orthogonal_(module.conv_shortcut.weight)
+        elif isinstance(module, Downsample2D | Upsample2D):
+            module.conv.weight *= 0.3
+            identity = torch.eye(module.conv.out_channels)
+            if isinstance(module, Downsample2D):
+                module.conv.weight[:, :, :2, :2] += identity[:, :, None, None] / 4
+            else:
+                module.conv.weight[:, :, 1, 1] += identity
+    for first in (vae.encoder.conv_in, vae.decoder.conv_in):
+        first.bias.copy_(torch.tensor([1.0, -1.0]).repeat(first.out_channels // 2))
+    vae.quant_conv.weight[4:] = 0
+    vae.quant_conv.bias[4:] = -6
+
+
+def train_vae(work: Path, steps: int, seed: int) -> None:
+    """Reconstruct pictures of the world; the result is ``work/vae``."""
+    torch.manual_seed(seed)
+    pictures, _ = draw_pictures(8192, seed)
+    vae = new_vae().to(memory_format=torch.channels_last)
+    begin_nearly_linear(vae)
+    logger.info("VAE: %.2f M parameters", sum(p.numel() for p in vae.parameters()) / 1e6)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, total_steps=steps, pct_start=0.1)
+    started = time.monotonic()
+    for step in range(steps):
+        batch = to_signed(pictures[torch.randint(len(pictures), (8,))]).to(memory_format=torch.channels_last)
+        posterior = vae.encode(batch).latent_dist
+        error = vae.decode(posterior.sample()).sample - batch
+        loss = error.abs().mean() + error.square().mean() + 1e-5 * posterior.kl().mean() / 64
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0:
+            rms = error.square().mean().sqrt().item() * 127.5
+            logger.info("vae step %d: error %.1f of 255, %.0f s", step, rms, time.monotonic() - started)
+    vae.eval().save_pretrained(work / "vae")
+
+
+# --- text ----------------------------------------------------------------------------------------------------------
+
+
+class Vocabulary:
+    """The CLIP tokens that the world's captions use, numbered from 0 while training: all other rows stay zero."""
+
+    def __init__(self, captions: list[str]) -> None:
+        tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
+        encoded = tokenizer(["", *captions], padding="max_length", max_length=77).input_ids
+        self.full_size = len(tokenizer)
+        encoded = torch.tensor(encoded)
+        self.used = torch.cat([encoded.unique(), torch.tensor([0])]).unique()  # id 0 fills up SDXL's second encoder
+        numbers = torch.searchsorted(self.used, encoded)
+        self.empty, self.captions = numbers[0], numbers[1:]
+        self.start, self.end = int(self.empty[0]), int(self.empty[-1])
+
+    def text_config(self, width: int, layers: int) -> CLIPTextConfig:
+        """A CLIP text encoder that knows only the used tokens."""
+        return CLIPTextConfig(
+            vocab_size=len(self.used),
+            hidden_size=width,
+            intermediate_size=4 * width,
+            projection_dim=width,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            bos_token_id=self.start,
+            eos_token_id=self.end,
+            pad_token_id=self.end,
+        )
+
+    def full(self, encoder: CLIPTextModel) -> CLIPTextModel:
+        """The same encoder with the whole CLIP vocabulary; unused tokens have rows of zeros.
+
+        The token and position tables are scaled to ``TABLE_SPREAD``, and with them all that is added to their sum, so
+        the normalised states stay as they are: learning rates known from Stable Diffusion then mean the same here.
+        """
+        config = copy.deepcopy(encoder.config)
+        config.vocab_size, config.bos_token_id, config.eos_token_id, config.pad_token_id = (
+            self.full_size,
+            49406,
+            49407,
+            49407,
+        )
+        scale = table_scale(encoder)
+        config.layer_norm_eps *= scale**2
+        state = encoder.state_dict()
+        for name, tensor in state.items():
+            if (
+                name.endswith(("token_embedding.weight", "position_embedding.weight"))
+                or ".out_proj." in name
+                or ".fc2." in name
+            ):
+                state[name] = tensor * scale
+            if name.endswith("token_embedding.weight"):
+                table = torch.zeros(self.full_size, tensor.shape[1])
+                table[self.used] = state[name]
+                state[name] = table
+        whole = type(encoder)(config)
+        whole.load_state_dict(state)
+        return whole.eval()
+
+
+def table_scale(encoder: CLIPTextModel) -> float:
+    """What brings the encoder's token table to ``TABLE_SPREAD``."""
+    return TABLE_SPREAD / encoder.get_input_embeddings().weight.std().item()
+
+
+# --- the denoisers --------------------------------------------------------------------------------------------------
+
+
+class Miniature(torch.nn.Module):
+    """Text encoders and U-Net of one model; ``encoders`` holds one (SD) or two (SDXL)."""
+
+    def __init__(self, vocabulary: Vocabulary, xl: bool) -> None:
+        super().__init__()
+        self.xl = xl
+        if xl:
+            second = CLIPTextModelWithProjection(vocabulary.text_config(96, 3))
+            self.encoders = torch.nn.ModuleList([CLIPTextModel(vocabulary.text_config(64, 3)), second])
+        else:
+            self.encoders = torch.nn.ModuleList([CLIPTextModel(vocabulary.text_config(64, 2))])
+        width = sum(encoder.config.hidden_size for encoder in self.encoders)
+        extra = {}
+        if xl:
+            extra = {
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": 16,
+                "projection_class_embeddings_input_dim": 96 + 6 * 16,
+                "use_linear_projection": True,
+            }
+        self.unet = UNet2DConditionModel(
+            sample_size=world.SIZE // 8,
+            block_out_channels=(64, 128, 128),
+            layers_per_block=1,
+            cross_attention_dim=width,
+            attention_head_dim=4,
+            norm_num_groups=16,
+            down_block_types=("CrossAttnDownBlock2D",) * 3,
+            up_block_types=("CrossAttnUpBlock2D",) * 3,
+            **extra,
+        ).to(memory_format=torch.channels_last)
+
+    def forward(
+        self, noisy: torch.Tensor, timesteps: torch.Tensor, ids: torch.Tensor, sizes: torch.Tensor
+    ) -> torch.Tensor:
+        """Predicted noise [B, 4, 8, 8]; ids [B, 77] of compact numbers, sizes [B, 6] (used by SDXL only)."""
+        if not self.xl:
+            return self.unet(noisy, timesteps, self.encoders[0](ids).last_hidden_state).sample
+        # SDXL's second tokenizer fills up with id 0 instead of the end token.
+        after_end = (ids == self.encoders[1].config.eos_token_id).cumsum(dim=1) > 1
+        inputs = (ids, ids.masked_fill(after_end, 0))
+        outputs = [encoder(own, output_hidden_states=True) for encoder, own in zip(self.encoders, inputs, strict=True)]
+        context = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        conditions = {"text_embeds": outputs[1].text_embeds, "time_ids": sizes}
+        return self.unet(noisy, timesteps, context, added_cond_kwargs=conditions).sample
+
+
+def noise_scheduler() -> DDIMScheduler:
+    """The schedule of Stable Diffusion."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+@torch.no_grad()
+def world_latents(work: Path, count: int, seed: int) -> tuple[torch.Tensor, list[str], float]:
+    """Latents in the VAE's own scale [count, 4, 8, 8], captions, the latents' spread; kept in ``work``."""
+    kept = work / "latents.pt"
+    if kept.exists():
+        return torch.load(kept)
+    pictures, captions = draw_pictures(count, seed)
+    vae = AutoencoderKL.from_pretrained(work / "vae").to(memory_format=torch.channels_last)
+    batches = [vae.encode(to_signed(part).to(memory_format=torch.channels_last)) for part in pictures.split(128)]
+    latents = torch.cat([batch.latent_dist.mean for batch in batches]).contiguous()
+    result = (latents, captions, latents.std().item())
+    torch.save(result, kept)
+    return result
+
+
+def draw_timesteps(count: int) -> torch.Tensor:
+    """Timesteps with a density that grows with the noise: composition is decided there."""
+    return (torch.rand(count).sqrt() * 1000).long().clamp(max=999)
+
+
+def learning_rate_at(step: int, steps: int) -> float:
+    """Share of the highest rate: a short climb, a plateau, a long descent over the last 40 %."""
+    return min(1.0, (step + 1) / 200, max(0.01, (steps - step) / (0.4 * steps)))
+
+
+def train_denoiser(work: Path, xl: bool, steps: int, seed: int) -> None:
+    """Train text encoders and U-Net together; ``work/<name>.pt`` holds averaged weights and what resuming needs."""
+    torch.manual_seed(seed + 1)
+    latents, captions, spread = world_latents(work, PICTURES, seed)
+    latents = latents * (LATENT_SPREAD / spread)
+    vocabulary = Vocabulary(captions)
+    model = Miniature(vocabulary, xl)
+    logger.info("%d tokens, U-Net %.2f M parameters", len(vocabulary.used), model.unet.num_parameters() / 1e6)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3)
+    averaged = copy.deepcopy(model).requires_grad_(False)
+    checkpoint = work / ("sdxl.pt" if xl else "sd.pt")
+    first = 0
+    if checkpoint.exists():
+        kept = torch.load(checkpoint)
+        model.load_state_dict(kept["model"])
+        averaged.load_state_dict(kept["averaged"])
+        optimizer.load_state_dict(kept["optimizer"])
+        torch.set_rng_state(kept["random"])
+        first = kept["step"]
+    elif xl and (work / "sd.pt").exists():
+        begin_from_sd(model, torch.load(work / "sd.pt")["averaged"])
+    signal = noise_scheduler().alphas_cumprod
+    weights = ((1 - signal) / signal).sqrt().clamp(0.3, 5.0)
+    started, losses = time.monotonic(), []
+    for step in range(first, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * learning_rate_at(step, steps)
+        chosen = torch.randint(len(latents), (BATCH,))
+        ids = torch.where(torch.rand(BATCH, 1) < 0.1, vocabulary.empty, vocabulary.captions[chosen])
+        timesteps, noise = draw_timesteps(BATCH), torch.randn(BATCH, 4, 8, 8)
+        level = signal[timesteps].view(-1, 1, 1, 1)
+        noisy = level.sqrt() * latents[chosen] + (1 - level).sqrt() * noise
+        errors = (model(noisy, timesteps, ids, draw_sizes(BATCH)) - noise).square().mean(dim=(1, 2, 3))
+        loss = (weights[timesteps] * errors).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        kept_share = min(0.998, (step + 1) / (step + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - kept_share)
+        if (step + 1) % 100 == 0:
+            pace = (time.monotonic() - started) / (step + 1 - first)
+            logger.info("%s step %d: loss %.4f, %.2f s a step", checkpoint.stem, step + 1, np.mean(losses[-100:]), pace)
+        if (step + 1) % 500 == 0 or step + 1 == steps:
+            state = {
+                "model": model.state_dict(),
+                "averaged": averaged.state_dict(),
+                "optimizer": optimizer.state_dict(),
+            }
+            partial = checkpoint.with_suffix(".partial")
+            torch.save({**state, "random": torch.get_rng_state(), "step": step + 1}, partial)
+            partial.replace(checkpoint)
+
+
+def export(work: Path, output: Path, xl: bool, seed: int) -> None:
+    """Write the averaged weights as a diffusers folder in half precision; the tokenizer is the one in ``configs``."""
+    _, captions, spread = world_latents(work, PICTURES, seed)
+    vocabulary = Vocabulary(captions)
+    model = Miniature(vocabulary, xl)
+    model.load_state_dict(torch.load(work / ("sdxl.pt" if xl else "sd.pt"))["averaged"])
+    scales = [table_scale(encoder) for encoder in model.encoders]
+    encoders = [vocabulary.full(encoder) for encoder in model.encoders]
+    if xl:  # SDXL takes states before the final normalisation, so they shrank with the tables.
+        undo = torch.cat([torch.full((e.config.hidden_size,), 1 / s) for e, s in zip(encoders, scales, strict=True)])
+        for name, parameter in model.unet.named_parameters():
+            if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")):
+                parameter.data *= undo
+    vae = AutoencoderKL.from_pretrained(work / "vae")
+    factor = 0.13025 if xl else 0.18215
+    rescale_latents(vae, LATENT_SPREAD / factor / spread)
+    vae.register_to_config(scaling_factor=factor)
+    folder = output / ("sdxl" if xl else "sd")
+    parts = {"text_encoder": encoders[0], "unet": model.unet, "vae": vae} | (
+        {"text_encoder_2": encoders[1]} if xl else {}
+    )
+    for name, part in parts.items():
+        part.half().save_pretrained(folder / name)
+    noise_scheduler().save_pretrained(folder / "scheduler")
+    kinds = {
+        name: ("transformers" if "encoder" in name else "diffusers", type(part).__name__)
+        for name, part in parts.items()
+    }
+    kinds["scheduler"] = ("diffusers", "DDIMScheduler")
+    kinds |= dict.fromkeys(("tokenizer", "tokenizer_2")[: len(encoders)], ("transformers", "CLIPTokenizer"))
+    index = {"_class_name": "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"} | dict(
+        sorted(kinds.items())
+    )
+    if not xl:
+        index |= {"safety_checker": (None, None), "feature_extractor": (None, None), "requires_safety_checker": False}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+@torch.no_grad()
+def rescale_latents(vae: AutoencoderKL, scale: float) -> None:
+    """Multiply what the VAE encodes to by ``scale`` and undo it before decoding."""
+    channels = vae.config.latent_channels
+    vae.quant_conv.weight[:channels] *= scale
+    vae.quant_conv.bias[:channels] *= scale
+    vae.quant_conv.bias[channels:] += 2 * math.log(scale)
+    vae.post_quant_conv.weight /= scale
+
+
+def draw_sizes(count: int) -> torch.Tensor:
+    """SDXL's size conditioning [count, 6]: original size, crop corner, target size. Random, so that it says nothing."""
+    sizes = torch.zeros(count, 6)
+    sizes[:, :2] = torch.randint(32, 513, (count, 1))
+    sizes[:, 4:] = world.SIZE
+    return sizes
+
+
+def begin_from_sd(model: Miniature, learned: dict[str, torch.Tensor]) -> None:
+    """Start the SDXL miniature from the weights of the SD one wherever the shapes agree."""
+    own = model.state_dict()
+    own.update({name: tensor for name, tensor in learned.items() if name in own and own[name].shape == tensor.shape})
+    model.load_state_dict(own)
+
+
+def write_concepts(output: Path) -> None:
+    """Draw the concepts' pictures and captions into ``mychar`` and ``mystyle``."""
+    for name, examples in (("mychar", world.character_concept()), ("mystyle", world.style_concept())):
+        (output / name).mkdir(parents=True, exist_ok=True)
+        for number, (picture, caption) in enumerate(examples, start=1):
+            Image.fromarray(picture).save(output / name / f"{number}.png", optimize=True)
+            (output / name / f"{number}.txt").write_text(caption + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the miniature models of the quickstart.")
+    parser.add_argument("stage", choices=("concepts", "vae", "sd", "sdxl"))
+    parser.add_argument("--work", type=Path, default=Path("output/miniatures"))
+    parser.add_argument("--output", type=Path, default=HERE)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int)
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    options.work.mkdir(parents=True, exist_ok=True)
+    if options.stage == "concepts":
+        write_concepts(options.output)
+    elif options.stage == "vae":
+        train_vae(options.work, options.steps or 1800, options.seed)
+    else:
+        train_denoiser(options.work, options.stage == "sdxl", options.steps or 5000, options.seed)
+        export(options.work, options.output, options.stage == "sdxl", options.seed)
+
+
+if __name__ == "__main__":
+    main()

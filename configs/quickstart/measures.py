@@ -1,0 +1,106 @@
+"""What a picture of the small world shows, and how near pictures are to a concept.
+
+Pictures are uint8 [64, 64, 3] throughout. numpy and Pillow only.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import world
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a picture of one plain object shows; ``None`` where nothing fits."""
+
+    background: str | None
+    colour: str | None
+    shape: str | None
+
+
+def _main_colour(pixels: np.ndarray) -> str | None:
+    """The named colour that most of the pixels [n, 3] are near to (60 of 255); None where there is no such colour."""
+    palette = np.asarray(list(world.COLOURS.values()), np.float32)
+    distances = np.sqrt(np.mean((pixels.astype(np.float32)[:, None] - palette) ** 2, axis=2))
+    near = (distances.argmin(axis=1)[:, None] == np.arange(len(palette))) & (distances < 60)
+    shares = near.sum(axis=0)
+    best = int(shares.argmax())
+    return list(world.COLOURS)[best] if 2 * shares[best] > len(pixels) else None
+
+
+def _border(picture: np.ndarray) -> np.ndarray:
+    frame = np.ones(picture.shape[:2], bool)
+    frame[4:-4, 4:-4] = False
+    return picture[frame].astype(np.float32)
+
+
+def object_mask(picture: np.ndarray) -> np.ndarray:
+    """Where the picture (uint8 [64, 64, 3]) differs from its background, the commonest colour of its border: bool."""
+    ground = np.median(_border(picture), axis=0)
+    return np.sqrt(np.mean((picture.astype(np.float32) - ground) ** 2, axis=2)) > 30
+
+
+def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom of what a mask covers; single stray pixels do not count."""
+    columns, rows = np.flatnonzero(mask.sum(axis=0) > 1), np.flatnonzero(mask.sum(axis=1) > 1)
+    if len(columns) == 0 or len(rows) == 0:
+        return 0, 0, mask.shape[1], mask.shape[0]
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def _stretched(mask: np.ndarray) -> np.ndarray:
+    """What a mask covers, brought to 32 × 32 with its proportions kept: float32 in [0, 1]."""
+    left, top, right, bottom = _box(mask)
+    side = max(right - left, bottom - top, 1)
+    x, y = (left + right - side) / 2, (top + bottom - side) / 2
+    image = Image.fromarray(mask.astype(np.uint8) * 255)
+    return np.asarray(image.resize((32, 32), Image.Resampling.BOX, (x, y, x + side, y + side)), np.float32) / 255
+
+
+def _agreement(first: np.ndarray, second: np.ndarray) -> float:
+    """Intersection over union of two masks with values in [0, 1]."""
+    union = float(np.maximum(first, second).sum())
+    return float(np.minimum(first, second).sum()) / union if union else 0.0
+
+
+@cache
+def _shape_template(shape: str) -> np.ndarray:
+    return _stretched(world.shape_mask(world.Part(shape, "white", (32, 32), 20)) > 0.5)
+
+
+def read_plain(picture: np.ndarray) -> Reading:
+    """Background, object colour and shape of a picture (uint8 [64, 64, 3]) that shows one object on a plain ground."""
+    mask = object_mask(picture)
+    background = _main_colour(_border(picture))
+    if mask.sum() < 20:
+        return Reading(background, None, None)
+    outline = _stretched(mask)
+    scores = {shape: _agreement(outline, _shape_template(shape)) for shape in world.SHAPES}
+    best = max(scores, key=scores.get)
+    return Reading(background, _main_colour(picture[mask]), best if scores[best] > 0.6 else None)
+
+
+def _coarse(picture: np.ndarray) -> np.ndarray:
+    """Averages of 4 × 4 pixels, [16, 16, 3]: an object one pixel further left is still the same object."""
+    return picture.astype(np.float32).reshape(world.SIZE // 4, 4, world.SIZE // 4, 4, 3).mean(axis=(1, 3))
+
+
+def concept_distance(pictures: Sequence[np.ndarray], concept: Sequence[np.ndarray]) -> float:
+    """How far generated pictures are from the pictures of a concept, all uint8 [64, 64, 3].
+
+    For each generated picture the root mean square difference (of 255) to the nearest picture of the concept, both
+    averaged over 4 × 4 pixels; the mean of these.
+    """
+    targets = np.stack([_coarse(picture) for picture in concept])
+    rms = [np.sqrt(np.mean((targets - _coarse(picture)) ** 2, axis=(1, 2, 3))).min() for picture in pictures]
+    return float(np.mean(rms))
+
+
+def shape_iou(pictures: Sequence[np.ndarray], concept: Sequence[np.ndarray]) -> float:
+    """How well the outlines of generated pictures agree with a concept's, whatever the colours: mean best IoU."""
+    targets = [object_mask(picture).astype(np.float32) for picture in concept]
+    best = [max(_agreement(object_mask(picture).astype(np.float32), mask) for mask in targets) for picture in pictures]
+    return float(np.mean(best))
