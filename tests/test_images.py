@@ -239,9 +239,11 @@ def test_of_an_animation_the_first_frame_is_used_and_it_is_said(tmp_path, caplog
     assert read_image(file)[5, 5].tolist() == [255, 0, 0]
 
 
-def test_a_still_picture_says_nothing(tmp_path, caplog):
+def test_a_still_picture_says_nothing_nor_does_a_photo_with_its_preview(tmp_path, caplog):
     _smooth(9, 9).save(tmp_path / "image.webp")
-    image_size(tmp_path / "image.webp")
+    _smooth(9, 9).save(tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=[_smooth(3, 3)])
+    assert image_size(tmp_path / "image.webp") == image_size(tmp_path / "phone.jpg") == (9, 9)
+    assert read_image(tmp_path / "phone.jpg").shape == (9, 9, 3)
     assert not caplog.messages
 
 

@@ -285,7 +285,7 @@ def test_a_file_that_cannot_be_read_is_made_anew_with_a_warning(tmp_path, caplog
 
 def test_an_alpha_mask_in_the_file_counts_only_if_asked_for(tmp_path):
     entry = _entry(_image(tmp_path / "image.png", mode="RGBA"), alpha_mask=True)
-    _cache().fill([entry], _encoder())
+    assert [_cache().fill([entry], _encoder()).encoded for _ in range(2)] == [1, 0]
     plain, cache = _entry(entry.path), _cache()
     # The colours under the transparent places were encoded, so the latents cannot serve a run that lays them on white.
     assert cache.fill([plain], _encoder()).encoded == 1
@@ -385,6 +385,17 @@ def test_an_overflow_in_half_precision_is_said_and_encoded_in_float32(tmp_path, 
     reference = _cache(False)
     reference.fill(entries, _encoder())
     assert torch.equal(cache.load(entries[0]).latents, reference.load(entries[0]).latents)
+
+
+def test_a_real_vae_that_overflows_inside_goes_on_in_float32():
+    vae = _tiny_vae()
+    with torch.no_grad():
+        vae.encoder.conv_in.weight.fill_(20_000)
+    encoder = _encoder(vae, torch.float16)
+    for _ in range(2):
+        latents = encoder.encode(torch.ones(1, 3, 16, 16), [torch.Generator()])
+        assert torch.isfinite(latents).all()
+        assert latents.dtype == vae.dtype == torch.float32
 
 
 def test_values_that_are_not_finite_in_float32_are_an_error_that_names_the_image(tmp_path):
