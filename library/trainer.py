@@ -62,6 +62,7 @@ class Trainer:
         self.prompt_encoder = PromptEncoder(
             self.family, text_encoders, self.word.prompts, prepared_rows, self.options.model.clip_skip
         )
+        self.check_text_encoders()
         vae = self.prepare_latents()
         self.task = self.build_task(self.load_unet(), vae)
         runtime.set_attention(self.options.runtime, self.task.unet, vae and vae.vae)
@@ -93,6 +94,17 @@ class Trainer:
                 encoder.gradient_checkpointing_enable()
                 encoder.train()  # transformers checkpoints in train mode only; CLIP has no dropout
         return encoders
+
+    def check_text_encoders(self) -> None:
+        """Encode the word once, so that a bad ``--clip_skip`` or an encoder that overflows is found at once."""
+        with torch.no_grad():
+            ids = self.word.prompts.encode(self.word.placeholder.expanded)
+            conditioning = self.prompt_encoder.encode([windows.unsqueeze(0) for windows in ids])
+        if not torch.isfinite(conditioning.context).all():
+            raise UserError(
+                f"The text encoder gives values that are not finite in {self.precision.mixed_precision}. Use "
+                "--mixed_precision=bf16 or no; if that does not help, the model file is damaged."
+            )
 
     def build_rows(self, text_encoders: list[torch.nn.Module]) -> tuple[TrainableRows, list[Tensor]]:
         """The trained rows and a copy of their start values."""
