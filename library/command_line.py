@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from library.arguments import parse
+from library.console import quieten, set_up_logging
 from library.errors import UserError
 
 
@@ -14,8 +15,10 @@ def run(parser: argparse.ArgumentParser, family: str, arguments: Sequence[str] |
     Everything heavy is imported after the arguments are known to be good, so that ``--help`` and mistakes answer at
     once.
     """
+    quieten()
     try:
         options = parse(parser, arguments)
+        set_up_logging(options.runtime)
         from library.training import train
 
         train(options, family)

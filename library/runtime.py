@@ -1,8 +1,7 @@
-"""What a run stands on: console logging, the Accelerator, number formats, threads, attention and compilation."""
+"""What a run stands on: the Accelerator, number formats, threads, attention and compilation."""
 
 import logging
 import os
-import sys
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -16,29 +15,6 @@ from library.options import RuntimeOptions
 logger = logging.getLogger(__name__)
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def set_up_logging(options: RuntimeOptions) -> None:
-    """Send log records to the console (stderr, or plain stdout) or to a file, on the main process only.
-
-    Raises UserError when the log file cannot be written.
-    """
-    if options.console_log_file:
-        try:
-            handler: logging.Handler = logging.FileHandler(options.console_log_file, mode="w", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--console_log_file {options.console_log_file} cannot be written: {error}.") from error
-    else:
-        handler = logging.StreamHandler(sys.stdout if options.console_log_simple else sys.stderr)
-    form = "%(message)s" if options.console_log_simple else "%(asctime)s %(levelname)-7s %(message)s"
-    handler.setFormatter(logging.Formatter(form, datefmt="%H:%M:%S"))
-    level = options.console_log_level or "INFO"
-    root = logging.getLogger("library")
-    for old in root.handlers[:]:
-        root.removeHandler(old)
-        old.close()
-    root.addHandler(handler)
-    root.setLevel(level if int(os.environ.get("RANK", "0")) == 0 else logging.ERROR)
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,12 @@ from pathlib import Path
 from library import runtime
 from library.base_model import BaseModel
 from library.captions import OBJECT_TEMPLATES, STYLE_TEMPLATES
+from library.custom_dataset import CustomData
 from library.dataset import TrainingData
 from library.dataset_config import check_caching, load_dataset_configs
 from library.debug_dataset import show_dataset
+from library.errors import UserError
+from library.latent_files import refuse_shared_names
 from library.model_family import FAMILIES, ModelFamily
 from library.new_word import NewWord
 from library.option_notices import notices
@@ -21,7 +24,6 @@ logger = logging.getLogger(__name__)
 def train(options: Options, family_name: str) -> Path | None:
     """Run one training and return the path of its embedding; None after ``--debug_dataset``. Raises UserError."""
     family = FAMILIES[family_name]
-    runtime.set_up_logging(options.runtime)
     runtime.check_runtime(options.runtime)
     for sentence in notices(options):
         logger.info(sentence)
@@ -29,16 +31,25 @@ def train(options: Options, family_name: str) -> Path | None:
     word = NewWord.check(options.token, model.tokenizers())
     data = find_data(options, family, word, runtime.seed_everything(options.training.seed))
     if options.dataset.debug_dataset:
+        if options.dataset.dataset_class:
+            raise UserError("--debug_dataset shows pictures of folders and files, not those of a --dataset_class.")
         show_dataset(data, options.save.output_dir)
         return None
     return Trainer(options, family, model, word, data).run()
 
 
-def find_data(options: Options, family: ModelFamily, word: NewWord, seed: int) -> TrainingData:
+def find_data(options: Options, family: ModelFamily, word: NewWord, seed: int) -> TrainingData | CustomData:
     """Find and check the pictures and captions, and report on them."""
-    configs = load_dataset_configs(options.dataset, bucket_step=family.bucket_step)
-    check_caching(configs, caching=options.cache.cache_latents)
-    data = TrainingData(configs, word.prompts, templates=templates(options.token), seed=seed)
+    sentences = templates(options.token)
+    if options.dataset.dataset_class:
+        length = options.token.max_token_length
+        data = CustomData(options.dataset, word.prompts, max_token_length=length, templates=sentences, seed=seed)
+    else:
+        configs = load_dataset_configs(options.dataset, bucket_step=family.bucket_step)
+        check_caching(configs, caching=options.cache.cache_latents)
+        data = TrainingData(configs, word.prompts, templates=sentences, seed=seed)
+        if options.cache.cache_latents_to_disk:
+            refuse_shared_names(Path(entry.path) for entry in data.latent_entries())
     report = data.check()
     logger.info(report.text)
     for warning in report.warnings:

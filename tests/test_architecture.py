@@ -13,7 +13,7 @@ MODULES = sorted((ROOT / "library").glob("*.py"))
 # Lower layers know nothing of higher ones; modules of one layer may use each other.
 LAYERS = [
     "errors option_types placeholder buckets resizing data_options training_options output_options options",
-    "captions config_file option_checks option_notices options_page arguments dataset_schema dataset_sources "
+    "captions config_file console option_checks option_notices options_page arguments dataset_schema dataset_sources "
     "batch_order",
     "dataset_config images tokens diffusion named_classes optimizers lr_schedulers frozen_layers metadata "
     "metadata_files caption_files embedding_files report runtime architectures weight_files latent_files batches",

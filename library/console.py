@@ -1,0 +1,36 @@
+"""What a run says while it goes: log records on the console or in a file, from the main process only."""
+
+import logging
+import os
+import sys
+
+from library.errors import UserError
+from library.options import RuntimeOptions
+
+FORMAT = "%(asctime)s %(levelname)-7s %(message)s"
+
+
+def quieten() -> None:
+    """Silence other processes' records, and libraries' import-time advice that no user of ours can act on."""
+    if int(os.environ.get("RANK", "0")) > 0:
+        logging.getLogger("library").setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def set_up_logging(options: RuntimeOptions) -> None:
+    """Send log records to the console (stderr, or plain stdout) or to a file. Raises UserError for a bad file."""
+    if options.console_log_file:
+        try:
+            handler: logging.Handler = logging.FileHandler(options.console_log_file, mode="w", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--console_log_file {options.console_log_file} cannot be written: {error}.") from error
+    else:
+        handler = logging.StreamHandler(sys.stdout if options.console_log_simple else sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s" if options.console_log_simple else FORMAT, datefmt="%H:%M:%S"))
+    logger = logging.getLogger("library")
+    for old in logger.handlers[:]:
+        logger.removeHandler(old)
+        old.close()
+    logger.addHandler(handler)
+    logger.setLevel(options.console_log_level or logging.INFO)
+    quieten()
