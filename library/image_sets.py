@@ -42,30 +42,28 @@ class ImageSet:
         return len(self.paths)
 
 
-def list_images(folder: str) -> list[str]:
+def list_images(folder: str, option: str = "image_dir") -> list[str]:
     """Names of the pictures directly in a folder, sorted; extensions in any letter case, hidden files left out.
 
-    Raises UserError when the folder does not exist or cannot be listed.
+    Raises UserError, naming the ``option`` that gave the folder, when it does not exist or cannot be listed.
     """
-    return sorted(name for name in _file_names(folder) if _is_image(name))
+    return sorted(name for name in _file_names(folder, option) if _is_image(name))
 
 
 def _is_image(name: str) -> bool:
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
 
 
-def _file_names(folder: str) -> set[str]:
+def _file_names(folder: str, option: str) -> set[str]:
     try:
         with os.scandir(folder) as entries:
             return {entry.name for entry in entries if entry.is_file()}
     except FileNotFoundError as error:
-        raise UserError(
-            f'The image folder "{folder}" does not exist. Check image_dir (or --train_data_dir).'
-        ) from error
+        raise UserError(f'The folder "{folder}" does not exist. Check {option}.') from error
     except NotADirectoryError as error:
-        raise UserError(f'"{folder}" is a file, but image_dir must be a folder of pictures.') from error
+        raise UserError(f'"{folder}" is a file, but {option} must be a folder of pictures.') from error
     except OSError as error:
-        raise UserError(f'The image folder "{folder}" cannot be read: {error.strerror or error}.') from error
+        raise UserError(f'The folder "{folder}" ({option}) cannot be read: {error.strerror or error}.') from error
 
 
 def load_image_sets(config: DatasetConfig) -> list[ImageSet]:
@@ -107,7 +105,7 @@ def load_image_set(subset: SubsetConfig) -> ImageSet:
 
 def _load_folder(subset: SubsetConfig) -> ImageSet:
     folder, all_lines = subset.image_dir, subset.captions.wildcard
-    present = _file_names(folder)
+    present = _file_names(folder, "image_dir")
     names = sorted(name for name in present if _is_image(name))
     extensions = caption_extensions(subset.caption_extension)
     caption_names = [caption_name(name, extensions, present) for name in names]
@@ -259,7 +257,7 @@ def _stem(path: str) -> str:
 
 def _masks_by_stem(folder: str) -> dict[str, str]:
     masks: dict[str, str] = {}
-    for name in list_images(folder):
+    for name in list_images(folder, "conditioning_data_dir"):
         if (other := masks.setdefault(_stem(name), name)) != name:
             raise UserError(f'The mask folder "{folder}" holds two masks of one name: {other} and {name}. Keep one.')
     return masks

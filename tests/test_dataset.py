@@ -17,10 +17,12 @@ from PIL import Image
 
 from library import dataset
 from library.captions import OBJECT_TEMPLATES, CaptionMoment
-from library.dataset import BatchLoader, SampleSource, sample_seeds
+from library.dataset import BatchLoader, SampleSource, TrainingData, sample_seeds
+from library.dataset_config import load_dataset_configs
 from library.errors import UserError
 from library.images import read_image
 from library.latents import LatentCache, VaeEncoder
+from library.options import DatasetOptions
 
 
 class MeanVae(torch.nn.Module):
@@ -315,6 +317,31 @@ def test_datasets_of_several_resolutions_share_an_epoch(tmp_path):
     assert sorted(tuple(batch.images.shape) for batch in data.loader()) == [(2, 3, 32, 32)] * 2 + [(4, 3, 64, 64)]
     assert data.resolution == (64, 64)
     assert len(data.latent_entries()) == 2
+
+
+def test_folder_flags(tmp_path):
+    make_picture(tmp_path / "train" / "3_mychar girl" / "0.png")
+    make_picture(tmp_path / "train" / "1_mychar" / "0.png", caption="mychar, own caption")
+    make_picture(tmp_path / "reg" / "1_girl" / "0.png")
+    options = DatasetOptions(
+        train_data_dir=str(tmp_path / "train"), reg_data_dir=str(tmp_path / "reg"), resolution=(32, 32)
+    )
+    data = TrainingData(load_dataset_configs(options, bucket_step=64), prompts())
+    captions = sorted(caption for batch in data.loader() for caption in batch.captions)
+    assert captions == ["girl"] * 4 + ["mychar girl"] * 3 + ["mychar, own caption"]
+
+
+def test_a_metadata_file_for_the_train_folder(tmp_path):
+    make_picture(tmp_path / "train" / "0.png", (48, 32))
+    (tmp_path / "meta.json").write_text('{"0.png": {"caption": "mychar", "tags": "one, two"}}')
+    options = DatasetOptions(
+        train_data_dir=str(tmp_path / "train"),
+        in_json=str(tmp_path / "meta.json"),
+        resolution=(32, 32),
+        dataset_repeats=2,
+    )
+    data = TrainingData(load_dataset_configs(options, bucket_step=64), prompts())
+    assert [batch.captions for batch in data.loader()] == [["mychar,one, two"]] * 2
 
 
 # Masks

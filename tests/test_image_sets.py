@@ -144,6 +144,12 @@ def test_a_mask_without_a_picture_is_an_error(masked):
         _masked_sets(masked, "a")
 
 
+def test_a_missing_mask_folder_is_an_error(masked):
+    (masked / "masks").rename(masked / "other")
+    with pytest.raises(UserError, match=r"masks\" does not exist. Check conditioning_data_dir"):
+        _masked_sets(masked, "a", "b")
+
+
 def test_two_masks_for_one_picture_are_an_error(masked):
     make_picture(masked / "masks" / "a.png", (40, 20))
     with pytest.raises(UserError, match=r"two masks of one name: a\.jpg and a\.png"):

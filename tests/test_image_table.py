@@ -136,6 +136,17 @@ def test_validation_pictures_are_kept_out_of_training_and_come_once(tmp_path):
     assert train.subset(0).captions.shuffle
 
 
+def test_captions_stay_with_their_pictures_when_cached_information_is_split(tmp_path):
+    for number in range(8):
+        make_picture(tmp_path / "a" / f"{number}.png", caption=f"caption {number}")
+    subset = {"image_dir": str(tmp_path / "a"), "cache_info": True}
+    configs = configs_of(tmp_path, {"resolution": 64, "validation_split": 0.5, "subsets": [subset]})
+    for _ in range(2):  # the second time from the cache
+        for table in load_tables(configs, 1):
+            for index in range(len(table)):
+                assert table.caption(index) == f"caption {table.path(index)[-5]}"
+
+
 def test_the_validation_seed_chooses_the_pictures_else_the_runs(tmp_path):
     fixed = _split(tmp_path, validation_split=0.25, validation_seed=3)
     assert _paths(load_tables(fixed, 1)[1]) == _paths(load_tables(fixed, 2)[1])
