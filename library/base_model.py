@@ -93,7 +93,7 @@ class BaseModel:
     @cached_property
     def embedding_widths(self) -> list[int]:
         """Length of a token's vector in each text encoder, without loading them."""
-        return [self.source.embedding_width(layout) for layout in self.architecture.text_encoders]
+        return [self.source.token_table(layout)[1] for layout in self.architecture.text_encoders]
 
     @cached_property
     def vae_scale_factor(self) -> float:
@@ -136,6 +136,11 @@ class BaseModel:
         else:
             files = (str(VOCABULARY / "vocab.json"), str(VOCABULARY / "merges.txt"))
             tokenizer = CLIPTokenizer(*files, model_max_length=77)
+        if len(tokenizer) > (known := self.source.token_table(layout)[0]):
+            raise UserError(
+                f"{folder or VOCABULARY} knows {len(tokenizer)} tokens, but the {layout.component} of {self.name} only "
+                f"{known}. Use the tokenizer that belongs to the model."
+            )
         if folder is None or layout.with_projection:
             # Set afterwards: given to the constructor, "!" in a text would be read as padding.
             tokenizer.pad_token = layout.pad_token

@@ -40,9 +40,10 @@ class ModelFolder:
         config, tensors = self._component(layout.component)
         return config, {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
 
-    def embedding_width(self, layout: TextEncoderLayout) -> int:
-        """The length of a token's vector, from the configuration alone."""
-        return self._config(layout.component)["hidden_size"]
+    def token_table(self, layout: TextEncoderLayout) -> tuple[int, int]:
+        """How many tokens the text encoder knows and the length of their vectors, from the configuration alone."""
+        config = self._config(layout.component)
+        return config.get("vocab_size", 49408), config["hidden_size"]
 
     def _component(self, name: str) -> tuple[dict, Tensors]:
         return self._config(name), find_weights(self.path / name, mmap=self.mmap).read_all()

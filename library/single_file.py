@@ -60,13 +60,13 @@ class SingleFile:
         }
         return text_sizes(config, tensors), tensors
 
-    def embedding_width(self, layout: TextEncoderLayout) -> int:
-        """The length of a token's vector, from the header alone."""
+    def token_table(self, layout: TextEncoderLayout) -> tuple[int, int]:
+        """How many tokens the text encoder knows and the length of their vectors, from the header alone."""
         start, end = f"{layout.slot}.", "token_embedding.weight"
         names = (name for name in self.weights.shapes if name.startswith(start) and name.endswith(end))
         if (name := next(names, None)) is None:
             raise UserError(f"{self.path} is incomplete: the text encoder's token table is missing.")
-        return self.weights.shapes[name][1]
+        return self.weights.shapes[name]
 
 
 def vae_component(path: Path, weights: Weights, config: dict) -> tuple[dict, Tensors]:
@@ -132,8 +132,7 @@ def unet_sizes(config: dict, tensors: Tensors, pooled_width: int) -> dict:
     if projection is not None:
         sizes["use_linear_projection"] = tensors[projection].ndim == 2
     if widths != config["block_out_channels"] and isinstance(config["attention_head_dim"], list):
-        # diffusers calls it a dimension, but it is the number of heads.
-        sizes["attention_head_dim"] = [width // head_width(widths) for width in widths]
+        sizes["attention_head_dim"] = _unet_heads(widths, "addition_embed_type" in config)
     if isinstance(config["transformer_layers_per_block"], list):
         depths = [_count(tensors, f"down_blocks.{i}.attentions.0.transformer_blocks.") for i in levels]
         sizes["transformer_layers_per_block"] = [depth or 1 for depth in depths]
@@ -141,6 +140,17 @@ def unet_sizes(config: dict, tensors: Tensors, pooled_width: int) -> dict:
         sizes["projection_class_embeddings_input_dim"] = total
         sizes["addition_time_embed_dim"] = (total - pooled_width) // 6
     return config | sizes
+
+
+def _unet_heads(widths: list[int], is_xl: bool) -> list[int]:
+    """Attention heads per level (diffusers' ``attention_head_dim``): they leave no trace in the shapes.
+
+    Miniature models are for tests, and have by convention heads of width 8, or in SDXL four at every level.
+    """
+    width_of_head = head_width(widths)
+    if is_xl and width_of_head != HEAD_WIDTH:
+        return [4] * len(widths)
+    return [width // width_of_head for width in widths]
 
 
 def vae_sizes(config: dict, tensors: Tensors) -> dict:

@@ -441,6 +441,16 @@ def test_tokenizer_folders_of_older_releases(tmp_path, tiny_sd1):
     assert tokenizer.model_max_length == 77
 
 
+def test_a_tokenizer_that_knows_more_than_the_model_is_refused(tmp_path, tiny_sd1_file):
+    tokenizer = open_model(tiny_sd1_file).tokenizers()[0]
+    tokenizer.add_tokens(["mychar"])
+    tokenizer.save_pretrained(tmp_path / "openai_clip-vit-large-patch14")
+    with pytest.raises(
+        UserError, match=r"knows 49409 tokens, but the text_encoder of tiny_sd1\.safetensors only 49408"
+    ):
+        open_model(tiny_sd1_file, tokenizer_cache_dir=str(tmp_path)).tokenizers()
+
+
 def test_a_broken_tokenizer_is_named(tmp_path, tiny_sd1):
     folder = shutil.copytree(tiny_sd1, tmp_path / "model")
     (folder / "tokenizer" / "tokenizer.json").write_text("{")

@@ -81,7 +81,7 @@ def build_unet(family: str, **changes) -> UNet2DConditionModel:
             "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
             "transformer_layers_per_block": [1, 1, 2],
-            "attention_head_dim": [4, 8, 8],
+            "attention_head_dim": [4, 4, 4],
             "cross_attention_dim": 96,
             "use_linear_projection": True,
             "addition_embed_type": "text_time",
