@@ -52,6 +52,7 @@ _FAMILY_TITLES = {
     "SD3": "a Stable Diffusion 3 model",
     "Lumina": "a Lumina model",
 }
+_UNCLIP = Identity("an unCLIP model, which is told images and not only prompts", advice=_PLAIN_MODEL)
 
 
 def identify_file(shapes: Shapes) -> Identity:
@@ -87,6 +88,8 @@ def _identify_unet_file(shapes: Shapes) -> Identity:
         return Identity(f"a {SDXL.title} checkpoint", SDXL)
     if not slots:
         return Identity("only a U-Net, without text encoder", advice=_PLAIN_MODEL)
+    if any(name.startswith("model.diffusion_model.label_emb.") for name in shapes):
+        return _UNCLIP
     # SD 2 has OpenCLIP's encoder, whose tensors are named otherwise; converted files tell by the width.
     width = shapes.get("model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", (0, 0))[1]
     is_sd2 = width == 1024 or any(name.startswith("cond_stage_model.model.") for name in shapes)
@@ -121,6 +124,8 @@ def identify_folder(folder: Path) -> Identity:
         return Identity(f"a model with a {encoder['model_type']} text encoder, not CLIP", advice=_PLAIN_MODEL)
     if is_xl:
         return Identity(f"a {SDXL.title} model", SDXL)
+    if unet.get("class_embed_type"):
+        return _UNCLIP
     width = encoder.get("hidden_size")
     is_sd2 = width == 1024 or (width != 768 and bool(unet.get("use_linear_projection")))
     architecture = SD2 if is_sd2 else SD1
