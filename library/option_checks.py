@@ -184,7 +184,7 @@ def _check_required(options: Options) -> None:
     if options.token.token_string is None or not options.token.token_string.strip():
         raise UserError("--token_string is missing: the new word, for example --token_string mychar.")
     data = options.dataset
-    if not (data.dataset_config or data.train_data_dir or data.in_json):
+    if not (data.dataset_config or data.train_data_dir or data.in_json or data.dataset_class):
         raise UserError("No pictures are given: use --dataset_config (a TOML file) or --train_data_dir (a folder).")
     if options.save.output_dir is None and not data.debug_dataset:
         raise UserError("--output_dir is missing: the folder for the embedding file.")
