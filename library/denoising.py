@@ -51,6 +51,7 @@ class DenoisingTask:
     def _latents(self, batch: Batch) -> torch.Tensor:
         latents = batch.latents
         if latents is None:
-            generators = [torch.Generator().manual_seed(seed) for seed in batch.seeds]
+            # Not the seeds of the noise: the posterior's draw and the noise must be independent.
+            generators = [torch.Generator().manual_seed(seed ^ (1 << 62)) for seed in batch.seeds]
             latents = self.vae.encode(batch.images, generators, batch.keys)
         return latents.float() * self.vae_scale_factor

@@ -2,11 +2,12 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
+from library.architectures import SD2
 from library.base_model import BaseModel
 from library.dataset import TrainingData
 from library.embedding_files import SAVE_DTYPES, write_embedding
@@ -38,8 +39,10 @@ class Results:
         cls, options: Options, family: ModelFamily, model: BaseModel, word: NewWord, data: TrainingData
     ) -> "Results":
         """Collect what is known before the training. Raises UserError for metadata that cannot be written."""
+        # A folder says itself what it is, also where --v2 is missing.
+        base = replace(options.model, v2=options.model.v2 or model.architecture is SD2)
         trained_for = TrainedFor(
-            architecture=family.modelspec_architecture(options.model),
+            architecture=family.modelspec_architecture(base),
             prediction_type="v_prediction" if options.model.v_parameterization else "epsilon",
             resolution=data.resolution,
             min_timestep=options.noise.min_timestep,

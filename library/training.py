@@ -9,8 +9,7 @@ from library.captions import OBJECT_TEMPLATES, STYLE_TEMPLATES
 from library.custom_dataset import CustomData
 from library.dataset import TrainingData
 from library.dataset_config import check_caching, load_dataset_configs
-from library.debug_dataset import show_dataset
-from library.errors import UserError
+from library.debug_dataset import show_batches, show_dataset
 from library.latent_files import refuse_shared_names
 from library.model_family import FAMILIES, ModelFamily
 from library.new_word import NewWord
@@ -32,8 +31,9 @@ def train(options: Options, family_name: str) -> Path | None:
     data = find_data(options, family, word, runtime.seed_everything(options.training.seed))
     if options.dataset.debug_dataset:
         if options.dataset.dataset_class:
-            raise UserError("--debug_dataset shows pictures of folders and files, not those of a --dataset_class.")
-        show_dataset(data, options.save.output_dir)
+            show_batches(data.loader(), data.prompts)
+        else:
+            show_dataset(data, options.save.output_dir)
         return None
     return Trainer(options, family, model, word, data).run()
 
