@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from library.errors import UserError
 from library.placeholder import Placeholder
@@ -216,5 +217,6 @@ class MergedEmbedding(nn.Module):
         if self.rows is None:
             return known
         offsets = input_ids - self.first_new_id
-        new = self.rows.to(known.dtype)[offsets.clamp(0, len(self.rows) - 1)]
+        # Not by indexing: on the CPU its gradient adds up in an order that changes from run to run.
+        new = functional.embedding(offsets.clamp(0, len(self.rows) - 1), self.rows.to(known.dtype))
         return torch.where((offsets >= 0).unsqueeze(-1), new, known)

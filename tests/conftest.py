@@ -6,9 +6,25 @@ from pathlib import Path
 
 import pytest
 
-# Read by huggingface_hub and by torch when they are imported, hence before any of them.
+# Read by huggingface_hub when it is imported, hence before it.
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+
+def _stay_on_one_core() -> None:
+    """Give each test process a core of its own, and so torch one thread.
+
+    Tiny models are faster without threads that wait for each other, and sums do not depend on how threads share them.
+    """
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+        os.sched_setaffinity(0, {cores[worker % len(cores)]})
+
+
+def pytest_configure(config):
+    """Pin xdist's workers, or the one process where there are none; their controller goes on choosing by all cores."""
+    if os.environ.get("PYTEST_XDIST_WORKER") or not getattr(config.option, "numprocesses", None):
+        _stay_on_one_core()
 
 
 @pytest.fixture(autouse=True)
