@@ -81,6 +81,12 @@ def test_reader_is_right_on_drawn_objects() -> None:
         assert measures.read_plain(world.draw(scene)) == measures.Reading(background, colour, shape)
 
 
+def test_reader_takes_objects_at_the_rim() -> None:
+    rim = world.Scene(world.Fill(("blue",)), (world.Part("square", "red", (32, 70), 20),))
+    reading = measures.read_plain(world.draw(rim))
+    assert (reading.background, reading.colour) == ("blue", "red")
+
+
 def test_reader_knows_when_there_is_nothing_to_read() -> None:
     empty = world.draw(world.Scene(world.Fill(("blue",))))
     assert measures.read_plain(empty) == measures.Reading("blue", None, None)

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 HERE = Path(__file__).resolve().parent
 TOKENIZER = HERE.parent / "tokenizer"
-BATCH = 64
+BATCH = 32
 PICTURES = 24576
 TABLE_SPREAD = 0.014  # standard deviation of the token table's entries in Stable Diffusion 1
 LATENT_SPREAD = 0.5  # of the scaled latents: lower than the usual 1, so that even coarse content is lost in the noise
@@ -92,29 +92,43 @@ def begin_nearly_linear(vae: AutoencoderKL) -> None:
     vae.quant_conv.bias[4:] = -6
 
 
-def train_vae(work: Path, steps: int, seed: int) -> None:
-    """Reconstruct pictures of the world; the result is ``work/vae``."""
-    torch.manual_seed(seed)
-    pictures, _ = draw_pictures(8192, seed)
-    vae = new_vae().to(memory_format=torch.channels_last)
-    begin_nearly_linear(vae)
-    logger.info("VAE: %.2f M parameters", sum(p.numel() for p in vae.parameters()) / 1e6)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, total_steps=steps, pct_start=0.1)
-    started = time.monotonic()
+def fit_vae(vae: AutoencoderKL, pictures: torch.Tensor, steps: int, rate: float) -> None:
+    """Reconstruct pictures (uint8 [n, 3, h, w]), first by squared error alone, then by absolute error as well."""
+    optimizer = torch.optim.AdamW(
+        [p for p in vae.parameters() if p.requires_grad], lr=rate, betas=(0.9, 0.99), weight_decay=1e-4
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
+    squares = []
     for step in range(steps):
-        batch = to_signed(pictures[torch.randint(len(pictures), (8,))]).to(memory_format=torch.channels_last)
+        chosen = pictures[torch.randint(len(pictures), (8,))]
+        batch = to_signed(chosen).to(memory_format=torch.channels_last)
         posterior = vae.encode(batch).latent_dist
         error = vae.decode(posterior.sample()).sample - batch
-        loss = error.abs().mean() + error.square().mean() + 1e-5 * posterior.kl().mean() / 64
+        divergence = posterior.kl().mean() / posterior.mean[0, 0].numel()
+        loss = error.square().mean() + (0.5 * error.abs().mean() if step > steps / 2 else 0) + 1e-6 * divergence
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 50 == 0:
-            rms = error.square().mean().sqrt().item() * 127.5
-            logger.info("vae step %d: error %.1f of 255, %.0f s", step, rms, time.monotonic() - started)
+        squares.append(error.square().mean().item())
+        if (step + 1) % 100 == 0:
+            logger.info("vae step %d: error %.1f of 255", step + 1, 127.5 * np.mean(squares[-100:]) ** 0.5)
+
+
+def train_vae(work: Path, seed: int) -> None:
+    """Learn to reconstruct quarters of pictures (a quarter of the work), then decode whole ones, into ``work/vae``."""
+    pictures, _ = draw_pictures(4096, seed)
+    half = world.SIZE // 2
+    quarters = torch.cat([pictures[:, :, y : y + half, x : x + half] for y in (0, half) for x in (0, half)])
+    torch.manual_seed(seed)
+    vae = new_vae().to(memory_format=torch.channels_last)
+    begin_nearly_linear(vae)
+    fit_vae(vae, quarters, 2500, 6e-4)
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+    torch.manual_seed(seed + 1)
+    fit_vae(vae, pictures, 500, 4e-4)
     vae.eval().save_pretrained(work / "vae")
 
 
@@ -291,8 +305,6 @@ def train_denoiser(work: Path, xl: bool, steps: int, seed: int) -> None:
         optimizer.load_state_dict(kept["optimizer"])
         torch.set_rng_state(kept["random"])
         first = kept["step"]
-    elif xl and (work / "sd.pt").exists():
-        begin_from_sd(model, torch.load(work / "sd.pt")["averaged"])
     signal = noise_scheduler().alphas_cumprod
     weights = ((1 - signal) / signal).sqrt().clamp(0.3, 5.0)
     started, losses = time.monotonic(), []
@@ -317,7 +329,7 @@ def train_denoiser(work: Path, xl: bool, steps: int, seed: int) -> None:
         if (step + 1) % 100 == 0:
             pace = (time.monotonic() - started) / (step + 1 - first)
             logger.info("%s step %d: loss %.4f, %.2f s a step", checkpoint.stem, step + 1, np.mean(losses[-100:]), pace)
-        if (step + 1) % 500 == 0 or step + 1 == steps:
+        if (step + 1) % 250 == 0 or step + 1 == steps:
             state = {
                 "model": model.state_dict(),
                 "averaged": averaged.state_dict(),
@@ -384,13 +396,6 @@ def draw_sizes(count: int) -> torch.Tensor:
     return sizes
 
 
-def begin_from_sd(model: Miniature, learned: dict[str, torch.Tensor]) -> None:
-    """Start the SDXL miniature from the weights of the SD one wherever the shapes agree."""
-    own = model.state_dict()
-    own.update({name: tensor for name, tensor in learned.items() if name in own and own[name].shape == tensor.shape})
-    model.load_state_dict(own)
-
-
 def write_concepts(output: Path) -> None:
     """Draw the concepts' pictures and captions into ``mychar`` and ``mystyle``."""
     for name, examples in (("mychar", world.character_concept()), ("mystyle", world.style_concept())):
@@ -413,7 +418,7 @@ def main() -> None:
     if options.stage == "concepts":
         write_concepts(options.output)
     elif options.stage == "vae":
-        train_vae(options.work, options.steps or 1800, options.seed)
+        train_vae(options.work, options.seed)
     else:
         train_denoiser(options.work, options.stage == "sdxl", options.steps or 5000, options.seed)
         export(options.work, options.output, options.stage == "sdxl", options.seed)

@@ -55,8 +55,9 @@ def _stretched(mask: np.ndarray) -> np.ndarray:
     """What a mask covers, brought to 32 × 32 with its proportions kept: float32 in [0, 1]."""
     left, top, right, bottom = _box(mask)
     side = max(right - left, bottom - top, 1)
-    x, y = (left + right - side) / 2, (top + bottom - side) / 2
-    image = Image.fromarray(mask.astype(np.uint8) * 255)
+    # A margin all around, since a square box around a flat object may stick out of the picture.
+    x, y = (left + right - side) / 2 + world.SIZE, (top + bottom - side) / 2 + world.SIZE
+    image = Image.fromarray(np.pad(mask, world.SIZE).astype(np.uint8) * 255)
     return np.asarray(image.resize((32, 32), Image.Resampling.BOX, (x, y, x + side, y + side)), np.float32) / 255
 
 
