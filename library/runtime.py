@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import accelerate
 import torch
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list, set_seed
 
 from library.errors import UserError
 from library.options import RuntimeOptions
@@ -51,6 +51,20 @@ def choose_precision(options: RuntimeOptions) -> Precision:
     return Precision(chosen)
 
 
+@dataclass(frozen=True)
+class Machine:
+    """Where a run computes, and in which number formats."""
+
+    accelerator: accelerate.Accelerator
+    precision: Precision
+
+    @classmethod
+    def create(cls, options: RuntimeOptions) -> "Machine":
+        """Choose the precision and join the other processes, if there are any."""
+        precision = choose_precision(options)
+        return cls(make_accelerator(options, precision), precision)
+
+
 def make_accelerator(options: RuntimeOptions, precision: Precision) -> accelerate.Accelerator:
     """Create the Accelerator (device, processes, gradient scaler); gradient accumulation is the trainer's own."""
     handlers: list = []
@@ -79,9 +93,10 @@ def _use_all_cores() -> None:
 
 
 def seed_everything(seed: int | None) -> int:
-    """Seed Python, numpy and torch, drawing a seed when none is given; return the seed in use."""
+    """Seed Python, numpy and torch; return the seed, the same in all processes, drawn where none is given."""
     if seed is None:
-        seed = int.from_bytes(os.urandom(4), "little") & 0x7FFFFFFF
+        drawn = [int.from_bytes(os.urandom(4), "little") & 0x7FFFFFFF]
+        (seed,) = broadcast_object_list(drawn)
         logger.info("No --seed given: using %d.", seed)
     set_seed(seed)
     return seed
@@ -109,15 +124,40 @@ def check_runtime(options: RuntimeOptions) -> None:
 
 
 def set_attention(options: RuntimeOptions, unet, vae) -> None:
-    """Choose the attention implementation: sliced, xformers, or PyTorch's own (the default, ``--sdpa``)."""
+    """Choose the attention implementation: sliced, xformers, or PyTorch's own (the default, ``--sdpa``).
+
+    Either model may be None: they are not always loaded at the same time.
+    """
     if options.mem_eff_attn:
-        unet.set_attention_slice("auto")
+        if unet is not None:
+            unet.set_attention_slice("auto")
         if vae is not None:
             vae.enable_slicing()
     elif options.xformers:
-        unet.enable_xformers_memory_efficient_attention()
-        if vae is not None:
-            vae.enable_xformers_memory_efficient_attention()
+        for model in (unet, vae):
+            if model is not None:
+                model.enable_xformers_memory_efficient_attention()
+
+
+def check_compiler(options: RuntimeOptions, device: torch.device) -> None:
+    """Compile next to nothing: a backend may be known to PyTorch and still lack its package or a compiler.
+
+    Found here, that is one sentence before any model is loaded. Raises UserError.
+    """
+    if not options.torch_compile or options.dynamo_backend == "no":
+        return
+    try:
+        torch.compile(torch.sin, backend=options.dynamo_backend)(torch.ones(2, device=device))
+    except Exception as error:  # each backend fails in its own way
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        for line in str(error).splitlines():
+            if "Error: " in line:
+                reason = line.strip()
+                break
+        raise UserError(
+            f"--dynamo_backend {options.dynamo_backend} does not work here ({reason}). Use another one, or leave "
+            "--torch_compile out."
+        ) from error
 
 
 def compile_modules(options: RuntimeOptions, modules: list[torch.nn.Module]) -> None:

@@ -39,10 +39,17 @@ class Trainer:
     is frozen when it is loaded and never written to.
     """
 
-    def __init__(self, options: Options, family: ModelFamily, model: BaseModel, word: NewWord, data: TrainingData):
+    def __init__(
+        self,
+        options: Options,
+        family: ModelFamily,
+        machine: runtime.Machine,
+        model: BaseModel,
+        word: NewWord,
+        data: TrainingData,
+    ):
         self.options, self.family, self.model, self.word, self.data = options, family, model, word, data
-        self.precision = runtime.choose_precision(options.runtime)
-        self.accelerator = runtime.make_accelerator(options.runtime, self.precision)
+        self.accelerator, self.precision = machine.accelerator, machine.precision
         self.device = self.accelerator.device
         processes = self.accelerator.num_processes
         self.plan = RunPlan.create(options.training, data.order.num_batches, processes)

@@ -28,6 +28,7 @@ def train(options: Options, family_name: str) -> Path | None:
         logger.info(sentence)
     model = BaseModel.open(options.model, family)
     word = NewWord.check(options.token, model.tokenizers())
+    machine = runtime.Machine.create(options.runtime)
     data = find_data(options, family, word, runtime.seed_everything(options.training.seed))
     if options.dataset.debug_dataset:
         if options.dataset.dataset_class:
@@ -35,7 +36,7 @@ def train(options: Options, family_name: str) -> Path | None:
         else:
             show_dataset(data, options.save.output_dir)
         return None
-    return Trainer(options, family, model, word, data).run()
+    return Trainer(options, family, machine, model, word, data).run()
 
 
 def find_data(options: Options, family: ModelFamily, word: NewWord, seed: int) -> TrainingData | CustomData:

@@ -1,4 +1,4 @@
-"""The scripts as users start them, through ``accelerate launch``: one process, two processes, loader workers."""
+"""The scripts in processes of their own: through ``accelerate launch``, two at a time, with loader workers."""
 
 import os
 import subprocess
@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parents[1]
 
 
-def launch(family: str, argv: list[str], *launcher: str) -> subprocess.CompletedProcess:
-    """Start the family's script in processes of its own."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", *launcher, SCRIPTS[family].__file__, *argv]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+def start(module: str, *arguments: object) -> subprocess.CompletedProcess:
+    """Run a Python module in a process of its own, offline and on the CPU."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-m", module, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
 
 
@@ -35,11 +35,9 @@ def test_two_processes_equal_one_with_accumulation(family, dataset, tmp_path, re
     more = ["--max_train_steps=5", "--num_vectors_per_token=2", "--optimizer_type=SGD", "--learning_rate=1"]
     alone = arguments(family, model, dataset, tmp_path / "one", *more, "--gradient_accumulation_steps=2")
     assert run(family, alone) == 0
-    done = launch(
-        family,
-        arguments(family, model, dataset, tmp_path / "two", *more),
-        *("--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"),
-    )
+    argv = arguments(family, model, dataset, tmp_path / "two", *more)
+    # accelerate's own launcher starts several CPU processes through MPI only; torch's does it everywhere.
+    done = start("torch.distributed.run", "--nproc_per_node=2", SCRIPTS[family].__file__, *argv)
     assert done.returncode == 0, done.stderr
     one, two = (load_file(tmp_path / name / f"{TOKEN}.safetensors") for name in ("one", "two"))
     assert done.stdout.count("The embedding is in") == 1
@@ -49,7 +47,7 @@ def test_two_processes_equal_one_with_accumulation(family, dataset, tmp_path, re
 
 def test_a_mistake_through_the_launcher_is_a_sentence(dataset, tmp_path, tiny_sd1):
     argv = [*arguments("sd1", tiny_sd1, dataset, tmp_path / "out"), "--token_string=cat"]
-    done = launch("sd1", argv, "--num_processes=1")
+    done = start("accelerate.commands.launch", "--cpu", "--num_processes=1", SCRIPTS["sd1"].__file__, *argv)
     assert done.returncode != 0
     assert 'error: --token_string "cat"' in done.stderr
 
@@ -60,4 +58,23 @@ def test_loader_workers_change_nothing(dataset, tmp_path, tiny_sd1):
         argv = [a for a in argv if a != "--cache_latents"] + [f"--max_data_loader_n_workers={workers}"]
         assert run("sd1", [*argv, "--persistent_data_loader_workers"] if workers else argv) == 0
     first, second = (load_file(tmp_path / name / f"{TOKEN}.safetensors")["emb_params"] for name in ("0", "2"))
+    assert torch.equal(first, second)
+
+
+def test_two_processes_agree_on_a_seed(dataset, tmp_path, tiny_sd1):
+    argv = [a for a in arguments("sd1", tiny_sd1, dataset, tmp_path) if not a.startswith("--seed")]
+    # Without a word to start from, the start itself depends on the seed.
+    argv = [a for a in argv if not a.startswith("--init_word")]
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import torch, train_textual_inversion; from library.trainer import Trainer; original = Trainer.finish\n"
+        "def finish(self):\n"
+        f"    torch.save([*self.rows.parameters()], {str(tmp_path)!r} + '/rows' + os.environ['RANK'])\n"
+        "    return original(self)\n"
+        "Trainer.finish = finish; sys.exit(train_textual_inversion.main())\n"
+    )
+    done = start("torch.distributed.run", "--nproc_per_node=2", script, *argv)
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / f"rows{rank}")[0] for rank in (0, 1))
     assert torch.equal(first, second)
