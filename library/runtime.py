@@ -62,7 +62,9 @@ class Machine:
     def create(cls, options: RuntimeOptions) -> "Machine":
         """Choose the precision and join the other processes, if there are any."""
         precision = choose_precision(options)
-        return cls(make_accelerator(options, precision), precision)
+        accelerator = make_accelerator(options, precision)
+        check_compiler(options, accelerator.device)
+        return cls(accelerator, precision)
 
 
 def make_accelerator(options: RuntimeOptions, precision: Precision) -> accelerate.Accelerator:
@@ -149,11 +151,8 @@ def check_compiler(options: RuntimeOptions, device: torch.device) -> None:
     try:
         torch.compile(torch.sin, backend=options.dynamo_backend)(torch.ones(2, device=device))
     except Exception as error:  # each backend fails in its own way
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        for line in str(error).splitlines():
-            if "Error: " in line:
-                reason = line.strip()
-                break
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = next((line for line in lines if "Error: " in line), lines[0]).rstrip(".")
         raise UserError(
             f"--dynamo_backend {options.dynamo_backend} does not work here ({reason}). Use another one, or leave "
             "--torch_compile out."
