@@ -123,7 +123,7 @@ def test_how_many(scene):
     assert [len(batch) for batch in epoch_of(scene.plan())] == [1, 1, 1]
     batches = epoch_of(scene.plan("--dataset_repeats=2", "--train_batch_size=4"))
     assert sorted(len(batch) for batch in batches) == [2, 4]
-    assert sorted(key[-5] for batch in batches for key in batch.keys) == list("aabbcc")  # noqa: SIM118
+    assert sorted(key[-5] for batch in batches for key in batch.keys) == list("aabbcc")
 
 
 # ---- captions

@@ -1,0 +1,107 @@
+"""Every declared option has a test that asserts what it does, a sentence that it gets, or a reason why neither is here.
+
+The tests themselves are in the other ``test_option_effects_*`` files, marked with ``shows``.
+"""
+
+import pytest
+import test_option_effects_data
+import test_option_effects_learning
+import test_option_effects_model
+import test_option_effects_output
+from option_effects import Bench, plan, shows
+from runs import arguments, write_dataset
+
+from library.option_checks import MISSING_FEATURES
+from library.options import DeepSpeedOptions, declared_options
+
+MODULES = [
+    test_option_effects_data,
+    test_option_effects_learning,
+    test_option_effects_model,
+    test_option_effects_output,
+]
+
+# Options whose effect needs what a test machine may lack. Their tests show that the value arrives where it acts, and
+# what is said where it cannot act.
+NOT_VISIBLE_EVERYWHERE = {
+    "xformers": "needs an NVIDIA GPU and the package",
+    "full_fp16": "fp16 needs an accelerator; without one it becomes bf16",
+    "lowram": "where weights pass through main memory cannot be seen without a device of its own",
+    "highvram": "there is device memory to keep only on a GPU",
+    "ddp_timeout": "processes wait for each other only where there are several",
+    "ddp_gradient_as_bucket_view": "DDP is used only with several processes",
+    "ddp_static_graph": "DDP is used only with several processes",
+}
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory, tiny_sd1):
+    return Bench({"sd1": tiny_sd1}, write_dataset(tmp_path_factory.mktemp("data"), count=2))
+
+
+@pytest.fixture
+def argv(bench, tmp_path):
+    return arguments("sd1", bench.models["sd1"], bench.dataset, tmp_path)
+
+
+def shown_options():
+    """The options that each marked test of all files shows."""
+    own = [value for name, value in globals().items() if name.startswith("test_") and callable(value)]
+    tests = own + [value for module in MODULES for value in vars(module).values()]
+    return {option for test in tests for option in getattr(test, "shows", ())}
+
+
+def test_every_option_is_shown():
+    declared = {name for name, _ in declared_options()}
+    assert shown_options() == declared
+    assert declared > NOT_VISIBLE_EVERYWHERE.keys()
+
+
+VALUES = {
+    "sample_every_n_steps": "1",
+    "sample_every_n_epochs": "1",
+    "log_with": "tensorboard",
+    "sample_sampler": "euler_a",
+    "save_last_n_epochs_state": "1",
+    "save_last_n_steps_state": "1",
+}
+
+
+def given(name):
+    option = dict(declared_options())[name]
+    return f"--{name}" if option.is_flag else f"--{name}={VALUES.get(name, 'something')}"
+
+
+ASKED = [(feature, name) for feature in MISSING_FEATURES for name in feature.asked_by]
+DESCRIBED = [(feature, name) for feature in MISSING_FEATURES for name in feature.described_by]
+
+
+@shows(*(name for _, name in ASKED))
+@pytest.mark.parametrize(("feature", "name"), ASKED, ids=[name for _, name in ASKED])
+def test_what_asks_for_a_missing_feature_stops_the_run(argv, feature, name):
+    said = plan("sd1", [*argv, given(name)], code=1).said
+    assert f"--{name} is not available in this version yet ({feature.name})" in said
+
+
+@shows(*(name for _, name in DESCRIBED))
+@pytest.mark.parametrize(("feature", "name"), DESCRIBED, ids=[name for _, name in DESCRIBED])
+def test_what_describes_a_missing_feature_is_named(argv, feature, name):
+    outcome = plan("sd1", [*argv, given(name)])
+    assert f"Nothing to do for --{name}: {feature.name} is not asked for" in outcome.said
+    assert "something" not in outcome.said  # a key or token must not be shown
+
+
+DEEPSPEED = {
+    "zero_stage": "--zero_stage=3",
+    "offload_optimizer_device": "--offload_optimizer_device=cpu",
+    "offload_param_device": "--offload_param_device=nvme",
+}
+
+
+@shows(*DeepSpeedOptions.__dataclass_fields__)
+def test_deepspeed(argv):
+    assert "--deepspeed cannot help here" in plan("sd1", [*argv, "--deepspeed"], code=1).said
+    idle = [name for name in DeepSpeedOptions.__dataclass_fields__ if name != "deepspeed"]
+    said = plan("sd1", [*argv, *(DEEPSPEED.get(name) or given(name) for name in idle)]).said
+    for name in idle:
+        assert f"--{name} has nothing to do: it is about DeepSpeed" in said

@@ -1,0 +1,402 @@
+"""What each option about the model, the word, number formats, memory and compilation does, through the real script."""
+
+import shutil
+import sys
+from collections import Counter
+from datetime import timedelta
+from types import ModuleType, SimpleNamespace
+from unittest.mock import patch
+
+import accelerate
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor2_0, SlicedAttnProcessor
+from option_effects import Bench, captions_of, plan, shows
+from runs import TOKEN, arguments, write_dataset
+from safetensors.torch import load_file, save_file
+from tiny_models import build_pipeline, ldm_vae, save_folder
+
+from library import runtime, weight_files
+from library.base_model import BaseModel
+from library.captions import OBJECT_TEMPLATES, STYLE_TEMPLATES
+from library.frozen_layers import FrozenConv2d, FrozenLinear
+from library.latents import LatentCache, vae_fingerprint
+from library.options import RuntimeOptions
+from library.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory, tiny_sd1, tiny_sd2, tiny_sdxl):
+    models = {"sd1": tiny_sd1, "sd2": tiny_sd2, "sdxl": tiny_sdxl}
+    return Bench(models, write_dataset(tmp_path_factory.mktemp("data"), count=2))
+
+
+def table_of(folder, encoder="text_encoder"):
+    weights = load_file(folder / encoder / "model.safetensors")
+    return next(value for key, value in weights.items() if key.endswith("token_embedding.weight"))
+
+
+def id_of(trainer, word):
+    return trainer.word.prompts.tokenizers[0].encode(word, add_special_tokens=False)[0]
+
+
+# ---- model
+
+
+@shows("pretrained_model_name_or_path", "init_word", "v2")
+def test_base_model(bench, tmp_path, tiny_sd1_file, tiny_sd2_file):
+    outcome = bench.plain()
+    table = table_of(bench.models["sd1"])
+    assert torch.equal(outcome.trainer.starts[0][0], table[id_of(outcome.trainer, "girl")])
+    dog = bench("--init_word=dog")
+    assert torch.equal(dog.trainer.starts[0][0], table[id_of(dog.trainer, "dog")])
+
+    from_file = bench(f"--pretrained_model_name_or_path={tiny_sd1_file}")
+    assert torch.equal(from_file.rows[0][0], outcome.rows[0][0])
+    assert from_file.metadata()["ti.base_model"] == tiny_sd1_file.name
+    other = bench(f"--pretrained_model_name_or_path={save_folder('sd1', tmp_path / 'other', seed=5)}")
+    assert torch.equal(other.trainer.starts[0][0], table_of(tmp_path / "other")[id_of(other.trainer, "girl")])
+
+    second = bench.plain("sd2")
+    assert second.tensors()["emb_params"].shape == (1, 64)
+    assert second.trainer.word.prompts.encode("a")[0][0, -1] == 0  # SD 2 pads with "!"
+    assert outcome.trainer.word.prompts.encode("a")[0][0, -1] == 49407
+    assert second.metadata()["modelspec.architecture"] == "stable-diffusion-v2-768-v/textual-inversion"
+    assert outcome.metadata()["modelspec.architecture"] == "stable-diffusion-v1/textual-inversion"
+    assert "add --v2" in bench(f"--pretrained_model_name_or_path={tiny_sd2_file}", code=1).said
+
+
+@shows("vae", "no_half_vae")
+def test_vae(bench, tmp_path):
+    vae = build_pipeline("sd1", seed=7).vae
+    vae.save_pretrained(tmp_path / "vae")
+    save_file({key: value.contiguous() for key, value in ldm_vae(vae).items()}, tmp_path / "vae.safetensors")
+    plain = bench.plain().batches[0][0].latents
+    from_folder, from_file = (
+        bench(f"--vae={tmp_path / name}").batches[0][0].latents for name in ("vae", "vae.safetensors")
+    )
+    assert torch.equal(from_folder, from_file)
+    assert (from_folder - plain).abs().max() > 1e-2
+    half = bench(f"--vae={tmp_path / 'vae'}", "--mixed_precision=bf16", "--cache_latents=false")
+    assert half.trainer.task.vae.dtype == torch.bfloat16
+    assert torch.allclose(torch.tensor(half.trainer.task.vae.fingerprint), torch.tensor(vae_fingerprint(vae)), atol=0.5)
+    full = bench("--no_half_vae", "--mixed_precision=bf16", "--cache_latents=false")
+    assert full.trainer.task.vae.dtype == next(full.trainer.task.vae.vae.parameters()).dtype == torch.float32
+    assert full.trainer.task.unet.dtype == torch.bfloat16
+
+
+@shows("clip_skip")
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_clip_skip(bench, family):
+    """The k-th last hidden state, with the final norm for SD 1 and without it for SDXL, whose default is k = 2."""
+    for skip in (None, 1, 2, 3):
+        outcome = bench.plain(family) if skip is None else bench(f"--clip_skip={skip}", family=family)
+        encoder = outcome.trainer.prompt_encoder
+        ids = [windows.unsqueeze(0) for windows in outcome.trainer.word.prompts.encode("a cat")]
+        with torch.no_grad():
+            context = encoder.encode(ids).context
+            outputs = [
+                model(w[0], output_hidden_states=True) for model, w in zip(encoder.text_encoders, ids, strict=True)
+            ]
+            if family == "sdxl":
+                expected = torch.cat([output.hidden_states[-(skip or 2)] for output in outputs], dim=-1)
+            else:
+                norm = encoder.text_encoders[0].final_layer_norm
+                expected = norm(outputs[0].hidden_states[-(skip or 1)])
+        assert torch.allclose(context, expected, atol=1e-6)
+        if skip is not None:
+            assert outcome.metadata()["modelspec.encoder_layer"] == str(skip)
+
+
+@shows("tokenizer_cache_dir")
+def test_tokenizer_cache(tmp_path, bench):
+    folder = tmp_path / "openai_clip-vit-large-patch14"
+    shutil.copytree(bench.models["sd2"] / "tokenizer", folder)  # pads with "!"
+    argv = arguments("sd1", bench.models["sd1"], bench.dataset, tmp_path)
+    tokens = plan("sd1", [*argv, f"--tokenizer_cache_dir={tmp_path}"]).trainer.word.prompts.encode("a")[0]
+    assert tokens[0, -2] == 0
+    assert plan("sd1", argv).trainer.word.prompts.encode("a")[0][0, -2] == 49407
+    elsewhere = plan("sd1", [*argv, f"--tokenizer_cache_dir={tmp_path / 'nothing'}"])
+    assert "holds no openai_clip-vit-large-patch14" in elsewhere.said
+
+
+@shows("disable_mmap_load_safetensors")
+def test_reading_without_mapping(bench, tiny_sd1_file):
+    opened = []
+    original = weight_files._open_safetensors
+
+    def recorded(path, mmap):
+        opened.append(mmap)
+        return original(path, mmap)
+
+    flags = [f"--pretrained_model_name_or_path={tiny_sd1_file}"]
+    with patch.object(weight_files, "_open_safetensors", recorded):
+        mapped = bench(*flags)
+        read = bench(*flags, "--disable_mmap_load_safetensors")
+    assert opened == [True, False]
+    assert torch.equal(mapped.rows[0][0], read.rows[0][0])
+
+
+# ---- the word
+
+
+@shows("token_string", "num_vectors_per_token", "init_word")
+def test_word(tmp_path, bench):
+    data = write_dataset(tmp_path, caption="a photo of zxqvword", count=2)
+    named = bench("--token_string=zxqvword", "--num_vectors_per_token=3", dataset=data)
+    assert named.files == ["zxqvword.safetensors"]
+    assert named.batches[0][0].captions == ["a photo of zxqvword zxqvword1 zxqvword2"] * 2
+    assert named.batches[0][0].input_ids[0][0, 0, 4:8].tolist() == [49408, 49409, 49410, 49407]
+    assert named.tensors("zxqvword.safetensors")["emb_params"].shape == (3, 32)
+    assert torch.equal(*named.trainer.starts[0][:2])
+    two_words = bench("--num_vectors_per_token=2", "--init_word=cat dog")
+    table = table_of(bench.models["sd1"])
+    expected = table[[id_of(two_words.trainer, word) for word in ("cat", "dog")]]
+    assert torch.equal(two_words.trainer.starts[0], expected)
+    average = bench("--init_word=")
+    assert "start from the average of all words" in average.said
+    assert (average.trainer.starts[0] - table.mean(dim=0)).std() == pytest.approx(table.std(dim=0).mean(), rel=0.5)
+
+
+@shows("weights")
+def test_continuing_from_a_file(bench):
+    first = bench.plain(steps=2)
+    more = bench(f"--weights={first.folder / TOKEN}.safetensors")
+    assert torch.equal(more.trainer.starts[0], first.rows[1][0])
+    assert torch.equal(more.trainer.starts[0], first.tensors()["emb_params"])
+
+
+@shows("use_object_template", "use_style_template")
+def test_templates(bench, tmp_path):
+    argv = arguments("sd1", bench.models["sd1"], bench.dataset, tmp_path, "--num_vectors_per_token=2")
+    for flags, templates in (
+        (["--use_object_template"], OBJECT_TEMPLATES),
+        (["--use_style_template"], STYLE_TEMPLATES),
+        (["--use_object_template", "--use_style_template"], OBJECT_TEMPLATES),
+    ):
+        planned = plan("sd1", [*argv, *flags])
+        seen = {caption for epoch in range(1, 11) for caption in captions_of(planned, epoch)}
+        assert seen <= {template.replace("{}", f"{TOKEN} {TOKEN}1") for template in templates}
+        assert len(seen) > 8
+
+
+@shows("max_token_length")
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_long_captions(bench, tmp_path, family):
+    words = " ".join(["sun hat sea sky"] * 25)  # a hundred tokens before the word
+    data = write_dataset(tmp_path, caption=f"{words} {TOKEN}", count=2)
+    assert "--max_token_length" in bench(family=family, dataset=data, code=1).said  # the word is cut off
+    for length, chunks in ((150, 2), (225, 3)):
+        outcome = bench(f"--max_token_length={length}", family=family, dataset=data)
+        assert all(ids.shape == (2, chunks, 77) for ids in outcome.batches[0][0].input_ids)
+        ids = [windows[:1] for windows in outcome.batches[0][0].input_ids]
+        context = outcome.trainer.prompt_encoder.encode(ids).context
+        assert context.shape[1] == length + 2
+        for rows, start in zip(outcome.rows[0], outcome.trainer.starts, strict=True):
+            assert (rows - start).norm() > 1e-3
+
+
+@shows("preserve_embedding_norm")
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_preserved_norm(bench, family):
+    free, kept = (
+        bench("--learning_rate=0.1", *flags, family=family, steps=2) for flags in ([], ["--preserve_embedding_norm"])
+    )
+    tables = [table_of(bench.models[family], name) for name in ("text_encoder", "text_encoder_2")[: len(kept.rows[1])]]
+    for table, free_rows, rows in zip(tables, free.rows[1], kept.rows[1], strict=True):
+        usual = table.norm(dim=1).median().item()
+        assert rows.norm(dim=1).tolist() == pytest.approx([usual], rel=0.02)
+        assert free_rows.norm() > 1.5 * usual
+
+
+# ---- number formats
+
+
+@shows("mixed_precision", "full_bf16", "full_fp16")
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_half_precision(bench, family):
+    def dtypes(outcome):
+        frozen = [outcome.trainer.task.unet, *outcome.trainer.prompt_encoder.text_encoders]
+        rows = outcome.trainer.rows.rows
+        state = [t for s in outcome.trainer.choice.optimizer.state.values() for t in s.values()]
+        return [next(m.parameters()).dtype for m in frozen], {t.dtype for t in (*rows, *state)}
+
+    plain, half = bench.plain(family), bench("--mixed_precision=bf16", family=family)
+    full = bench("--mixed_precision=bf16", "--full_bf16", family=family)
+    assert set(dtypes(plain)[0]) == {torch.float32}
+    for outcome in (half, full):
+        assert set(dtypes(outcome)[0]) == {torch.bfloat16}
+        assert dtypes(outcome)[1] == {torch.float32}
+        assert outcome.judged[0].prediction.dtype == outcome.draws[0].noise.dtype == torch.float32
+        assert outcome.losses[0] == pytest.approx(plain.losses[0], rel=0.02)
+    assert torch.equal(full.rows[0][0], half.rows[0][0])
+    assert "--full_bf16: the frozen models are held in bf16" in full.said
+    assert "--full_fp16 needs --mixed_precision fp16" in bench("--full_fp16", family=family, code=1).said
+
+
+@shows("mixed_precision", "full_fp16")
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="fp16 is possible here")
+def test_fp16_without_a_gpu_becomes_bf16(bench, monkeypatch):
+    half = bench("--mixed_precision=bf16")
+    for flags in (["--mixed_precision=fp16"], ["--mixed_precision=fp16", "--full_fp16"], []):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no" if flags else "fp16")
+        outcome = bench(*flags)
+        assert "fp16 needs a GPU and none was found: bf16 is used instead" in outcome.said
+        assert outcome.trainer.task.unet.dtype == torch.bfloat16
+        assert torch.equal(outcome.rows[0][0], half.rows[0][0])
+
+
+@shows("fp8_base")
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_eight_bit_base(bench, family):
+    plain, folded = bench.plain(family, steps=2), bench("--fp8_base", family=family, steps=2)
+    layers = [m for m in folded.trainer.task.unet.modules() if isinstance(m, FrozenLinear | FrozenConv2d)]
+    assert len(layers) > 50
+    assert {layer.weight.dtype for layer in layers} == {torch.float8_e4m3fn}
+    assert folded.losses == pytest.approx(plain.losses, rel=0.02)
+    assert folded.losses != plain.losses
+    for start, one, two, exact in zip(folded.trainer.starts, *folded.rows, plain.rows[1], strict=True):
+        assert (one - start).norm() > 1e-3
+        assert (two - one).norm() > 1e-3
+        assert torch.cosine_similarity((two - start).flatten(), (exact - start).flatten(), dim=0) > 0.5
+
+
+# ---- memory
+
+
+@shows("gradient_checkpointing")
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_checkpointing_computes_layers_twice(bench, family):
+    unet, encoders = BaseModel.unet, BaseModel.text_encoders
+
+    def passes(*flags):
+        calls = Counter()
+
+        def watch(model):
+            for module in model.modules():
+                if type(module).__name__ in ("BasicTransformerBlock", "ResnetBlock2D", "CLIPMLP"):
+                    module.register_forward_pre_hook(lambda module, *_: calls.update([type(module).__name__]))
+            return model
+
+        patches = (
+            patch.object(BaseModel, "unet", lambda *args: watch(unet(*args))),
+            patch.object(BaseModel, "text_encoders", lambda *args: [watch(one) for one in encoders(*args)]),
+            patch.object(Trainer, "check_text_encoders"),  # it encodes without gradients
+        )
+        return calls, bench(*flags, family=family, patches=patches)
+
+    once, plain = passes()
+    twice, saved = passes("--gradient_checkpointing")
+    assert len(once) == 3
+    # diffusers leaves out the middle's first block, and nothing before the first cross-attention has a gradient.
+    # SDXL takes nothing from the last layer of its first text encoder.
+    assert twice.pop("ResnetBlock2D") >= 2 * once.pop("ResnetBlock2D") - 2
+    assert twice.pop("CLIPMLP") == 2 * once.pop("CLIPMLP") - (family == "sdxl")
+    assert twice == {name: 2 * number for name, number in once.items()}
+    assert [model.training for model in saved.trainer.prompt_encoder.text_encoders] == [True] * len(saved.rows[0])
+    assert not saved.trainer.task.unet.training
+    for ours, theirs in zip(saved.rows[0], plain.rows[0], strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@shows("mem_eff_attn", "sdpa")
+def test_attention(bench):
+    def kinds(outcome):
+        return {type(processor) for processor in outcome.trainer.task.unet.attn_processors.values()}
+
+    plain, sliced, flash = bench.plain(), bench("--mem_eff_attn"), bench("--sdpa")
+    assert kinds(plain) == kinds(flash) == {AttnProcessor2_0}
+    assert kinds(sliced) == {SlicedAttnProcessor}
+    assert sliced.losses == pytest.approx(plain.losses, rel=1e-4)
+    assert torch.equal(flash.rows[0][0], plain.rows[0][0])
+    assert "--sdpa: PyTorch's own attention is the default anyway" in flash.said
+
+
+@shows("xformers")
+def test_xformers(bench, monkeypatch):
+    """It needs an NVIDIA GPU: here its absence is said, and the switch is seen to reach the U-Net and the VAE."""
+    if not torch.cuda.is_available():
+        assert "xformers" in bench("--xformers", code=1).said
+        monkeypatch.setitem(sys.modules, "xformers", ModuleType("xformers"))
+        assert "NVIDIA GPUs only" in bench("--xformers", code=1).said
+    switched = []
+    unet, vae = (
+        SimpleNamespace(enable_xformers_memory_efficient_attention=lambda name=name: switched.append(name))
+        for name in ("unet", "vae")
+    )
+    runtime.set_attention(RuntimeOptions(xformers=True), unet, vae)
+    assert switched == ["unet", "vae"]
+    runtime.set_attention(RuntimeOptions(), unet, vae)
+    assert switched == ["unet", "vae"]
+
+
+@shows("torch_compile", "dynamo_backend")
+@pytest.mark.parametrize(("family", "backend"), [("sd1", "aot_eager"), ("sdxl", "eager")])
+def test_compilation(bench, family, backend):
+    compiled = []
+    original = torch.nn.Module.compile
+
+    def recorded(module, *args, **details):
+        compiled.append((type(module).__name__, details["backend"]))
+        original(module, *args, **details)
+
+    torch._dynamo.reset()
+    with patch.object(torch.nn.Module, "compile", recorded):
+        faster = bench("--torch_compile", f"--dynamo_backend={backend}", family=family, steps=2)
+        idle = bench("--torch_compile", "--dynamo_backend=no")
+        bench(f"--dynamo_backend={backend}")
+    encoders = {"sd1": ["CLIPTextModel"], "sdxl": ["CLIPTextModel", "CLIPTextModelWithProjection"]}[family]
+    assert compiled == [(name, backend) for name in ["UNet2DConditionModel", *encoders]]
+    for module in (faster.trainer.task.unet, *faster.trainer.prompt_encoder.text_encoders):
+        assert module._compiled_call_impl is not None
+    plain = bench.plain(family, steps=2)
+    assert faster.losses == pytest.approx(plain.losses, rel=1e-4)
+    for ours, theirs in zip(faster.rows[1], plain.rows[1], strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-3)
+    assert "--torch_compile has nothing to do" in idle.said
+    for missing in ("tvm", "nvprims_nvfuser"):  # a package that is missing; a backend of old PyTorch versions
+        said = bench("--torch_compile", f"--dynamo_backend={missing}", code=1).said
+        assert f"--dynamo_backend {missing}" in said
+        assert "Traceback" not in said
+
+
+@shows("lowram", "highvram")
+def test_loading_to_the_device(bench):
+    """Without a GPU nothing differs in memory; what can be seen is where the parts are loaded, and that runs agree."""
+    plain = bench.plain()
+    for flag in ("--lowram", "--highvram"):
+        assert torch.equal(bench(flag).rows[0][0], plain.rows[0][0])
+    cleared = []
+    with patch.object(torch.cuda, "empty_cache", lambda: cleared.append(True)):
+        for highvram in (False, True):
+            cleared.clear()
+            cache = LatentCache(suffix="_sd.npz", to_disk=False, seed=1, highvram=highvram)
+            encoder = bench("--cache_latents=false").trainer.task.vae
+            encoder_on_gpu = SimpleNamespace(
+                device=torch.device("cuda"), encode=encoder.encode, fingerprint=encoder.fingerprint
+            )
+            cache.fill(plain.trainer.data.latent_entries(), encoder_on_gpu)
+            assert len(cleared) == (0 if highvram else 2)
+
+
+# ---- several processes
+
+
+@shows("ddp_timeout", "ddp_gradient_as_bucket_view", "ddp_static_graph")
+def test_settings_of_several_processes_reach_accelerate(bench):
+    """One process has nothing to wait for or to share; the settings are seen on their way."""
+    given = []
+    original = accelerate.Accelerator
+
+    def recorded(**details):
+        given.append({type(handler).__name__: handler for handler in details["kwargs_handlers"]})
+        return original(**details)
+
+    flags = ["--ddp_timeout=7", "--ddp_gradient_as_bucket_view", "--ddp_static_graph"]
+    with patch.object(accelerate, "Accelerator", recorded):
+        bench(*flags)
+        bench()
+    assert given[0]["InitProcessGroupKwargs"].timeout == timedelta(minutes=7)
+    ddp = given[0]["DistributedDataParallelKwargs"]
+    assert (ddp.gradient_as_bucket_view, ddp.static_graph) == (True, True)
+    assert given[1] == {}
