@@ -4,9 +4,9 @@
     python configs/quickstart/make_miniatures.py sd
     python configs/quickstart/make_miniatures.py sdxl
 
-``vae`` comes first; both models use it. Each stage writes its result (and, while it runs, checkpoints from which it can
-continue) into ``--work``; ``sd`` and ``sdxl`` end with a diffusers folder in ``--output``. Everything derives from
-``--seed``. A fourth stage, ``concepts``, draws the pictures to learn from.
+``vae`` comes first, ``sd`` second, and ``sdxl`` starts from ``sd``. Each stage writes its result (and, while it runs,
+checkpoints from which it can continue) into ``--work``; ``sd`` and ``sdxl`` end with a diffusers folder in
+``--output``. Everything derives from ``--seed``. A fourth stage, ``concepts``, draws the pictures to learn from.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import copy
 import json
 import logging
 import math
-import random
 import time
 from pathlib import Path
 
@@ -22,9 +21,7 @@ import numpy as np
 import torch
 import world
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from diffusers.models.downsampling import Downsample2D
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.upsampling import Upsample2D
+from miniature_vae import draw_pictures, to_signed, train_vae
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -36,100 +33,6 @@ BATCH = 32
 PICTURES = 24576
 TABLE_SPREAD = 0.014  # standard deviation of the token table's entries in Stable Diffusion 1
 LATENT_SPREAD = 0.5  # of the scaled latents: lower than the usual 1, so that even coarse content is lost in the noise
-
-
-def draw_pictures(count: int, seed: int) -> tuple[torch.Tensor, list[str]]:
-    """Pictures of the world as uint8 [count, 3, 64, 64], with their captions."""
-    rng = random.Random(seed)
-    scenes = [world.any_scene(rng) for _ in range(count)]
-    pictures = np.stack([world.draw(scene) for scene, _ in scenes])
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(), [caption for _, caption in scenes]
-
-
-def to_signed(pictures: torch.Tensor) -> torch.Tensor:
-    """uint8 pictures as float32 in [-1, 1]."""
-    return pictures.float() / 127.5 - 1
-
-
-# --- the VAE --------------------------------------------------------------------------------------------------------
-
-
-def new_vae() -> AutoencoderKL:
-    """64 × 64 pixels to 8 × 8 latents of 4 channels. Few normalisation groups: many of them erase flat colour."""
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(12, 24, 48, 64),
-        layers_per_block=1,
-        norm_num_groups=2,
-        sample_size=world.SIZE,
-        mid_block_add_attention=False,
-    )
-
-
-@torch.no_grad()
-def begin_nearly_linear(vae: AutoencoderKL) -> None:
-    """Start where colour already passes through, which saves most of the training.
-
-    Residual branches begin at zero, resampling at (nearly) the identity, and the first layers' biases at ±1: such
-    constants keep the group normalisations from erasing the level of flat colours. Latents begin almost without noise.
-    """
-    for module in vae.modules():
-        if isinstance(module, ResnetBlock2D):
-            module.conv2.weight.zero_()
-            if module.conv_shortcut is not None:
-                torch.nn.init.orthogonal_(module.conv_shortcut.weight)
-        elif isinstance(module, Downsample2D | Upsample2D):
-            module.conv.weight *= 0.3
-            identity = torch.eye(module.conv.out_channels)
-            if isinstance(module, Downsample2D):
-                module.conv.weight[:, :, :2, :2] += identity[:, :, None, None] / 4
-            else:
-                module.conv.weight[:, :, 1, 1] += identity
-    for first in (vae.encoder.conv_in, vae.decoder.conv_in):
-        first.bias.copy_(torch.tensor([1.0, -1.0]).repeat(first.out_channels // 2))
-    vae.quant_conv.weight[4:] = 0
-    vae.quant_conv.bias[4:] = -6
-
-
-def fit_vae(vae: AutoencoderKL, pictures: torch.Tensor, steps: int, rate: float) -> None:
-    """Reconstruct pictures (uint8 [n, 3, h, w]), first by squared error alone, then by absolute error as well."""
-    optimizer = torch.optim.AdamW(
-        [p for p in vae.parameters() if p.requires_grad], lr=rate, betas=(0.9, 0.99), weight_decay=1e-4
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
-    squares = []
-    for step in range(steps):
-        chosen = pictures[torch.randint(len(pictures), (8,))]
-        batch = to_signed(chosen).to(memory_format=torch.channels_last)
-        posterior = vae.encode(batch).latent_dist
-        error = vae.decode(posterior.sample()).sample - batch
-        divergence = posterior.kl().mean() / posterior.mean[0, 0].numel()
-        loss = error.square().mean() + (0.5 * error.abs().mean() if step > steps / 2 else 0) + 1e-6 * divergence
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        squares.append(error.square().mean().item())
-        if (step + 1) % 100 == 0:
-            logger.info("vae step %d: error %.1f of 255", step + 1, 127.5 * np.mean(squares[-100:]) ** 0.5)
-
-
-def train_vae(work: Path, seed: int) -> None:
-    """Learn to reconstruct quarters of pictures (a quarter of the work), then decode whole ones, into ``work/vae``."""
-    pictures, _ = draw_pictures(4096, seed)
-    half = world.SIZE // 2
-    quarters = torch.cat([pictures[:, :, y : y + half, x : x + half] for y in (0, half) for x in (0, half)])
-    torch.manual_seed(seed)
-    vae = new_vae().to(memory_format=torch.channels_last)
-    begin_nearly_linear(vae)
-    fit_vae(vae, quarters, 2500, 6e-4)
-    vae.encoder.requires_grad_(False)
-    vae.quant_conv.requires_grad_(False)
-    torch.manual_seed(seed + 1)
-    fit_vae(vae, pictures, 500, 4e-4)
-    vae.eval().save_pretrained(work / "vae")
 
 
 # --- text ----------------------------------------------------------------------------------------------------------
@@ -282,8 +185,8 @@ def draw_timesteps(count: int) -> torch.Tensor:
 
 
 def learning_rate_at(step: int, steps: int) -> float:
-    """Share of the highest rate: a short climb, a plateau, a long descent over the last 40 %."""
-    return min(1.0, (step + 1) / 200, max(0.01, (steps - step) / (0.4 * steps)))
+    """Share of the highest rate: a short climb, a plateau, a long descent over the last 30 %."""
+    return min(1.0, (step + 1) / 200, max(0.01, (steps - step) / (0.3 * steps)))
 
 
 def train_denoiser(work: Path, xl: bool, steps: int, seed: int) -> None:
@@ -305,6 +208,8 @@ def train_denoiser(work: Path, xl: bool, steps: int, seed: int) -> None:
         optimizer.load_state_dict(kept["optimizer"])
         torch.set_rng_state(kept["random"])
         first = kept["step"]
+    elif xl:
+        begin_from_sd(model, torch.load(work / "sd.pt")["averaged"], vocabulary.captions[:256])
     signal = noise_scheduler().alphas_cumprod
     weights = ((1 - signal) / signal).sqrt().clamp(0.3, 5.0)
     started, losses = time.monotonic(), []
@@ -388,6 +293,27 @@ def rescale_latents(vae: AutoencoderKL, scale: float) -> None:
     vae.post_quant_conv.weight /= scale
 
 
+@torch.no_grad()
+def begin_from_sd(model: Miniature, learned: dict[str, torch.Tensor], captions: torch.Tensor) -> None:
+    """Start the SDXL miniature where the SD one ended; its second encoder and its size embedding begin mute.
+
+    SDXL's U-Net reads the first encoder before the final normalisation, so that is put into the attention's weights.
+    """
+    own = model.state_dict()
+    for name, tensor in own.items():
+        if name in learned and learned[name].numel() == tensor.numel():
+            tensor.copy_(learned[name].reshape(tensor.shape))  # 1 × 1 convolutions become linear layers
+    first = model.encoders[0]
+    spread = first(captions, output_hidden_states=True).hidden_states[-2].std(dim=-1).mean()
+    width = first.config.hidden_size
+    for name, tensor in own.items():
+        if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")):
+            tensor.zero_()
+            tensor[:, :width] = learned[name] * learned["encoders.0.final_layer_norm.weight"] / spread
+    model.unet.add_embedding.linear_2.weight.zero_()
+    model.unet.add_embedding.linear_2.bias.zero_()
+
+
 def draw_sizes(count: int) -> torch.Tensor:
     """SDXL's size conditioning [count, 6]: original size, crop corner, target size. Random, so that it says nothing."""
     sizes = torch.zeros(count, 6)
@@ -420,7 +346,12 @@ def main() -> None:
     elif options.stage == "vae":
         train_vae(options.work, options.seed)
     else:
-        train_denoiser(options.work, options.stage == "sdxl", options.steps or 5000, options.seed)
+        train_denoiser(
+            options.work,
+            options.stage == "sdxl",
+            options.steps or (2000 if options.stage == "sdxl" else 3250),
+            options.seed,
+        )
         export(options.work, options.output, options.stage == "sdxl", options.seed)
 
 

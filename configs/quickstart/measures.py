@@ -37,10 +37,21 @@ def _border(picture: np.ndarray) -> np.ndarray:
     return picture[frame].astype(np.float32)
 
 
+def _without_specks(mask: np.ndarray) -> np.ndarray:
+    """Each pixel as most of the 3 × 3 pixels around it."""
+    padded = np.pad(mask, 1, mode="edge").astype(int)
+    height, width = mask.shape
+    return sum(padded[y : y + height, x : x + width] for y in range(3) for x in range(3)) >= 5
+
+
+def _differs(picture: np.ndarray, colour: np.ndarray) -> np.ndarray:
+    """Root mean square difference of each pixel from a colour: float32 [64, 64]."""
+    return np.sqrt(np.mean((picture.astype(np.float32) - colour) ** 2, axis=2))
+
+
 def object_mask(picture: np.ndarray) -> np.ndarray:
-    """Where the picture (uint8 [64, 64, 3]) differs from its background, the commonest colour of its border: bool."""
-    ground = np.median(_border(picture), axis=0)
-    return np.sqrt(np.mean((picture.astype(np.float32) - ground) ** 2, axis=2)) > 30
+    """Where the picture (uint8 [64, 64, 3]) differs from its background, the middle colour of its border: bool."""
+    return _without_specks(_differs(picture, np.median(_border(picture), axis=0)) > 30)
 
 
 def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
@@ -74,11 +85,12 @@ def _shape_template(shape: str) -> np.ndarray:
 
 def read_plain(picture: np.ndarray) -> Reading:
     """Background, object colour and shape of a picture (uint8 [64, 64, 3]) that shows one object on a plain ground."""
-    mask = object_mask(picture)
     background = _main_colour(_border(picture))
+    mask = object_mask(picture)
     if mask.sum() < 20:
         return Reading(background, None, None)
-    outline = _stretched(mask)
+    ground, ink = np.median(_border(picture), axis=0), np.median(picture[mask], axis=0)
+    outline = _stretched(_without_specks(_differs(picture, ink) < _differs(picture, ground)))
     scores = {shape: _agreement(outline, _shape_template(shape)) for shape in world.SHAPES}
     best = max(scores, key=scores.get)
     return Reading(background, _main_colour(picture[mask]), best if scores[best] > 0.6 else None)
