@@ -32,6 +32,8 @@ class OptionParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise UserError instead of printing the usage, a screenful here, and exiting."""
         message = message.removeprefix("argument ")
+        if ": ignored explicit argument" in message:  # argparse's words for a value at a flag
+            message = f"{message.split(':')[0]} is a flag: give it alone, or with =true or =false"
         raise UserError(message if message.endswith((".", "?")) else f"{message}.")
 
     def parse_args(self, args=None, namespace=None):
@@ -47,7 +49,10 @@ class OptionParser(argparse.ArgumentParser):
                 flag = argument.split("=")[0]
                 known = [name for name in self._option_string_actions if "=" not in name]
                 self.error(f"{flag} is not an option.{did_you_mean(flag, known) or ' See --help.'}")
-        self.error(f'"{unknown[0]}" belongs to no option. A value with spaces needs quotes.')
+        advice = "A value with spaces needs quotes."
+        if unknown[0].lower() in ("true", "false"):
+            advice = "A flag is given alone, or with =true or =false: --cache_latents, --cache_latents=false."
+        self.error(f'"{unknown[0]}" belongs to no option. {advice}')
 
 
 def build_parser(description: str, family: str) -> OptionParser:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from library.arguments import parse
-from library.console import hold_back, release, set_up_logging
+from library.console import allow_any_text, hold_back, release, set_up_logging
 from library.errors import UserError
 
 
@@ -15,6 +15,7 @@ def run(parser: argparse.ArgumentParser, family: str, arguments: Sequence[str] |
     Everything heavy is imported after the arguments are known to be good, so that ``--help`` and mistakes answer at
     once.
     """
+    allow_any_text()
     hold_back()
     try:
         options = parse(parser, arguments)

@@ -86,6 +86,11 @@ def _converted(path: Path, name: str, option: Option, value: Any) -> Any:
     try:
         if isinstance(value, dict):
             raise ArgumentTypeError("it is a table where a value belongs.")
+        if option.is_place and isinstance(value, str) and min(value) < " ":
+            raise ArgumentTypeError(
+                f"{value!r} holds a control sign. In double quotes, \\t, \\n and the like are such signs: write the "
+                "backslashes of Windows paths as /, or use single quotes."
+            )
         return checked(option, value)
     except ArgumentTypeError as error:
         raise UserError(f"{name} in {path}: {'its value is not a text.' if option.secret else error}") from None

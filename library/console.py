@@ -3,6 +3,9 @@
 import logging
 import os
 import sys
+from contextlib import suppress
+
+from tqdm import tqdm
 
 from library.errors import UserError
 from library.options import RuntimeOptions
@@ -22,6 +25,23 @@ class HeldBack(logging.Handler):
         self.records.append(record)
 
 
+class AboveProgress(logging.StreamHandler):
+    """Writes each record on lines of its own, above a progress bar that may be on the screen."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the record; the bar is drawn again below it."""
+        try:
+            tqdm.write(self.format(record), file=self.stream)
+        except OSError:
+            self.handleError(record)
+
+
+def allow_any_text() -> None:
+    """Let signs that the terminal or a redirected output cannot show be written as escapes instead of raising."""
+    with suppress(AttributeError):  # a stand-in for standard output may not be a real file
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def hold_back() -> None:
     """Keep what is said while the options are read, which decide where messages go."""
     _replace_handlers(HeldBack())
@@ -36,10 +56,12 @@ def release() -> None:
 
 
 def quieten() -> None:
-    """Silence other processes' records, and libraries' import-time advice that no user of ours can act on."""
+    """Silence other processes' records, and libraries' advice that no user of ours can act on."""
     if int(os.environ.get("RANK", "0")) > 0:
         logging.getLogger("library").setLevel(logging.ERROR)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # "Token indices sequence length is longer than …": long captions are cut, and reported with their files.
+    logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
 
 
 def set_up_logging(options: RuntimeOptions) -> None:
@@ -51,9 +73,11 @@ def set_up_logging(options: RuntimeOptions) -> None:
         try:
             handler: logging.Handler = logging.FileHandler(options.console_log_file, mode="w", encoding="utf-8")
         except OSError as error:
-            raise UserError(f"--console_log_file {options.console_log_file} cannot be written: {error}.") from error
+            raise UserError(
+                f"--console_log_file {options.console_log_file} cannot be written: {error.strerror}."
+            ) from error
     else:
-        handler = logging.StreamHandler(sys.stdout if options.console_log_simple else sys.stderr)
+        handler = AboveProgress(sys.stdout if options.console_log_simple else sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s" if options.console_log_simple else FORMAT, datefmt="%H:%M:%S"))
     logger = logging.getLogger("library")
     logger.setLevel(options.console_log_level or logging.INFO)

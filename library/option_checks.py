@@ -14,6 +14,10 @@ from library.options import Options, as_dict, declared_options
 logger = logging.getLogger(__name__)
 
 
+# File systems take names of 255 bytes; "-step00001600-state" and the marks of an unfinished file come on top.
+LONGEST_NAME = 200
+
+
 @dataclass(frozen=True)
 class MissingFeature:
     """A feature that this version lacks: the options that ask for it, and those that only describe it."""
@@ -194,10 +198,18 @@ def _check_output(options: Options) -> None:
     name = options.save.output_name
     if name and re.search(r"[/\\\x00-\x1f]", name):
         raise UserError(f'--output_name "{name}" is no file name. The folder belongs in --output_dir.')
+    if name and len(os.fsencode(name)) > LONGEST_NAME:
+        raise UserError(
+            f'--output_name "{name[:20]}…" is too long for a file name: {len(os.fsencode(name))} bytes. At most '
+            f"{LONGEST_NAME} leave room for the step and the ending."
+        )
     if options.save.output_dir is None:
         return
     folder = Path(options.save.output_dir)
-    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    try:
+        existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    except OSError as error:
+        raise UserError(f"--output_dir {folder} cannot be a folder: {error.strerror}. Choose another one.") from error
     if not existing.is_dir():
         raise UserError(f"--output_dir {folder}: {existing} is a file, not a folder. Choose another folder.")
     if not os.access(existing, os.W_OK):

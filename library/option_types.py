@@ -217,6 +217,11 @@ class Option:
         return self.read is boolean
 
     @property
+    def is_place(self) -> bool:
+        """Whether values name a file or folder."""
+        return self.metavar in ("FILE", "DIR", "MODEL", "VAE")
+
+    @property
     def many(self) -> bool:
         return self.read is texts
 

@@ -116,7 +116,8 @@ def test_an_empty_text_means_not_given(run):
         (["--max_train_epochs=0.5"], '--max_train_epochs: "0.5" is not a whole number.'),
         (["--learning_rate=nan"], '--learning_rate: "nan" is not a finite number.'),
         (["--loss_type=l3"], "--loss_type: invalid choice: 'l3'"),
-        (["--v2=maybe"], "--v2"),
+        (["--v2=maybe"], "--v2 is a flag: give it alone, or with =true or =false."),
+        (["--v2", "true"], '"true" belongs to no option. A flag is given alone, or with =true or =false'),
         (["--output_config"], "--output_config needs --config_file"),
     ],
 )
@@ -158,6 +159,11 @@ def test_an_output_folder_that_cannot_be_is_refused(run, tmp_path):
     for name in ("folder/name", "folder\\name", "two\nlines"):
         with pytest.raises(UserError, match="is no file name"):
             run(f"--output_name={name}")
+    with pytest.raises(UserError, match=r"--output_dir .*too long"):
+        run(f"--output_dir={tmp_path / ('x' * 300)}")
+    with pytest.raises(UserError, match="too long for a file name: 201 bytes"):
+        run("--output_name=" + "é" * 100 + "x")
+    assert run("--output_name=" + "é" * 100).save.output_name == "é" * 100
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,7 @@ def test_empty_values_mean_not_given(read, merged, name, empty):
         ("mixed_precision = fp16", "Text needs quotes"),
         ('vae = "C:\\models\\x"', "use single quotes"),
         ('vae = "C:\\Users\\x"', "use single quotes"),
+        ('output_dir = "D:\\train\\new"', "or use single quotes"),
         ("resolution = [512", "is not valid TOML"),
         ("[[datasets]]\nresolution = 512", "PATH describes a dataset. Give it with --dataset_config"),
     ],
@@ -265,7 +266,7 @@ def test_output_config_overwrites_nothing(tmp_path):
 )
 def test_what_is_written_is_read_back(tmp_path_factory, text, number, flag):
     path = tmp_path_factory.mktemp("written") / "out.toml"
-    values = {"vae": text, "learning_rate": number, "v2": flag, "seed": 3, "optimizer_args": (text, "a=1")}
+    values = {"metadata_title": text, "learning_rate": number, "v2": flag, "seed": 3, "optimizer_args": (text, "a=1")}
     write_config_file(path, values)
     assert read_config_file(path, KNOWN) == values
 
