@@ -58,6 +58,11 @@ class SubsetConfig:
     custom_attributes: dict[str, Any] | None = None
     place: str = ""
 
+    @property
+    def source(self) -> str:
+        """The file or folder that lists the pictures."""
+        return self.metadata_file or self.image_dir
+
 
 @dataclass(frozen=True)
 class DatasetConfig:
@@ -209,11 +214,12 @@ def _usable(subsets: list[SubsetConfig], place: str) -> tuple[SubsetConfig, ...]
     """The subsets that count: repeated at least once, and not the same pictures as an earlier one's."""
     kept: dict[str, SubsetConfig] = {}
     for subset in subsets:
-        source = subset.metadata_file or subset.image_dir
         if subset.num_repeats < 1:
             logger.warning("%s is left out: its num_repeats is %d.", subset.place, subset.num_repeats)
-        elif kept.setdefault(os.path.realpath(source), subset) is not subset:
-            logger.warning('%s is left out: "%s" is in an earlier subset of the same dataset.', subset.place, source)
+        elif kept.setdefault(os.path.realpath(subset.source), subset) is not subset:
+            logger.warning(
+                '%s is left out: "%s" is in an earlier subset of the same dataset.', subset.place, subset.source
+            )
     if not kept:
         raise UserError(f"{place}: num_repeats is below 1 in every subset, so there is nothing to train on.")
     return tuple(kept.values())

@@ -16,7 +16,7 @@ from library.caption_files import caption_extensions, caption_name, read_caption
 from library.dataset_config import DatasetConfig, SubsetConfig
 from library.errors import UserError
 from library.images import IMAGE_EXTENSIONS, check_mask_size, image_size
-from library.metadata_files import FolderCache, read_metadata
+from library.metadata_files import NO_FILE, FolderCache, read_metadata
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +27,9 @@ _SHOWN = 5  # file names in a message
 class ImageSet:
     """The pictures of one subset, in columns: a hundred bytes or so per picture beside its caption.
 
-    ``captions`` hold several lines only where the subset uses wildcards; ``uncaptioned`` lists the pictures that have
-    neither a caption nor the folder's class tokens. ``masks`` are the mask files by picture, where there are masks.
+    ``captions`` may hold several lines, of which the first that is not blank counts if the subset uses no wildcards.
+    ``uncaptioned`` lists the pictures that have neither a caption nor the folder's class tokens. ``masks`` are the mask
+    files by picture, where there are masks.
     """
 
     subset: SubsetConfig
@@ -57,7 +58,8 @@ def _is_image(name: str) -> bool:
 def _file_names(folder: str, option: str) -> set[str]:
     try:
         with os.scandir(folder) as entries:
-            return {entry.name for entry in entries if entry.is_file()}
+            # A link to nothing is listed too: what reads it names it, where leaving it out would say nothing.
+            return {entry.name for entry in entries if entry.is_file() or (entry.is_symlink() and not entry.is_dir())}
     except FileNotFoundError as error:
         raise UserError(f'The folder "{folder}" does not exist. Check {option}.') from error
     except NotADirectoryError as error:
@@ -80,10 +82,6 @@ def load_image_sets(config: DatasetConfig) -> list[ImageSet]:
     sets = _without_repeated_paths(sets)
     _match_masks([found for found in sets if found.subset.conditioning_data_dir])
     return sets
-
-
-def _source(subset: SubsetConfig) -> str:
-    return subset.metadata_file or subset.image_dir
 
 
 def _empty_message(subset: SubsetConfig) -> str:
@@ -117,11 +115,8 @@ def _load_folder(subset: SubsetConfig) -> ImageSet:
         captions = [read_caption(path, all_lines=all_lines) if path else "" for path in caption_paths]
         sizes = [image_size(path) for path in paths]
     if subset.class_tokens is not None:
-        captions = [caption or subset.class_tokens for caption in captions]
-        uncaptioned = []
-    else:
-        uncaptioned = [path for path, caption in zip(paths, captions, strict=True) if not caption]
-    return ImageSet(subset, paths, captions, _size_array(sizes), uncaptioned)
+        return ImageSet(subset, paths, [caption or subset.class_tokens for caption in captions], _size_array(sizes))
+    return ImageSet(subset, paths, captions, _size_array(sizes), _without_caption(paths, captions))
 
 
 def _read_through_cache(
@@ -131,7 +126,8 @@ def _read_through_cache(
     cache = FolderCache(folder)
     entries = {}
     for path, caption_path in zip(paths, caption_paths, strict=True):
-        stamp = f"{_file_stamp(path)} {_file_stamp(caption_path)} {'all' if all_lines else 'first'}"
+        lines = "all" if all_lines else "first"
+        stamp = [_file_stamp(path), f"{_file_stamp(caption_path)} {lines}" if caption_path else NO_FILE]
         noted = cache.fresh(path, stamp)
         if noted is None:
             caption = read_caption(caption_path, all_lines=all_lines) if caption_path else cache.noted_caption(path)
@@ -141,10 +137,8 @@ def _read_through_cache(
     return [entry["caption"] for entry in entries.values()], [entry["resolution"] for entry in entries.values()]
 
 
-def _file_stamp(path: str | None) -> str:
+def _file_stamp(path: str) -> str:
     """A file's name, bytes and time of change; what tells that it is still the same file."""
-    if path is None:
-        return "-"
     status = os.stat(path)
     return f"{os.path.basename(path)}:{status.st_size}:{status.st_mtime_ns}"
 
@@ -167,8 +161,11 @@ def _load_metadata(subset: SubsetConfig) -> ImageSet:
             *(subset.metadata_file, len(stale), _some(stale)),
         )
     captions = [entry.caption for entry in entries]
-    uncaptioned = [path for path, caption in zip(paths, captions, strict=True) if not caption]
-    return ImageSet(subset, paths, captions, _size_array(sizes), uncaptioned)
+    return ImageSet(subset, paths, captions, _size_array(sizes), _without_caption(paths, captions))
+
+
+def _without_caption(paths: list[str], captions: list[str]) -> list[str]:
+    return [path for path, caption in zip(paths, captions, strict=True) if not caption]
 
 
 def _picture_path(key: str, subset: SubsetConfig) -> str:
@@ -220,7 +217,7 @@ def _without_repeated_paths(sets: list[ImageSet]) -> list[ImageSet]:
         if len(rows) < len(found):
             logger.warning(
                 '%d picture(s) of "%s" are listed again later in the same dataset; only the last entry of each counts.',
-                *(len(found) - len(rows), _source(found.subset)),
+                *(len(found) - len(rows), found.subset.source),
             )
             found = select(found, list(rows.values()))
         kept.append(found)

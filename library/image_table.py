@@ -59,7 +59,7 @@ class ImageTable:
         return self.sets[self.set_of[index]].paths[self.row_of[index]]
 
     def caption(self, index: int) -> str:
-        """The picture's caption as it was found, several lines where its subset uses wildcards."""
+        """The picture's caption as it was found, perhaps in several lines."""
         return self.sets[self.set_of[index]].captions[self.row_of[index]]
 
     def mask_path(self, index: int) -> str | None:
@@ -161,6 +161,11 @@ def _split(config: DatasetConfig, sets: list[ImageSet], seed: int) -> tuple[list
             train.append(found)
             continue
         rows = held_out(len(found), share, seed if config.validation_seed is None else config.validation_seed)
+        if not rows:
+            logger.warning(
+                "validation_split %s of %d picture(s) is less than half a picture: none is held out of %s.",
+                *(share, len(found), found.subset.source),
+            )
         rest = sorted(set(range(len(found))) - set(rows))
         train.extend([select(found, rest)] if rest else [])
         held.extend([_at_rest(select(found, rows))] if rows else [])

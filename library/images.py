@@ -162,7 +162,8 @@ def _opened(path: Path | str) -> Iterator[Image.Image]:
 
 def _why_unreadable(path: Path, error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
-        return f"The image {path} does not exist."
+        reason = "is a link to a file that does not exist" if path.is_symlink() else "does not exist"
+        return f"The image {path} {reason}."
     if isinstance(error, Image.DecompressionBombError):
         limit = 2 * Image.MAX_IMAGE_PIXELS // 1_000_000
         return f"The image {path} has more than {limit} million pixels. Scale it down; training uses far fewer."

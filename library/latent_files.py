@@ -18,7 +18,8 @@ import numpy as np
 from library.buckets import Size
 from library.errors import UserError
 
-_UNREADABLE = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
+# What reading a damaged file raises. TypeError: numpy takes a file that holds one bare array, but as no archive.
+UNREADABLE = (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error)
 # Of the keys of a slot, sd-scripts knows the first five; the last two record what the latents were made from.
 _SLOT_KEYS = (
     "latents",
@@ -96,7 +97,7 @@ def why_unusable(path: Path, wanted: Wanted, skip_check: bool = False) -> str:
             )
     except FileNotFoundError:
         return "new"
-    except _UNREADABLE:
+    except UNREADABLE:
         return "unreadable"
 
 
@@ -170,7 +171,7 @@ def _all_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path) as arrays:
             return dict(arrays)
-    except _UNREADABLE:
+    except UNREADABLE:
         return {}
 
 

@@ -20,7 +20,15 @@ from tqdm import tqdm
 from library.buckets import Size
 from library.errors import UserError
 from library.images import Framing, Picture, frame_image, to_tensor
-from library.latent_files import Wanted, cache_path, read_slot, refuse_shared_names, why_unusable, write_slot
+from library.latent_files import (
+    UNREADABLE,
+    Wanted,
+    cache_path,
+    read_slot,
+    refuse_shared_names,
+    why_unusable,
+    write_slot,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -203,7 +211,7 @@ class LatentCache:
             return CachedLatents(kept.latents.float(), flipped, kept.alpha_mask)
         try:
             arrays = read_slot(self.file(entry), self._wanted(entry))
-        except (OSError, ValueError, KeyError) as error:
+        except UNREADABLE as error:
             raise UserError(
                 f"The latent cache {self.file(entry)} of the image {entry.path} was lost or damaged after this run "
                 f"began ({error}). Start the run again; it will be made anew."

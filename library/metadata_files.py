@@ -12,6 +12,9 @@ from library.errors import UserError
 logger = logging.getLogger(__name__)
 
 CACHE_NAME = "metadata_cache.json"
+# File names are bytes: one that is not UTF-8 comes and goes through Python in this way.
+_ODD_NAMES = "surrogateescape"
+NO_FILE = "-"  # the stamp of a caption file that is not there
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +122,9 @@ class FolderCache:
     """``metadata_cache.json``: captions and sizes of a folder's pictures, so that the files need not be opened again.
 
     The layout is sd-scripts': ``{path: {"caption": str, "resolution": [width, height]}}``. Ours adds a ``stamp`` to
-    each picture, made of the size and time of change of its files; a picture whose stamp differs, or that has none, is
-    read anew. A cache that cannot be read or written costs time only, so it is a warning.
+    each picture: one text for the picture and one for its caption file, of their size and time of change. A picture
+    whose stamp differs, or that has none, is read anew. A cache that cannot be read or written
+    costs time only, so it is a warning.
     """
 
     def __init__(self, folder: str):
@@ -129,7 +133,7 @@ class FolderCache:
 
     def _load(self) -> dict:
         try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
+            content = json.loads(self.path.read_text(encoding="utf-8", errors=_ODD_NAMES))
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
@@ -137,7 +141,7 @@ class FolderCache:
             return {}
         return content if isinstance(content, dict) else {}
 
-    def fresh(self, image_path: str, stamp: str) -> tuple[str, tuple[int, int]] | None:
+    def fresh(self, image_path: str, stamp: list[str]) -> tuple[str, tuple[int, int]] | None:
         """Caption and (width, height) noted for a picture if its stamp still fits, else None."""
         entry = self._entries.get(image_path)
         if not isinstance(entry, dict) or entry.get("stamp") != stamp:
@@ -148,10 +152,13 @@ class FolderCache:
         return caption, (size[0], size[1])
 
     def noted_caption(self, image_path: str) -> str:
-        """The caption noted for a picture, stamp or not: all there is if the picture has no caption file."""
+        """The caption noted for a picture that has no caption file, and had none when it was noted here."""
         entry = self._entries.get(image_path)
-        caption = entry.get("caption") if isinstance(entry, dict) else None
-        return caption if isinstance(caption, str) else ""
+        if not isinstance(entry, dict) or not isinstance(entry.get("caption"), str):
+            return ""
+        stamp = entry.get("stamp")
+        had_file = isinstance(stamp, list) and stamp[-1] != NO_FILE
+        return "" if had_file else entry["caption"]
 
     def save(self, entries: dict[str, dict]) -> None:
         """Write the cache if it changed, in one piece: a run that is stopped leaves the old file or the new one."""
@@ -159,7 +166,8 @@ class FolderCache:
             return
         partial = self.path.with_name(f"{CACHE_NAME}.{os.getpid()}.part")
         try:
-            partial.write_text(json.dumps(entries, indent=2, ensure_ascii=False), encoding="utf-8")
+            text = json.dumps(entries, indent=2, ensure_ascii=False)
+            partial.write_text(text, encoding="utf-8", errors=_ODD_NAMES)
             partial.replace(self.path)
         except OSError as error:
             logger.warning('The cache "%s" cannot be written (%s).', self.path, error)

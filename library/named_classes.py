@@ -48,14 +48,15 @@ def load_class(option: str, module: str, name: str) -> type:
     """Import the class ``name`` from ``module``; a missing class or package is a UserError naming ``option``."""
     try:
         source = importlib.import_module(module)
-    except ImportError as error:
+    except Exception as error:  # a module of the user's own may fail in any way
         package = module.partition(".")[0]
         if isinstance(error, ModuleNotFoundError) and error.name == package:
             raise UserError(
-                f"{option}: {name} needs the Python package {package}, which is not installed. "
-                f"Install it with: pip install {PIP_NAMES.get(package, package)}"
+                f"{option}: {name} needs the Python package {package}, which is not installed. Install it with: pip "
+                f"install {PIP_NAMES.get(package, package)}. If it is a module of your own, name its folder in the "
+                "environment variable PYTHONPATH."
             ) from error
-        raise UserError(f"{option}: {module} cannot be imported: {error}.") from error
+        raise UserError(f"{option}: {module} cannot be imported: {type(error).__name__}: {error}.") from error
     found = getattr(source, name, None)
     if not isinstance(found, type):
         classes = [key for key, value in vars(source).items() if isinstance(value, type)]

@@ -100,8 +100,7 @@ def _dataset_contents(table: ImageTable, number: int, samples: np.ndarray) -> li
     for row, found in enumerate(table.sets):
         if table.dataset_of[row] == number:
             kind = " (regularisation)" if found.subset.is_reg else ""
-            source = found.subset.metadata_file or found.subset.image_dir
-            lines.append(f"    {_amount(pictures[row], drawn[row])}: {source}{kind}")
+            lines.append(f"    {_amount(pictures[row], drawn[row])}: {found.subset.source}{kind}")
     pictures = np.bincount(table.bucket_of, minlength=len(table.buckets))
     rows = [row for row, bucket in enumerate(table.buckets) if bucket.dataset == number]
     for row in rows[:_SHOWN_BUCKETS]:
@@ -166,7 +165,7 @@ def _check_presence(table: ImageTable, word: Placeholder, report: Report) -> Non
 
 
 def _presence(caption: str, rules: CaptionRules, word: Placeholder) -> str:
-    if not _is_plain(rules):
+    if not _is_plain(caption, rules):
         return token_presence(caption, rules, word)
     return "always" if word.found_in(caption) else "never"
 
@@ -223,8 +222,8 @@ def _captions(table: ImageTable) -> Iterator[tuple[str, str, CaptionRules]]:
 
 def _finished(caption: str, rules: CaptionRules, word: Placeholder) -> str:
     """One draw of a caption, expanded."""
-    if _is_plain(rules):  # the common case, tenfold as fast
-        return word.expand(caption.split("\n", 1)[0])
+    if _is_plain(caption, rules):  # the common case, tenfold as fast
+        return word.expand(caption)
     return process_caption(caption, rules, word, random.Random(0))
 
 
@@ -244,8 +243,9 @@ def _with_affixes(caption: str, rules: CaptionRules) -> str:
     return " ".join(filter(None, (rules.prefix, caption, rules.suffix)))
 
 
-def _is_plain(rules: CaptionRules) -> bool:
-    return not (rules.wildcard or rules.secondary_separator or rules.prefix or rules.suffix)
+def _is_plain(caption: str, rules: CaptionRules) -> bool:
+    """Whether nothing but the expansion of the word happens to a caption that is not shuffled or dropped."""
+    return "\n" not in caption and not (rules.wildcard or rules.secondary_separator or rules.prefix or rules.suffix)
 
 
 class _Measure:

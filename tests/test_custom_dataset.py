@@ -59,6 +59,7 @@ def make(tmp_path, monkeypatch):
 
     def made(name="Mine", *, words=None, templates=None, masked_loss=False, **values):
         (tmp_path / "my_data.py").write_text(textwrap.dedent(MODULE).replace("VALUES", repr(values)))
+        (tmp_path / "broken_data.py").write_text("class Mine\n")
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.delitem(sys.modules, "my_data", raising=False)
         options = DatasetOptions(
@@ -158,7 +159,10 @@ def test_pictures_cannot_be_cached(make):
 @pytest.mark.parametrize(
     ("name", "phrases"),
     [
-        ("nowhere.Mine", ["--dataset_class", "nowhere"]),
+        ("nowhere.Mine", ["--dataset_class", "nowhere", "PYTHONPATH"]),
+        (".Mine", ["--dataset_class .Mine must be a module and a class"]),
+        ("..Mine", ["--dataset_class", "cannot be imported"]),
+        ("broken_data.Mine", ["--dataset_class: broken_data cannot be imported: SyntaxError"]),
         ("Mien", ["my_data", "Mien", "Mine"]),
         ("Empty", ["my_data.Empty", "no batches"]),
         ("Failing", ["my_data.Failing", "no server"]),

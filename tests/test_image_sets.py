@@ -2,11 +2,11 @@ import logging
 import os
 
 import pytest
-from datasets import configs_of, make_picture
+from datasets import configs_of, make_picture, subset_of
 from PIL import Image
 
 from library.errors import UserError
-from library.image_sets import balanced_repeats, held_out, list_images, load_image_sets
+from library.image_sets import balanced_repeats, held_out, list_images, load_image_set, load_image_sets
 
 
 def _sets(folder, *subsets, **options):
@@ -25,8 +25,15 @@ def test_links_to_pictures_are_pictures(tmp_path):
     make_picture(tmp_path / "elsewhere" / "a.png")
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "link.png").symlink_to(tmp_path / "elsewhere" / "a.png")
-    (tmp_path / "images" / "broken.png").symlink_to(tmp_path / "elsewhere" / "gone.png")
+    (tmp_path / "images" / "folder.png").symlink_to(tmp_path / "elsewhere")
     assert list_images(str(tmp_path / "images")) == ["link.png"]
+
+
+def test_a_link_to_nothing_is_named(tmp_path):
+    make_picture(tmp_path / "images" / "a.png")
+    (tmp_path / "images" / "b.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(UserError, match=r"b\.png is a link to a file that does not exist"):
+        load_image_set(subset_of(tmp_path, {"image_dir": str(tmp_path / "images")}))
 
 
 def test_columns(tmp_path):

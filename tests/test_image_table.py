@@ -159,5 +159,11 @@ def test_a_split_that_keeps_all_pictures_is_an_error(tmp_path):
         load_tables(_split(tmp_path, validation_split=1.0), 1)
 
 
+def test_a_split_that_keeps_no_picture_is_a_warning(tmp_path, caplog):
+    assert load_tables(_split(tmp_path, validation_split=0.05), 1)[1] is None
+    assert "validation_split 0.05 of 8 picture(s) is less than half a picture" in caplog.text
+    assert caplog.text.count("validation_split") == 1  # not of the regularisation pictures, which are never split
+
+
 def test_no_split_no_validation(tmp_path):
     assert load_tables(_split(tmp_path), 1)[1] is None

@@ -125,13 +125,16 @@ def test_a_missing_variant_or_one_of_another_size_is_noticed(tmp_path, key):
     assert why_unusable(file, wanted) == why_unusable(file, wanted, skip_check=True) == "of another size"
 
 
-@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 only a beginning", "truncated"])
+@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 only a beginning", "truncated", "one array"])
 def test_an_unreadable_file_is_told_from_a_missing_one_and_written_over(tmp_path, content):
     file = tmp_path / "image.npz"
     assert why_unusable(file, WANTED) == "new"
     if content == "truncated":
         write_slot(file, WANTED, _arrays())
         content = file.read_bytes()[:-100]
+    if content == "one array":
+        np.save(tmp_path / "bare.npy", np.zeros(3))
+        content = (tmp_path / "bare.npy").read_bytes()
     file.write_bytes(content)
     assert why_unusable(file, WANTED) == why_unusable(file, WANTED, skip_check=True) == "unreadable"
     write_slot(file, WANTED, _arrays())

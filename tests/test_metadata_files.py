@@ -178,6 +178,24 @@ def test_cache_of_sd_scripts_gives_captions_that_no_file_has(folder):
     assert _cached_set(folder).captions == found.captions
 
 
+def test_a_noted_caption_outlives_a_change_of_the_picture_but_not_its_caption_file(folder):
+    (folder / "b.txt").unlink()
+    noted = {"caption": "noted", "resolution": [32, 32]}
+    (folder / CACHE_NAME).write_text(json.dumps({str(folder / "b.png"): noted}))
+    assert _cached_set(folder).captions == ["caption a", "noted", "caption c"]
+    make_picture(folder / "b.png", (64, 48))
+    (folder / "c.txt").unlink()
+    assert _cached_set(folder).captions == ["caption a", "noted", ""]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="file names are text there")
+def test_a_name_that_is_no_utf8_is_noted_too(folder, monkeypatch):
+    (folder / "a.png").rename(folder / os.fsdecode(b"\xff.png"))
+    before = _cached_set(folder)
+    monkeypatch.setattr("library.image_sets.image_size", lambda _: pytest.fail("a picture was opened"))
+    assert _cached_set(folder).paths == before.paths
+
+
 def test_class_tokens_are_not_noted_as_captions(folder):
     (folder / "b.txt").unlink()
     assert _cached_set(folder, class_tokens="one class").captions[1] == "one class"

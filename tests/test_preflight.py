@@ -99,6 +99,12 @@ def test_a_line_or_choice_without_the_word_is_a_warning(tmp_path):
     assert "2.png" not in said
 
 
+def test_of_several_lines_the_first_with_text_counts(tmp_path):
+    assert _warnings(_captioned(tmp_path / "1", [None], class_tokens="\n\nmychar\ngirl")) == ""
+    with pytest.raises(UserError, match="No caption holds the word"):
+        _captioned(tmp_path / "2", [None], class_tokens="girl\nmychar").check()
+
+
 def test_regularisation_pictures_with_the_word_are_a_warning(tmp_path):
     make_picture(tmp_path / "a" / "0.png", (64, 64), "mychar")
     for number in range(2):
