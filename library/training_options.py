@@ -251,7 +251,7 @@ class RuntimeOptions:
         "Store the U-Net in 8 bits and unfold it layer by layer: half the memory of fp16, somewhat slower, a little "
         "less exact."
     )
-    lowram: bool = flag("Load the models straight to the GPU. For machines with little main memory (Colab).")
+    lowram: bool = flag("Load the models straight to the GPU. This happens anyway, so the flag changes nothing.")
     highvram: bool = flag("Do not clear the GPU's memory while latents are cached: a bit faster. Useless otherwise.")
     xformers: bool = flag("Attention by the xformers package (NVIDIA). Seldom better than what PyTorch has itself.")
     sdpa: bool = flag("Attention by PyTorch itself. This is the default, so the flag changes nothing.")
