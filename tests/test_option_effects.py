@@ -26,7 +26,6 @@ MODULES = [
 NOT_VISIBLE_EVERYWHERE = {
     "xformers": "needs an NVIDIA GPU and the package",
     "full_fp16": "fp16 needs an accelerator; without one it becomes bf16",
-    "lowram": "where weights pass through main memory cannot be seen without a device of its own",
     "highvram": "there is device memory to keep only on a GPU",
     "ddp_timeout": "processes wait for each other only where there are several",
     "ddp_gradient_as_bucket_view": "DDP is used only with several processes",
