@@ -6,6 +6,7 @@ device, one at a time.
 
 import hashlib
 import logging
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
@@ -81,7 +82,7 @@ class BaseModel:
             if isinstance(self.source, SingleFile):
                 hint = " (and --v_parameterization for the 768-pixel models)" if is_v2 else ""
                 raise UserError(f"{message}{hint}.")
-            logger.warning("%s. It is loaded as what it is, but the embedding's metadata follow the option.", message)
+            logger.warning("%s. It is trained as what it is.", message)
         wanted = "v_prediction" if self.options.v_parameterization else "epsilon"
         if self.prediction_type not in (None, wanted):
             flag = "leave --v_parameterization out" if self.options.v_parameterization else "add --v_parameterization"
@@ -90,10 +91,12 @@ class BaseModel:
                 name, self.prediction_type, wanted, flag,
             )  # fmt: skip
 
-    @cached_property
-    def embedding_widths(self) -> list[int]:
-        """Length of a token's vector in each text encoder, without loading them."""
-        return [self.source.token_table(layout)[1] for layout in self.architecture.text_encoders]
+    def check_parts(self) -> None:
+        """Raise UserError if a part that a training needs is missing or cut off, before any of them is loaded."""
+        vae = self.options.vae
+        if vae and _local_path(vae) is None:
+            _hub_id(vae, "--vae")
+        self.source.check(with_vae=not vae)
 
     @cached_property
     def vae_scale_factor(self) -> float:
@@ -136,7 +139,7 @@ class BaseModel:
         else:
             files = (str(VOCABULARY / "vocab.json"), str(VOCABULARY / "merges.txt"))
             tokenizer = CLIPTokenizer(*files, model_max_length=77)
-        if len(tokenizer) > (known := self.source.token_table(layout)[0]):
+        if len(tokenizer) > (known := self.source.vocabulary_size(layout)):
             raise UserError(
                 f"{folder or VOCABULARY} knows {len(tokenizer)} tokens, but the {layout.component} of {self.name} only "
                 f"{known}. Use the tokenizer that belongs to the model."
@@ -153,20 +156,20 @@ class BaseModel:
     def _text_encoder(self, layout: TextEncoderLayout, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
         config, tensors = self.source.text_encoder(layout)
         model_class = CLIPTextModelWithProjection if layout.with_projection else CLIPTextModel
-        with init_empty_weights():
-            model = model_class(CLIPTextConfig.from_dict(config))
+        where = f"{self.source.path} ({layout.component})"
+        model = _empty(lambda: model_class(CLIPTextConfig.from_dict(config)), where)
         # transformers nests the encoder in the class with projection only.
         names = {name.removeprefix("text_model."): name for name in model.state_dict()}
         unused = [name for name in _UNUSED if name not in names]
         tensors = {names.get(name, name): tensor for name, tensor in tensors.items() if name not in unused}
-        return _fill(model, tensors, dtype, device, f"{self.source.path} ({layout.component})")
+        return _fill(model, tensors, dtype, device, where)
 
     def unet(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> UNet2DConditionModel:
         """The U-Net, frozen."""
         config, tensors = self.source.unet()
-        with init_empty_weights():
-            model = UNet2DConditionModel.from_config(config)
-        return _fill(model, tensors, dtype, device, f"{self.source.path} (U-Net)")
+        where = f"{self.source.path} (U-Net)"
+        model = _empty(lambda: UNet2DConditionModel.from_config(config), where)
+        return _fill(model, tensors, dtype, device, where)
 
     def vae(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> AutoencoderKL:
         """The model's VAE or that of --vae, frozen; its ``scaling_factor`` is the base model's."""
@@ -174,8 +177,7 @@ class BaseModel:
         config, tensors = self._other_vae(self.options.vae) if self.options.vae else self.source.vae()
         if (channels := config.get("latent_channels", 4)) != 4:
             raise UserError(f"{origin} makes latents of {channels} channels; Stable Diffusion needs a VAE with 4.")
-        with init_empty_weights():
-            model = AutoencoderKL.from_config(config)
+        model = _empty(lambda: AutoencoderKL.from_config(config), f"{origin} (VAE)")
         model.register_to_config(scaling_factor=self.vae_scale_factor)
         return _fill(model, tensors, dtype, device, f"{origin} (VAE)")
 
@@ -232,6 +234,18 @@ def _read_tokenizer(folder: Path) -> CLIPTokenizer:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True, model_max_length=77)
     except Exception as error:  # transformers raises whatever the damaged file leads to
         raise UserError(f"{folder} holds a tokenizer that cannot be read ({error}).") from error
+
+
+def _empty(make: Callable[[], nn.Module], where: str) -> nn.Module:
+    """A model without weights, made from its configuration. Raises UserError where that is impossible."""
+    try:
+        with init_empty_weights():
+            return make()
+    except Exception as error:  # the libraries check little, so that a wrong value fails anywhere
+        raise UserError(
+            f"{where}: no model can be made from its config.json ({type(error).__name__}: {error}). Download the model "
+            "again, or use another copy."
+        ) from error
 
 
 def _fill(model: nn.Module, tensors: Tensors, dtype: torch.dtype, device: torch.device | str, where: str) -> nn.Module:

@@ -31,8 +31,7 @@ class ModelFolder:
         return self._component("unet")
 
     def vae(self) -> tuple[dict, Tensors]:
-        if not (self.path / "vae" / "config.json").is_file():
-            raise UserError(f"{self.path} holds no VAE. Give one with --vae.")
+        self._check_vae()
         config, tensors = self._component("vae")
         return config, modern_vae_names(tensors)
 
@@ -40,10 +39,23 @@ class ModelFolder:
         config, tensors = self._component(layout.component)
         return config, {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
 
-    def token_table(self, layout: TextEncoderLayout) -> tuple[int, int]:
-        """How many tokens the text encoder knows and the length of their vectors, from the configuration alone."""
-        config = self._config(layout.component)
-        return config.get("vocab_size", 49408), config["hidden_size"]
+    def vocabulary_size(self, layout: TextEncoderLayout) -> int:
+        """How many tokens the text encoder knows, from the configuration alone."""
+        return self._config(layout.component).get("vocab_size", 49408)
+
+    def check(self, with_vae: bool) -> None:
+        """Raise UserError if a component is missing or cut off; reads headers (and ``.bin`` files) only."""
+        components = ["unet", *(layout.component for layout in self.architecture.text_encoders)]
+        if with_vae:
+            self._check_vae()
+            components.append("vae")
+        for component in components:
+            self._config(component)
+            find_weights(self.path / component, mmap=self.mmap)
+
+    def _check_vae(self) -> None:
+        if not (self.path / "vae" / "config.json").is_file():
+            raise UserError(f"{self.path} holds no VAE. Give one with --vae.")
 
     def _component(self, name: str) -> tuple[dict, Tensors]:
         return self._config(name), find_weights(self.path / name, mmap=self.mmap).read_all()

@@ -60,20 +60,23 @@ class SingleFile:
         }
         return text_sizes(config, tensors), tensors
 
-    def token_table(self, layout: TextEncoderLayout) -> tuple[int, int]:
-        """How many tokens the text encoder knows and the length of their vectors, from the header alone."""
+    def vocabulary_size(self, layout: TextEncoderLayout) -> int:
+        """How many tokens the text encoder knows, from the header alone."""
         start, end = f"{layout.slot}.", "token_embedding.weight"
         names = (name for name in self.weights.shapes if name.startswith(start) and name.endswith(end))
         if (name := next(names, None)) is None:
             raise UserError(f"{self.path} is incomplete: the text encoder's token table is missing.")
-        return self.weights.shapes[name]
+        return self.weights.shapes[name][0]
+
+    def check(self, with_vae: bool) -> None:
+        """Raise UserError if the VAE is missing; the other parts made the file known."""
+        if with_vae:
+            _vae_prefix(self.path, self.weights)
 
 
 def vae_component(path: Path, weights: Weights, config: dict) -> tuple[dict, Tensors]:
     """A VAE from a checkpoint or a file of its own: original layout with or without prefix, or diffusers' layout."""
-    prefix = next((p for p in _VAE_PREFIXES if any(name.startswith(f"{p}encoder.") for name in weights.shapes)), None)
-    if prefix is None:
-        raise UserError(f"{path} holds no VAE. Give one with --vae.")
+    prefix = _vae_prefix(path, weights)
     parts = tuple(prefix + part for part in _VAE_PARTS)
     tensors = weights.read(name for name in weights.shapes if name.startswith(parts))
     tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
@@ -82,6 +85,13 @@ def vae_component(path: Path, weights: Weights, config: dict) -> tuple[dict, Ten
     else:
         tensors = _converted(convert_ldm_vae_checkpoint, tensors, config, path)
     return vae_sizes(config, tensors), tensors
+
+
+def _vae_prefix(path: Path, weights: Weights) -> str:
+    prefix = next((p for p in _VAE_PREFIXES if any(name.startswith(f"{p}encoder.") for name in weights.shapes)), None)
+    if prefix is None:
+        raise UserError(f"{path} holds no VAE. Give one with --vae.")
+    return prefix
 
 
 def modern_vae_names(tensors: Tensors) -> Tensors:

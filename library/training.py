@@ -27,6 +27,8 @@ def train(options: Options, family_name: str) -> Path | None:
     for sentence in notices(options):
         logger.info(sentence)
     model = BaseModel.open(options.model, family)
+    if not options.dataset.debug_dataset:
+        model.check_parts()
     word = NewWord.check(options.token, model.tokenizers())
     machine = runtime.Machine.create(options.runtime)
     data = find_data(options, family, word, runtime.seed_everything(options.training.seed))

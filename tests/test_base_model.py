@@ -170,22 +170,19 @@ def test_weights_are_cast(source, request):
         assert {p.device.type for p in part.parameters()} | {b.device.type for b in part.buffers()} == {"cpu"}
 
 
-def test_name_hash_and_sizes(tiny_sd1, tiny_sd1_file, tiny_sdxl_file):
+def test_name_hash_and_scale(tiny_sd1, tiny_sd1_file, tiny_sdxl_file):
     model = open_model(tiny_sd1_file)
     assert model.name == "tiny_sd1.safetensors"
     assert model.hash() == hashlib.sha256(tiny_sd1_file.read_bytes()).hexdigest()
-    assert model.embedding_widths == [32]
     assert model.vae_scale_factor == 0.18215
     assert open_model(tiny_sd1).hash() is None
-    assert open_model(tiny_sd1).embedding_widths == [32]
     xl = open_model(tiny_sdxl_file, "sdxl")
-    assert xl.embedding_widths == [32, 64]
     assert xl.vae_scale_factor == 0.13025
 
 
 def test_opening_reads_no_tensor(tiny_sdxl_file, monkeypatch):
     monkeypatch.setattr("library.weight_files.safe_open", lambda *_, **__: pytest.fail("tensors were read"))
-    assert open_model(tiny_sdxl_file, "sdxl").embedding_widths == [32, 64]
+    open_model(tiny_sdxl_file, "sdxl").check_parts()
 
 
 # --- mistakes -----------------------------------------------------------------------------------------------------
@@ -363,6 +360,47 @@ def test_vae_mistakes(tmp_path, tiny_sd1_file, tiny_sd1):
     save_file({n: torch.zeros(s) for n, s in shapes.items()}, tmp_path / "flux_vae.safetensors")
     with pytest.raises(UserError, match="latents of 16 channels"):
         open_model(tiny_sd1_file, vae=str(tmp_path / "flux_vae.safetensors")).vae(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("harm", "phrase"),
+    [
+        (lambda folder: (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink(), "unet holds no weights"),
+        (lambda folder: (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"x" * 8 + b"{"), "cut"),
+        (lambda folder: (folder / "text_encoder_2" / "config.json").unlink(), "text_encoder_2/config.json is missing"),
+        (lambda folder: shutil.rmtree(folder / "vae"), "Give one with --vae"),
+    ],
+)
+def test_a_missing_part_is_found_before_anything_is_loaded(harm, phrase, tmp_path, tiny_sdxl):
+    folder = shutil.copytree(tiny_sdxl, tmp_path / "model")
+    open_model(folder, "sdxl").check_parts()
+    harm(folder)
+    with pytest.raises(UserError, match=phrase):
+        open_model(folder, "sdxl").check_parts()
+
+
+def test_another_vae_is_looked_for_before_anything_is_loaded(tmp_path, tiny_sd1, tiny_sd1_file):
+    folder = shutil.copytree(tiny_sd1, tmp_path / "model")
+    shutil.rmtree(folder / "vae")
+    open_model(folder, vae=str(tiny_sd1_file)).check_parts()
+    with pytest.raises(UserError, match=r"--vae .*nothing\.safetensors does not exist"):
+        open_model(folder, vae="/nowhere/nothing.safetensors").check_parts()
+
+
+@pytest.mark.parametrize("component", ["unet", "text_encoder", "vae"])
+def test_a_configuration_that_makes_no_model_is_named(component, tmp_path, tiny_sd1):
+    folder = shutil.copytree(tiny_sd1, tmp_path / "model")
+    values = {
+        "unet": {"down_block_types": ["X"]},
+        "text_encoder": {"hidden_size": "wide"},
+        "vae": {"layers_per_block": ""},
+    }
+    file = folder / component / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values[component]))
+    model = open_model(folder)
+    load = model.text_encoders if component == "text_encoder" else getattr(model, component)
+    with pytest.raises(UserError, match=r"no model can be made from its config\.json"):
+        load(torch.float32)
 
 
 def test_a_checkpoint_without_vae_needs_one(tmp_path, tiny_sd1_file, other_vae, pipelines):
