@@ -2,6 +2,7 @@
 
 import logging
 import math
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -31,6 +32,10 @@ from library.tokens import TrainableRows, table_spread, typical_norm
 
 logger = logging.getLogger(__name__)
 
+# Steps in a row without a finite gradient (fp16 only), and first steps without any, before a run is stopped.
+MAX_OVERFLOWS = 30
+MAX_SILENT_STEPS = 10
+
 
 class Trainer:
     """One training run; :meth:`run` is its table of contents.
@@ -58,6 +63,8 @@ class Trainer:
         self.step = 0
         self.epoch = 0
         self.gradient_checked = False
+        self.silent_steps = 0
+        self.overflows = 0
 
     def run(self) -> Path:
         """Train and save; return the path of the embedding file."""
@@ -98,7 +105,7 @@ class Trainer:
         encoders = self.model.text_encoders(self.precision.dtype, self.device)
         if self.options.training.gradient_checkpointing:
             for encoder in encoders:
-                encoder.gradient_checkpointing_enable()
+                encoder.activation_checkpointing_enable()
                 encoder.train()  # transformers checkpoints in train mode only; CLIP has no dropout
         return encoders
 
@@ -218,7 +225,9 @@ class Trainer:
         progress = tqdm(
             total=self.plan.total_steps, desc="steps", unit="step", disable=not self.accelerator.is_local_main_process
         )
-        with progress:
+        with progress, warnings.catch_warnings():
+            # torch says so where the first steps cannot teach the rows, or overflow in fp16.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             for epoch in range(1, self.plan.epochs + 1):
                 self.epoch = epoch
                 loader.set_epoch(epoch, self.step)
@@ -269,31 +278,42 @@ class Trainer:
         return loss, taught > 0
 
     def update_rows(self) -> None:
-        """Clip the joint gradient of all encoders' rows, look at it the first time, and step the optimizer."""
+        """Clip the joint gradient of all encoders' rows, look at it, and step the optimizer."""
         limit = self.options.optimizer.max_grad_norm
         if limit:
             self.accelerator.clip_grad_norm_(self.rows.parameters(), limit)
         else:
             self.accelerator.unscale_gradients()
-        if not self.gradient_checked:
-            self.check_gradient()
+        self.check_gradient(torch.stack([rows.grad.norm(dim=1) for rows in self.rows.rows]))
         self.optimizer.step()
         if self.options.token.preserve_embedding_norm:
             self.rows.rescale(self.usual_norms)
 
-    def check_gradient(self) -> None:
-        """Stop a run whose first gradient cannot teach anything; warn of single vectors without one."""
-        gradients = [rows.grad for rows in self.rows.rows]
-        if not all(torch.isfinite(gradient).all() for gradient in gradients):
-            if self.accelerator.scaler is not None:
-                return  # fp16's loss scale has not settled yet; the scaler skips this step by itself
-            raise UserError(self.explain_stop("the gradient of the new vectors is not finite"))
-        self.gradient_checked = True
-        norms = torch.stack([gradient.norm(dim=1) for gradient in map(Tensor.float, gradients)])
+    def check_gradient(self, norms: Tensor) -> None:
+        """Stop a run before a gradient that is not finite reaches the rows, or when they get none at all.
+
+        ``norms`` [text encoders, N] are the lengths of the rows' gradients.
+        """
+        if not torch.isfinite(norms).all():
+            self.overflows += 1
+            # fp16's scaler skips such a step by itself and lowers its scale, which settles within a few steps.
+            if self.accelerator.scaler is None or self.overflows == MAX_OVERFLOWS:
+                raise UserError(self.explain_stop(f"the gradient of step {self.step + 1} is not finite"))
+            return
+        self.overflows = 0
+        if self.gradient_checked:
+            return
         if not norms.any():
-            raise UserError(
-                self.explain_stop("the captions hold the word, but the new vectors receive a gradient of exactly zero")
-            )
+            # One such step can be chance: a black mask, a picture of weight 0, a timestep of pure noise.
+            self.silent_steps += 1
+            if self.silent_steps == min(MAX_SILENT_STEPS, self.plan.total_steps):
+                raise UserError(
+                    f"Training stopped: the captions hold the word, but in {self.silent_steps} steps the new vectors "
+                    "received a gradient of exactly zero. Look at the masks (black everywhere?), --prior_loss_weight "
+                    "and the timestep limits; in fp16 try --mixed_precision=bf16, with --xformers leave it out."
+                )
+            return
+        self.gradient_checked = True
         still = [name for name, norm in zip(self.word.placeholder.names, norms.amin(dim=0), strict=True) if norm == 0]
         if still:
             logger.warning(
@@ -356,7 +376,8 @@ class Trainer:
     def rescue(self) -> None:
         """Keep what an interrupted run has learned so far, under the name of its step."""
         name = self.saves.names.file(self.saves.names.step(self.step))
-        if self.step == 0 or not all(torch.isfinite(rows).all() for rows in self.rows.rows):
+        finite = all(torch.isfinite(rows).all() for rows in self.rows.rows)
+        if self.step == 0 or not self.gradient_checked or not finite:
             return
         self.save(name)
         logger.warning("The vectors of step %d are kept in %s.", self.step, self.results.path(name))

@@ -8,7 +8,10 @@ from runs import TOKEN, arguments, run, trainers, write_dataset  # noqa: F401  (
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from library import trainer as trainer_module
 from library.base_model import BaseModel
+from library.denoising import DenoisingTask
+from library.trainer import Trainer
 
 CAPTION = f"a photo of {TOKEN}, smiling"
 
@@ -143,3 +146,73 @@ def test_templates_need_no_captions(flag, tmp_path, tiny_sd1):
     data = write_dataset(tmp_path, caption=None)
     assert run("sd1", arguments("sd1", tiny_sd1, data, tmp_path / "out", flag, "--num_vectors_per_token=2")) == 0
     assert load_file(tmp_path / "out" / f"{TOKEN}.safetensors")["emb_params"].shape == (2, 32)
+
+
+# ---- what stops a run
+
+
+def plain_run(model, dataset, folder, *more: str) -> int:
+    return run("sd1", arguments("sd1", model, dataset, folder, "--max_train_steps=3", *more))
+
+
+@pytest.mark.parametrize("limit", ["0", "1"])
+def test_a_gradient_that_is_not_finite_never_reaches_the_rows(limit, dataset, tmp_path, tiny_sd1, monkeypatch, capsys):
+    """The loss is still finite: only the gradient tells, here in the third step."""
+    original, calls = DenoisingTask.losses, []
+
+    def losses(task, batch):
+        calls.append(task)
+        found = original(task, batch)
+        found.register_hook(lambda grad: grad * (torch.nan if len(calls) == 3 else 1))
+        return found
+
+    monkeypatch.setattr(DenoisingTask, "losses", losses)
+    assert plain_run(tiny_sd1, dataset, tmp_path, f"--max_grad_norm={limit}") == 1
+    assert "the gradient of step 3 is not finite" in capsys.readouterr().err
+    (kept,) = tmp_path.iterdir()
+    assert kept.name == f"{TOKEN}-step00000002.safetensors"
+    monkeypatch.setattr(DenoisingTask, "losses", original)
+    assert plain_run(tiny_sd1, dataset, tmp_path, f"--max_grad_norm={limit}", "--max_train_steps=2") == 0
+    assert torch.equal(load_file(kept)["emb_params"], load_file(tmp_path / f"{TOKEN}.safetensors")["emb_params"])
+
+
+@pytest.mark.parametrize(("silent", "code"), [(2, 0), (3, 1)])
+def test_first_steps_that_teach_nothing_may_be_chance(silent, code, dataset, tmp_path, tiny_sd1, monkeypatch, capsys):
+    """A black mask or a timestep of pure noise gives a gradient of zero once; a run that gets no other is stopped."""
+    original, calls = DenoisingTask.losses, []
+
+    def losses(task, batch):
+        calls.append(task)
+        return original(task, batch) * (len(calls) > silent)
+
+    monkeypatch.setattr(trainer_module, "MAX_SILENT_STEPS", 3)
+    monkeypatch.setattr(DenoisingTask, "losses", losses)
+    assert plain_run(tiny_sd1, dataset, tmp_path) == code
+    stopped = "in 3 steps the new vectors received a gradient of exactly zero" in capsys.readouterr().err
+    assert stopped == bool(code)
+    assert len(list(tmp_path.iterdir())) == 1 - code
+
+
+def test_fp16_steps_that_overflow_for_ever_stop_the_run(dataset, tmp_path, tiny_sd1, monkeypatch, capsys):
+    """fp16 needs a GPU; its gradient scaler, whose part it is to skip such steps, works on the CPU as well."""
+    original, run_trainer = DenoisingTask.losses, Trainer.run
+    calls = []
+
+    def losses(task, batch):
+        calls.append(task)
+        found = original(task, batch)
+        found.register_hook(lambda grad: grad * (torch.inf if len(calls) != 2 else 1))
+        return found
+
+    def with_scaler(trainer):
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+        return run_trainer(trainer)
+
+    monkeypatch.setattr(trainer_module, "MAX_OVERFLOWS", 2)
+    monkeypatch.setattr(DenoisingTask, "losses", losses)
+    monkeypatch.setattr(Trainer, "run", with_scaler)
+    assert plain_run(tiny_sd1, dataset, tmp_path, "--max_train_steps=9") == 1
+    assert len(calls) == 4
+    assert "the gradient of step 4 is not finite" in capsys.readouterr().err
+    rows = load_file(tmp_path / f"{TOKEN}-step00000003.safetensors")["emb_params"]
+    assert torch.isfinite(rows).all()
