@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import world
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from miniature_vae import draw_pictures, to_signed, train_vae
+from miniature_vae import draw_pictures, new_vae, to_signed, train_vae
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -258,7 +258,8 @@ def export(work: Path, output: Path, xl: bool, seed: int) -> None:
         for name, parameter in model.unet.named_parameters():
             if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")):
                 parameter.data *= undo
-    vae = AutoencoderKL.from_pretrained(work / "vae")
+    vae = new_vae()
+    vae.load_state_dict(AutoencoderKL.from_pretrained(work / "vae").state_dict())
     factor = 0.13025 if xl else 0.18215
     rescale_latents(vae, LATENT_SPREAD / factor / spread)
     vae.register_to_config(scaling_factor=factor)
@@ -268,6 +269,8 @@ def export(work: Path, output: Path, xl: bool, seed: int) -> None:
     )
     for name, part in parts.items():
         part.half().save_pretrained(folder / name)
+        for file in (folder / name).iterdir():
+            file.chmod(0o644)  # safetensors files are born unreadable for others
     noise_scheduler().save_pretrained(folder / "scheduler")
     kinds = {
         name: ("transformers" if "encoder" in name else "diffusers", type(part).__name__)
