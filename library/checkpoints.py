@@ -86,14 +86,21 @@ class Action:
     name: str
 
 
-def epoch_to_remove(epoch: int, every: int, keep: int) -> int | None:
-    """The epoch whose checkpoint goes when that of ``epoch`` is saved and the last ``keep`` are kept; None for none."""
+def epoch_to_remove(epoch: int, every: int, keep: int | None) -> int | None:
+    """The epoch whose checkpoint goes when that of ``epoch`` is saved and the last ``keep`` are kept (None: all)."""
+    if keep is None:
+        return None
     old = epoch - every * keep
     return old if old >= 0 else None
 
 
-def step_to_remove(step: int, every: int, keep: int) -> int | None:
-    """The step whose checkpoint goes when that of ``step`` is saved and those of the last ``keep`` steps are kept."""
+def step_to_remove(step: int, every: int, keep: int | None) -> int | None:
+    """The step whose checkpoint goes when that of ``step`` is saved, if those of the last ``keep`` steps are kept.
+
+    None for no checkpoint; ``keep`` None keeps all.
+    """
+    if keep is None:
+        return None
     old = step - keep - 1
     old -= old % every
     return old if old >= 0 else None
@@ -164,10 +171,14 @@ class SaveSchedule:
 
 
 def _old_stem(
-    name: Callable[[int], str], rule: Callable[[int, int, int], int | None], now: int, every: int, keep: int | None
+    name: Callable[[int], str],
+    rule: Callable[[int, int, int | None], int | None],
+    now: int,
+    every: int,
+    keep: int | None,
 ) -> str | None:
     """The stem of the checkpoint that makes room for that of ``now`` when the last ``keep`` stay (None: all)."""
-    number = None if keep is None else rule(now, every, keep)
+    number = rule(now, every, keep)
     return name(number) if number else None
 
 

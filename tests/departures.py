@@ -171,6 +171,13 @@ def _has_no_masks(case: dict) -> bool:
     )
 
 
+def _schedule_crashes_in_sd_scripts_alone(case: dict) -> bool:
+    """A plateau without warm-up, or the floor of cosine_warmup_with_min_lr, which we refuse where it is not given."""
+    words = " ".join(case["argv"]).replace("=", " ").split()
+    plateau = "reduce_lr_on_plateau" in words and "--lr_warmup_steps" not in words
+    return plateau or ("cosine_warmup_with_min_lr" in words and "--lr_scheduler_min_lr_ratio" in words)
+
+
 DEPARTURES: list[Departure] = [
     Departure(
         "dataset_config",
@@ -304,9 +311,7 @@ DEPARTURES: list[Departure] = [
         "lr_schedules",
         "D7",
         "schedules that crash in sd-scripts work",
-        lambda case: any(
-            f"--lr_scheduler={name}" in case["argv"] for name in ("cosine_warmup_with_min_lr", "reduce_lr_on_plateau")
-        ),
+        _schedule_crashes_in_sd_scripts_alone,
     ),
 ]
 

