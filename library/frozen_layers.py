@@ -138,8 +138,3 @@ def freeze_layers(module: nn.Module, *, float8: bool = False) -> int:
             setattr(module, name, replacement)
             replaced += 1
     return replaced
-
-
-def freeze_to_float8(module: nn.Module) -> int:
-    """:func:`freeze_layers` with 8-bit weights: half the memory of fp16, at about 3 % error of each weight."""
-    return freeze_layers(module, float8=True)

@@ -99,8 +99,20 @@ class OptimizerChoice:
 
     @property
     def arguments_text(self) -> str:
-        """The arguments as ``key=value`` joined by commas, for logs and metadata."""
+        """The arguments as ``key=value`` joined by commas."""
         return ",".join(f"{key}={value}" for key, value in self.arguments.items())
+
+    @property
+    def description(self) -> str:
+        """The optimizer with its arguments, for the record: ``torch.optim.adamw.AdamW(weight_decay=0.1)``."""
+        return f"{self.name}({self.arguments_text})"
+
+    @property
+    def rates_text(self) -> str | None:
+        """The rate, or the rates as ``--learning_rate`` takes them; None if the optimizer makes its own."""
+        if self.stages:
+            return ",".join(f"{rate}" if until is None else f"{rate}:{until}" for rate, until in self.stages)
+        return None if self.relative_step else f"{self.learning_rate}"
 
 
 def chosen_name(options: OptimizerOptions) -> str:

@@ -27,6 +27,7 @@ _WHERE = {
     "diffusers": "load the file as shown below",
 }
 _INVOKEAI_LETTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789., _-")
+_NOT_IN_FILE_NAMES = frozenset('<>:"/\\|?*')
 
 _DIFFUSERS_ONE_ENCODER = "pipe.load_textual_inversion({path!r}, token={token!r})\n"
 # With eos_token_id 2, as in many CLIP configs, transformers pools at the highest id: the new token. 49407 is the EOS.
@@ -133,10 +134,12 @@ def _notes(path: Path, token: str) -> list[str]:
     """What is worth knowing about this file's name."""
     notes = []
     if path.stem.lower() != token.lower():
-        notes.append(
-            f"All but diffusers know the embedding by the name of its file: there the word is {path.stem}, "
-            f"not {token}. To write {token} everywhere, rename the file to {token}{path.suffix}."
+        note = (
+            f"All but diffusers know the embedding by the name of its file: there the word is {path.stem}, not {token}."
         )
+        if not set(token) & _NOT_IN_FILE_NAMES:
+            note += f" To write {token} everywhere, rename the file to {token}{path.suffix}."
+        notes.append(note)
     else:
         notes.append(
             "All but diffusers know the embedding by the name of its file: rename it, and the word changes too."

@@ -14,6 +14,7 @@ from library.embedding_files import SAVE_DTYPES, write_embedding
 from library.metadata import TrainedFor, TrainingRecord, modelspec_metadata
 from library.model_family import ModelFamily
 from library.new_word import NewWord
+from library.optimizers import OptimizerChoice
 from library.options import Options
 from library.report import movement_table, movement_warning, movements, usage_card
 
@@ -24,9 +25,10 @@ logger = logging.getLogger(__name__)
 class Results:
     """Writes a run's files into ``--output_dir`` and reports on the last one.
 
-    ``metadata`` holds the ModelSpec keys that all files of the run share.
+    ``folder`` is where the files go; ``metadata`` holds the ModelSpec keys that all of them share.
     """
 
+    folder: Path
     options: Options
     family: ModelFamily
     model: BaseModel
@@ -39,8 +41,8 @@ class Results:
         cls, options: Options, family: ModelFamily, model: BaseModel, word: NewWord, data: TrainingData
     ) -> "Results":
         """Collect what is known before the training. Raises UserError for metadata that cannot be written."""
-        # A folder says itself what it is, also where --v2 is missing.
-        base = replace(options.model, v2=options.model.v2 or model.architecture is SD2)
+        # A folder says itself what it is, whether --v2 is given or not.
+        base = replace(options.model, v2=model.architecture is SD2)
         trained_for = TrainedFor(
             architecture=family.modelspec_architecture(base),
             prediction_type="v_prediction" if options.model.v_parameterization else "epsilon",
@@ -50,25 +52,28 @@ class Results:
             clip_skip=options.model.clip_skip,
         )
         metadata = modelspec_metadata(options.metadata, trained_for, options.save.output_name)
-        return cls(options, family, model, word, data.seed, metadata)
+        return cls(Path(options.save.output_dir), options, family, model, word, data.seed, metadata)
 
     def path(self, name: str) -> Path:
         """Where the file ``name`` is or will be."""
-        return Path(self.options.save.output_dir) / name
+        return self.folder / name
 
-    def write(self, name: str, rows: Sequence[Tensor], step: int, epoch: int) -> None:
-        """Write rows [N, D], one tensor per text encoder, as they are after ``step`` steps in ``epoch`` (from 1)."""
+    def write(self, name: str, rows: Sequence[Tensor], step: int, epoch: int, choice: OptimizerChoice) -> None:
+        """Write rows [N, D], one tensor per text encoder, as they are after ``step`` steps in ``epoch`` (from 1).
+
+        ``choice`` is the optimizer that trained them.
+        """
         record = TrainingRecord(
             token=self.word.placeholder.text,
             num_vectors=self.word.placeholder.count,
             steps=step,
             epoch=epoch,
-            init_word=self.options.token.init_word,
+            init_word=None if self.options.token.weights else self.options.token.init_word,
             base_model=self.model.name,
             base_model_hash=self.model.hash(),
             seed=self.seed,
-            learning_rate=self.options.optimizer.learning_rate,
-            optimizer=self.options.optimizer.optimizer_type or None,
+            learning_rate=choice.rates_text,
+            optimizer=choice.description,
         )
         write_embedding(
             self.path(name),
@@ -93,4 +98,4 @@ class Results:
         if warning := movement_warning(moved, learning_rate, steps):
             logger.warning(warning)
         keys, count = self.family.embedding_keys, self.word.placeholder.count
-        print(usage_card(path, self.word.placeholder.text, keys, count, self.family.title))
+        print(usage_card(path, self.word.placeholder.text, keys, count, self.model.architecture.title))

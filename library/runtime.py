@@ -166,8 +166,3 @@ def compile_modules(options: RuntimeOptions, modules: list[torch.nn.Module]) -> 
     logger.info("Compiling the U-Net and the text encoders (%s); the first steps take longer.", options.dynamo_backend)
     for module in modules:
         module.compile(backend=options.dynamo_backend)
-
-
-def free_memory() -> None:
-    """Return unused cached device memory to the device."""
-    accelerate.utils.release_memory()

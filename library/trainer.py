@@ -2,9 +2,11 @@
 
 import logging
 import math
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -84,10 +86,10 @@ class Trainer:
         self.cache_prompts()
         try:
             self.fit()
+            return self.finish()
         except (KeyboardInterrupt, UserError):
             self.rescue()
             raise
-        return self.finish()
 
     # ---- build steps
 
@@ -370,16 +372,23 @@ class Trainer:
         """Write the embedding file ``name`` and return the rows in it; all processes take part, one writes."""
         with self.averaged_rows() as rows:
             if self.accelerator.is_main_process:
-                self.results.write(name, rows, self.step, self.epoch)
+                self.results.write(name, rows, self.step, self.epoch, self.choice)
         return rows
 
     def rescue(self) -> None:
-        """Keep what an interrupted run has learned so far, under the name of its step."""
+        """Keep what an interrupted run has learned so far, under the name of its step.
+
+        Where the output folder takes no more (a full disk), the few kilobytes go to the system's temporary folder.
+        """
         name = self.saves.names.file(self.saves.names.step(self.step))
         finite = all(torch.isfinite(rows).all() for rows in self.rows.rows)
         if self.step == 0 or not self.gradient_checked or not finite:
             return
-        self.save(name)
+        try:
+            self.save(name)
+        except UserError:
+            self.results = replace(self.results, folder=Path(tempfile.gettempdir()))
+            self.save(name)
         logger.warning("The vectors of step %d are kept in %s.", self.step, self.results.path(name))
 
     def finish(self) -> Path:

@@ -107,6 +107,12 @@ def test_the_card_says_which_word_works_where_when_file_and_token_differ():
     assert "1 vector, 1 of" in card
 
 
+def test_the_card_proposes_no_name_that_a_file_cannot_have():
+    card = usage_card("out/my-tok.safetensors", "<my-tok>", SINGLE, 1, "Stable Diffusion 1.x")
+    assert "the word is my-tok, not <my-tok>" in card
+    assert "rename" not in card
+
+
 @pytest.mark.parametrize(("stem", "noted"), [("my-char.v2", False), ("mychar_(x)", True), ("猫", True)])
 def test_the_card_notes_a_name_that_invokeai_cannot_read(stem, noted):
     card = usage_card(f"out/{stem}.safetensors", stem, SINGLE, 1, "Stable Diffusion 1.x")

@@ -1,0 +1,84 @@
+"""What a run leaves behind, through the real scripts: the record in the file, the closing words, a full disk."""
+
+import os
+import tempfile
+
+import pytest
+from runs import TOKEN, arguments, run, write_dataset
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("data"))
+
+
+def metadata(folder) -> dict[str, str]:
+    with safe_open(folder / f"{TOKEN}.safetensors", "pt") as file:
+        return file.metadata()
+
+
+def without(argv: list[str], *options: str) -> list[str]:
+    return [argument for argument in argv if not argument.startswith(options)]
+
+
+def test_the_record_names_the_optimizer_and_the_rate_that_were_used(dataset, tmp_path, tiny_sd1):
+    argv = without(arguments("sd1", tiny_sd1, dataset, tmp_path), "--learning_rate")
+    assert run("sd1", [*argv, "--use_8bit_adam", "--optimizer_args", "weight_decay=0.1"]) == 0
+    record = metadata(tmp_path)
+    assert record["ti.optimizer"] == "bitsandbytes.optim.adamw.AdamW8bit(weight_decay=0.1)"
+    assert record["ti.learning_rate"] == "0.0005"
+    assert record["ti.init_word"] == "girl"
+
+
+def test_the_record_names_no_word_and_no_rate_that_were_not_used(dataset, tmp_path, tiny_sd1):
+    argv = arguments("sd1", tiny_sd1, dataset, tmp_path, "--learning_rate=1e-2:1,5e-3")
+    assert run("sd1", argv) == 0
+    assert metadata(tmp_path)["ti.learning_rate"] == "0.01:1,0.005"
+    argv = [*without(argv, "--learning_rate"), f"--weights={tmp_path / TOKEN}.safetensors"]
+    argv.append("--optimizer_type=Adafactor")
+    assert run("sd1", argv) == 0
+    record = metadata(tmp_path)
+    assert not {"ti.learning_rate", "ti.init_word"} & record.keys()
+    assert record["ti.optimizer"] == "transformers.optimization.Adafactor(relative_step=True)"
+
+
+@pytest.mark.parametrize(
+    ("family", "flags", "base", "architecture"),
+    [
+        ("sd1", ["--v2"], "Stable Diffusion 1.x", "stable-diffusion-v1"),
+        ("sd2", [], "Stable Diffusion 2.x", "stable-diffusion-v2-512"),
+        ("sdxl", [], "Stable Diffusion XL", "stable-diffusion-xl-v1-base"),
+    ],
+)
+def test_a_folder_says_itself_which_base_it_is(family, flags, base, architecture, dataset, tmp_path, request, capsys):
+    argv = without(arguments(family, request.getfixturevalue(f"tiny_{family}"), dataset, tmp_path), "--v2", "--v_param")
+    assert run(family, [*argv, *flags]) == 0
+    assert f".safetensors ({base}; 1 vector, 1 of a prompt's 75 tokens)" in capsys.readouterr().out
+    assert metadata(tmp_path)["modelspec.architecture"] == f"{architecture}/textual-inversion"
+
+
+def test_a_full_disk_costs_no_training(dataset, tmp_path, tiny_sd1, monkeypatch, capsys):
+    """Neither the result nor the rescued vectors fit into the output folder."""
+    argv = arguments("sd1", tiny_sd1, dataset, tmp_path / "out")
+    assert run("sd1", argv) == 0
+    wanted = load_file(tmp_path / "out" / f"{TOKEN}.safetensors")["emb_params"]
+    (tmp_path / "out" / f"{TOKEN}.safetensors").unlink()
+    writes, sync = [], os.fsync
+
+    def full(descriptor):
+        writes.append(descriptor)
+        if len(writes) <= 2:
+            raise OSError(28, "No space left on device")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    assert run("sd1", argv) == 1
+    said = capsys.readouterr().err
+    kept = tmp_path / "temporary" / f"{TOKEN}-step00000002.safetensors"
+    assert f"{TOKEN}.safetensors cannot be written: No space left on device" in said
+    assert f"The vectors of step 2 are kept in {kept}" in said
+    assert (load_file(kept)["emb_params"] == wanted).all()
+    assert not list((tmp_path / "out").iterdir())
