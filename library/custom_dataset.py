@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from library.batch_order import BatchRef, BatchSampler, EpochOrder
+from library.batch_order import BatchRef, EpochOrder
 from library.batches import Batch, collate
-from library.dataset import BatchLoader, sample_seeds
+from library.dataset import BatchedData, sample_seeds
 from library.errors import UserError
 from library.latents import LatentCache, LatentEntry
 from library.named_classes import load_class
@@ -29,7 +29,7 @@ from library.tokens import PromptTokenizer
 _PIXELS_PER_LATENT = 8
 
 
-class CustomData:
+class CustomData(BatchedData):
     """Has what ``TrainingData`` has, and takes the batches from the user's object."""
 
     has_validation = False
@@ -71,7 +71,7 @@ class CustomData:
 
     def check(self) -> Report:
         """Make the first batch and look at it. Raises UserError if it is not as it must be."""
-        batch = CustomSource(self, 0)[BatchRef((0,), 1, 0, 0, 1.0)]
+        batch = CustomSource(self)[BatchRef((0,), 1, 0, 0, 1.0)]
         report = Report([f"Training data: {len(self.dataset)} batches of {self.name}."])
         if not batch.has_token.any():
             report.warnings.append(
@@ -79,10 +79,6 @@ class CustomData:
                 f"teaches it nothing. Ids of the word start at {self.prompts.first_new_id()}."
             )
         return report
-
-    def num_batches(self, num_processes: int = 1) -> int:
-        """Batches of each process in an epoch."""
-        return -(-self.order.num_batches // num_processes)
 
     def latent_entries(self) -> list[LatentEntry]:
         """Nothing can be cached: only the user's class knows its pictures."""
@@ -94,30 +90,16 @@ class CustomData:
 
     def use_cache(self, cache: LatentCache) -> None:
         """Refuse a latent cache where the batches bring pixels."""
-        if CustomSource(self, 0)[BatchRef((0,), 1, 0, 0, 1.0)].latents is None:
+        if CustomSource(self)[BatchRef((0,), 1, 0, 0, 1.0)].latents is None:
             raise UserError(
                 f"--cache_latents cannot cache the pictures of --dataset_class {self.name}. Leave it out, or let the "
                 'class give "latents".'
             )
 
-    def loader(
-        self,
-        *,
-        process_index: int = 0,
-        num_processes: int = 1,
-        accumulation: int = 1,
-        max_steps: int = 0,
-        workers: int = 0,
-        persistent: bool = False,
-        pin_memory: bool = False,
-    ) -> BatchLoader:
-        """The batches of one process, in another order every epoch."""
-        sampler = BatchSampler(
-            self.order, process_index=process_index, num_processes=num_processes, accumulation=accumulation
-        )
+    def source(self, max_steps: int) -> "CustomSource":
+        """Turns the user's dictionaries into batches."""
         _tell(self.dataset, "set_max_train_steps", max_steps)
-        source = CustomSource(self, max_steps)
-        return BatchLoader(source, sampler, workers=workers, persistent=persistent, pin_memory=pin_memory)
+        return CustomSource(self)
 
 
 def _tell(dataset: Any, method: str, *values) -> None:
@@ -129,9 +111,8 @@ def _tell(dataset: Any, method: str, *values) -> None:
 class CustomSource(Dataset):
     """Turns the user's dictionaries into batches, in whatever process the loader runs."""
 
-    def __init__(self, data: CustomData, max_steps: int):
+    def __init__(self, data: CustomData):
         self.data = data
-        self.max_steps = max_steps
 
     def __getitem__(self, ref: BatchRef) -> Batch:
         data = self.data
@@ -139,7 +120,14 @@ class CustomSource(Dataset):
             return collate([], 0.0, len(data.prompts.tokenizers))
         _tell(data.dataset, "set_current_epoch", ref.epoch)
         _tell(data.dataset, "set_current_step", ref.step)
-        return _Reader(data, ref).batch(data.dataset[ref.indices[0]])
+        number = ref.indices[0]
+        try:
+            values = data.dataset[number]
+        except Exception as error:  # the user's class may fail in any way
+            raise UserError(
+                f"--dataset_class {data.name} fails at batch {number}: {type(error).__name__}: {error}."
+            ) from error
+        return _Reader(data, ref).batch(values)
 
 
 class _Reader:
@@ -152,15 +140,16 @@ class _Reader:
     def batch(self, values: Any) -> Batch:
         if not isinstance(values, dict):
             raise self._error(f"must give dictionaries, not {type(values).__name__}")
-        latents, images = self._floats(values, "latents", 4), self._floats(values, "images", 4)
+        latents = self._floats(values, "latents", (None, 4, None, None))
+        images = self._floats(values, "images", (None, 3, None, None))
         if latents is None and images is None:
             raise self._error('gives neither "latents" nor "images"')
         pictures = images if latents is None else latents
         count, scale = len(pictures), 1 if latents is None else _PIXELS_PER_LATENT
         height, width = (side * scale for side in pictures.shape[-2:])
-        captions = list(values.get("captions") or [""] * count)
+        captions = self._captions(values, count)
         input_ids = self._input_ids(values, captions, count)
-        weights = self._floats(values, "loss_weights", 1)
+        weights = self._floats(values, "loss_weights", (count,))
         first_ids = [self.data.prompts.first_new_id(number) for number in range(len(input_ids))]
         held = [(ids >= first).flatten(1).any(1) for ids, first in zip(input_ids, first_ids, strict=True)]
         return Batch(
@@ -170,7 +159,7 @@ class _Reader:
             has_token=torch.stack(held).any(0),
             latents=latents,
             images=None if latents is not None else images,
-            masks=self._masks(values),
+            masks=self._masks(values, count),
             loss_weights=torch.ones(count) if weights is None else weights,
             size_conditioning=self._sizes(values, count, (height, width)),
             seeds=[sample_seeds(self.data.seed, self.ref.epoch, self.ref.position << 16 | i)[2] for i in range(count)],
@@ -180,54 +169,74 @@ class _Reader:
     def _error(self, problem: str) -> UserError:
         return UserError(f"--dataset_class {self.data.name} {problem} (batch {self.ref.indices[0]}).")
 
-    def _floats(self, values: dict, key: str, dimensions: int) -> torch.Tensor | None:
-        value = values.get(key)
-        if value is None:
-            return None
+    def _tensor(self, key: str, value: Any) -> torch.Tensor:
+        """A value of numbers as a tensor; sd-scripts' datasets give lists of tensors here and there."""
         try:
-            tensor = torch.as_tensor(value, dtype=torch.float32)
+            if isinstance(value, list | tuple) and all(isinstance(item, torch.Tensor) for item in value):
+                return torch.stack(tuple(value))
+            return torch.as_tensor(value)
         except (TypeError, ValueError, RuntimeError) as error:
             raise self._error(f'gives "{key}" that cannot become a tensor: {error}') from error
-        if tensor.ndim != dimensions:
-            raise self._error(f'gives "{key}" of shape {tuple(tensor.shape)}; it must have {dimensions} dimensions')
+
+    def _floats(self, values: dict, key: str, shape: tuple[int | None, ...]) -> torch.Tensor | None:
+        """The tensor under a key, if there is one; None in ``shape`` stands for any length."""
+        if values.get(key) is None:
+            return None
+        tensor = self._tensor(key, values[key]).float()
+        fits = tensor.ndim == len(shape) and all(
+            wanted in (None, length) for wanted, length in zip(shape, tensor.shape, strict=True)
+        )
+        if not fits:
+            wanted = ", ".join("any" if length is None else str(length) for length in shape)
+            raise self._error(f'gives "{key}" of shape {list(tensor.shape)}; it must be [{wanted}]')
         return tensor
+
+    def _captions(self, values: dict, count: int) -> list[str]:
+        captions = values.get("captions")
+        if not captions:
+            return [""] * count
+        if isinstance(captions, str) or len(captions) != count or not all(isinstance(one, str) for one in captions):
+            raise self._error(f'gives "captions" that are not a list of {count} texts')
+        return list(captions)
 
     def _input_ids(self, values: dict, captions: list[str], count: int) -> list[torch.Tensor]:
         prompts, given = self.data.prompts, values.get("input_ids_list")
         if given is None:
-            if not values.get("captions") or len(captions) != count:
+            if not values.get("captions"):
                 raise self._error(f'gives neither "input_ids_list" nor {count} "captions"')
             encoded = [prompts.encode(prompts.placeholder.expand(caption)) for caption in captions]
             return [torch.stack(ids) for ids in zip(*encoded, strict=True)]
         if len(given) != len(prompts.tokenizers):
             raise self._error(f'gives "input_ids_list" of {len(given)} items; it must have {len(prompts.tokenizers)}')
-        shaped = []
-        for ids in map(torch.as_tensor, given):
-            if ids.ndim not in (2, 3) or ids.shape[0] != count or ids.shape[-1] != 77:
-                raise self._error(
-                    f'gives "input_ids_list" with shape {tuple(ids.shape)}; it must be [{count}, 77] or '
-                    f"[{count}, chunks, 77]"
-                )
-            shaped.append(ids.long().reshape(count, -1, 77))
-        return shaped
+        return [self._ids_of(number, ids, count) for number, ids in enumerate(given)]
 
-    def _masks(self, values: dict) -> torch.Tensor | None:
-        masks = self._floats(values, "conditioning_images", 4) if self.data.masked_loss else None
-        if masks is not None:
-            return (masks[:, :1] + 1) / 2
-        alpha = self._floats(values, "alpha_masks", 3)
+    def _ids_of(self, number: int, given: Any, count: int) -> torch.Tensor:
+        ids, prompts = self._tensor("input_ids_list", given), self.data.prompts
+        if ids.ndim not in (2, 3) or ids.shape[0] != count or ids.shape[-1] != 77:
+            raise self._error(
+                f'gives "input_ids_list" with shape {list(ids.shape)}; it must be [{count}, 77] or '
+                f"[{count}, chunks, 77]"
+            )
+        end = prompts.first_new_id(number) + prompts.placeholder.count
+        if ids.min() < 0 or ids.max() >= end:
+            raise self._error(
+                f'gives "input_ids_list" with ids from {ids.min()} to {ids.max()}; with the word, ids go from 0 to '
+                f"{end - 1}"
+            )
+        return ids.long().reshape(count, -1, 77)
+
+    def _masks(self, values: dict, count: int) -> torch.Tensor | None:
+        if self.data.masked_loss:
+            masks = self._floats(values, "conditioning_images", (count, None, None, None))
+            if masks is not None:
+                return (masks[:, :1] + 1) / 2
+        alpha = self._floats(values, "alpha_masks", (count, None, None))
         return None if alpha is None else alpha.unsqueeze(1)
 
     def _sizes(self, values: dict, count: int, size_hw: tuple[int, int]) -> torch.Tensor:
         """File size, crop and target size of each sample; what is not given is the whole picture."""
         whole = torch.tensor(size_hw, dtype=torch.float32).expand(count, 2)
         usual = {"original_sizes_hw": whole, "crop_top_lefts": torch.zeros(count, 2), "target_sizes_hw": whole}
-        columns = []
-        for key, default in usual.items():
-            given = values.get(key)
-            # sd-scripts gives lists of tensors here.
-            column = default if given is None else torch.stack([torch.as_tensor(pair).float() for pair in given])
-            if column.shape != (count, 2):
-                raise self._error(f'gives "{key}" of shape {tuple(column.shape)}; it must be [{count}, 2]')
-            columns.append(column)
+        given = {key: self._floats(values, key, (count, 2)) for key in usual}
+        columns = [usual[key] if given[key] is None else given[key] for key in usual]
         return torch.cat(columns, dim=1)

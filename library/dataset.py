@@ -6,6 +6,7 @@ with any number of loader workers and processes.
 
 import os
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -182,7 +183,38 @@ def _as_it_is(batch: Batch | UserError) -> Batch | UserError:
     return batch
 
 
-class TrainingData:
+class BatchedData(ABC):
+    """What a training asks of its data, wherever the batches come from."""
+
+    order: EpochOrder
+
+    @abstractmethod
+    def source(self, max_steps: int) -> Dataset:
+        """What makes a :class:`Batch` of each :class:`BatchRef`; ``max_steps`` are those of the whole run."""
+
+    def loader(
+        self,
+        *,
+        process_index: int = 0,
+        num_processes: int = 1,
+        accumulation: int = 1,
+        max_steps: int = 0,
+        workers: int = 0,
+        persistent: bool = False,
+        pin_memory: bool = False,
+    ) -> BatchLoader:
+        """The batches of one process, in another order every epoch.
+
+        ``max_steps`` (of the whole run) scales a token warm-up given as a share.
+        """
+        sampler = BatchSampler(
+            self.order, process_index=process_index, num_processes=num_processes, accumulation=accumulation
+        )
+        source = self.source(max_steps)
+        return BatchLoader(source, sampler, workers=workers, persistent=persistent, pin_memory=pin_memory)
+
+
+class TrainingData(BatchedData):
     """Everything a training reads from picture folders, found and checked without any model."""
 
     def __init__(
@@ -216,10 +248,6 @@ class TrainingData:
         """Look through captions, sizes and files; see ``preflight.check``. Raises UserError for a pointless run."""
         return check(self.table, self.prompts, validation=self.validation_table, templates=self.templates)
 
-    def num_batches(self, num_processes: int = 1) -> int:
-        """Batches of each process in an epoch."""
-        return -(-self.order.num_batches // num_processes)
-
     def latent_entries(self) -> list[LatentEntry]:
         """What the latent cache must hold: every picture once per way it is framed, validation included."""
         tables = [self.table] if self.validation_table is None else [self.table, self.validation_table]
@@ -250,24 +278,6 @@ class TrainingData:
         rng = random.Random(0)
         return process_caption(caption, rules, self.prompts.placeholder, rng, templates=self.templates)
 
-    def loader(
-        self,
-        *,
-        process_index: int = 0,
-        num_processes: int = 1,
-        accumulation: int = 1,
-        max_steps: int = 0,
-        workers: int = 0,
-        persistent: bool = False,
-        pin_memory: bool = False,
-    ) -> BatchLoader:
-        """The batches of one process. ``max_steps`` (of the whole run) scales a token warm-up given as a share."""
-        sampler = BatchSampler(
-            self.order, process_index=process_index, num_processes=num_processes, accumulation=accumulation
-        )
-        source = self._source(self.table, max_steps)
-        return BatchLoader(source, sampler, workers=workers, persistent=persistent, pin_memory=pin_memory)
-
     def validation_loader(self, *, process_index: int = 0, num_processes: int = 1, workers: int = 0) -> BatchLoader:
         """The held-out pictures, the same in every pass: order, framing, captions and noise seeds.
 
@@ -284,8 +294,11 @@ class TrainingData:
             shuffle=False,
         )
         sampler.set_epoch(0, 0)
-        source = self._source(table, 0)
-        return BatchLoader(source, sampler, workers=workers, persistent=False, pin_memory=False)
+        return BatchLoader(self._source(table, 0), sampler, workers=workers, persistent=False, pin_memory=False)
+
+    def source(self, max_steps: int) -> SampleSource:
+        """Draws the pictures to train on."""
+        return self._source(self.table, max_steps)
 
     def _source(self, table: ImageTable, max_steps: int) -> SampleSource:
         return SampleSource(

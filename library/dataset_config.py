@@ -6,7 +6,7 @@ the disk but the file itself and the sub-folders of ``--train_data_dir`` and ``-
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -112,7 +112,10 @@ def load_dataset_configs(options: DatasetOptions, *, bucket_step: int) -> tuple[
 
 
 def check_caching(datasets: Iterable[DatasetConfig], *, caching: bool) -> None:
-    """Refuse colour changes and random crops where latents are cached; raises UserError naming the subset."""
+    """Refuse colour changes and random crops where latents are cached; raises UserError naming the subset.
+
+    sd-scripts refuses these two and passes over face crops, which are told here.
+    """
     if not caching:
         return
     for subset in (subset for dataset in datasets for subset in dataset.subsets):
@@ -122,6 +125,8 @@ def check_caching(datasets: Iterable[DatasetConfig], *, caching: bool) -> None:
                 f"{subset.place}: {' and '.join(refused)} cannot vary a picture whose latents are cached, that is made "
                 "once. Switch off either this or --cache_latents (and --cache_latents_to_disk). flip_aug works."
             )
+        if subset.face_crop_aug_range:
+            logger.info("%s: face_crop_aug_range does nothing with --cache_latents.", subset.place)
 
 
 def _dataset(table: Table, source: Source, options: DatasetOptions, bucket_step: int) -> DatasetConfig:
@@ -280,11 +285,31 @@ def _check_masks(datasets: tuple[DatasetConfig, ...], options: DatasetOptions) -
 
 
 def _tell_idle_keys(datasets: tuple[DatasetConfig, ...]) -> None:
+    """Say once of each key that is given and changes nothing where it was first met."""
+    told = set()
     for dataset in datasets:
-        if dataset.network_multiplier != 1.0:
-            logger.warning("%s: network_multiplier does nothing here, there is no network to weaken.", dataset.place)
-        for subset in dataset.subsets:
-            if subset.custom_attributes:
-                logger.warning(
-                    "%s: custom_attributes do nothing here, no part of the training reads them.", subset.place
-                )
+        for place, sentence in _idle_keys(dataset):
+            if sentence not in told:
+                logger.info("%s: %s", place, sentence)
+                told.add(sentence)
+
+
+def _idle_keys(dataset: DatasetConfig) -> Iterator[tuple[str, str]]:
+    if dataset.network_multiplier != 1.0:
+        yield dataset.place, "network_multiplier does nothing here, there is no network to weaken."
+    if dataset.buckets.no_upscale and not dataset.buckets.enabled:
+        yield dataset.place, "bucket_no_upscale does nothing without enable_bucket."
+    usual = CaptionRules()
+    for subset in dataset.subsets:
+        rules = subset.captions
+        if subset.custom_attributes:
+            yield subset.place, "custom_attributes do nothing here, no part of the training reads them."
+        if subset.face_crop_aug_range and dataset.buckets.enabled:
+            yield subset.place, "face_crop_aug_range does nothing with enable_bucket."
+        if rules.warmup_min != usual.warmup_min and not rules.warmup_step:
+            yield subset.place, "token_warmup_min does nothing without token_warmup_step."
+        if rules.shuffle or rules.warmup_step or rules.tag_dropout_rate:
+            continue
+        for key in ("keep_tokens", "keep_tokens_separator"):
+            if getattr(rules, key) != getattr(usual, key):
+                yield subset.place, f"{key} does nothing while captions are not shuffled, warmed up or thinned out."

@@ -21,6 +21,8 @@ KIND_NAMES = {
 }
 FILE, GENERAL, DATASET, SUBSET = "the file", "[general]", "[[datasets]]", "[[datasets.subsets]]"
 
+# Of a size to train at: nobody can mean more, and a slip of the finger should not fill the memory.
+_LONGEST_SIDE = 16384
 INTERPOLATIONS = (*data_options.INTERPOLATIONS, "box")
 
 
@@ -60,7 +62,7 @@ def _is_pair(value: Any, test: Callable[[Any], bool]) -> bool:
 
 def _is_size(value: Any) -> bool:
     sides = value if _is_pair(value, _is_whole) else [value]
-    return all(_is_whole(side) and side >= 8 for side in sides)
+    return all(_is_whole(side) and 8 <= side <= _LONGEST_SIDE for side in sides)
 
 
 _FLAG = Key("true or false", lambda value: isinstance(value, bool))
@@ -71,7 +73,7 @@ _PATH = Key(
     "a path in quotes (a Windows path in single quotes, or with /)",
     lambda value: isinstance(value, str) and value.strip() != "" and min(value) >= " ",
 )
-_SIZE = Key("a whole number of 8 or more, or two of them: [width, height]", _is_size)
+_SIZE = Key(f"a whole number from 8 to {_LONGEST_SIDE}, or two of them: [width, height]", _is_size)
 _SPLIT = Key("a number with a decimal point from 0.0 to below 1.0", lambda value: _is_decimal(value) and 0 <= value < 1)
 _MULTIPLIER = Key("a number with a decimal point", _is_decimal)
 _RANGE = Key(

@@ -30,9 +30,12 @@ class _Drawn:
     sample: Sample
 
 
-def show_dataset(data: TrainingData, output_dir: str | None = None) -> Path | None:
-    """Print buckets and samples; write the contact sheet into ``output_dir``, if given, and return its path."""
-    source = SampleSource(data.table, data.prompts, templates=data.templates, seed=data.seed)
+def show_dataset(data: TrainingData, output_dir: str | None = None, max_steps: int = 0) -> Path | None:
+    """Print buckets and samples; write the contact sheet into ``output_dir``, if given, and return its path.
+
+    ``max_steps`` are those of the run, for a token warm-up that is a share of them.
+    """
+    source = data.source(max_steps)
     print(bucket_table(data.table))
     drawn = list(_first_draws(data, source))
     total = len(data.table)
@@ -68,7 +71,8 @@ def _first_draws(data: TrainingData, source: SampleSource) -> Iterator[_Drawn]:
         for offset, index in enumerate(ref.indices):
             if len(seen) < _SHOWN and index not in seen:
                 seen.add(index)
-                yield _Drawn(index, source.sample(index, CaptionMoment(ref.step, 0, ref.epoch), ref.position + offset))
+                moment = CaptionMoment(ref.step, source.max_steps, ref.epoch)
+                yield _Drawn(index, source.sample(index, moment, ref.position + offset))
 
 
 def bucket_table(table: ImageTable) -> str:
@@ -126,7 +130,7 @@ def contact_sheet(samples: list[Sample]) -> Image.Image:
     """The pictures side by side as the model sees them, what a mask hides darkened, with the start of each caption."""
     columns = min(_COLUMNS, max(1, len(samples)))
     rows = -(-len(samples) // columns)
-    sheet = Image.new("RGB", (columns * _CELL, rows * (_CELL + _LABEL)), "white")
+    sheet = Image.new("RGB", (columns * _CELL, rows * (_CELL + _LABEL)), "lightgray")
     draw = ImageDraw.Draw(sheet)
     for number, sample in enumerate(samples):
         left, top = number % columns * _CELL, number // columns * (_CELL + _LABEL)
@@ -135,7 +139,7 @@ def contact_sheet(samples: list[Sample]) -> Image.Image:
         sheet.paste(picture, (left + (_CELL - picture.width) // 2, top + (_CELL - picture.height) // 2))
         label = f"{number + 1}. {Path(sample.key).name}"
         draw.text((left + 6, top + _CELL), _fitting(draw, label, _CELL - 12), fill="black")
-        draw.text((left + 6, top + _CELL + 13), _fitting(draw, sample.caption, _CELL - 12), fill="gray")
+        draw.text((left + 6, top + _CELL + 13), _fitting(draw, sample.caption, _CELL - 12), fill="dimgray")
     return sheet
 
 

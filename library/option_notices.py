@@ -38,10 +38,11 @@ def _given(options: Options) -> set[str]:
 def _data(options: Options, given: set[str]) -> Iterator[Rule]:
     data = options.dataset
     folders_only = data.dataset_config is None
-    yield (
-        folders_only and "bucket_no_upscale" in given and not data.enable_bucket,
-        "--bucket_no_upscale has nothing to do without --enable_bucket.",
-    )
+    for name in ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps"):
+        yield (
+            folders_only and name in given and not data.enable_bucket,
+            f"--{name} has nothing to do without --enable_bucket.",
+        )
     yield (
         folders_only and "prior_loss_weight" in given and data.reg_data_dir is None,
         "--prior_loss_weight has nothing to do without regularisation pictures (--reg_data_dir).",

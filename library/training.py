@@ -6,6 +6,7 @@ from pathlib import Path
 from library import runtime
 from library.base_model import BaseModel
 from library.captions import OBJECT_TEMPLATES, STYLE_TEMPLATES
+from library.checkpoints import RunPlan
 from library.custom_dataset import CustomData
 from library.dataset import TrainingData
 from library.dataset_config import check_caching, load_dataset_configs
@@ -36,7 +37,8 @@ def train(options: Options, family_name: str) -> Path | None:
         if options.dataset.dataset_class:
             show_batches(data.loader(), data.prompts)
         else:
-            show_dataset(data, options.save.output_dir)
+            plan = RunPlan.create(options.training, data.order.num_batches)
+            show_dataset(data, options.save.output_dir, plan.total_steps)
         return None
     return Trainer(options, family, machine, model, word, data).run()
 

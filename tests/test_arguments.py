@@ -296,7 +296,7 @@ def test_what_only_describes_a_missing_feature_is_a_warning(run, warnings, name)
         (["--torch_compile", "--dynamo_backend=no"], "--torch_compile has nothing to do"),
         (["--dynamo_backend=eager"], "--dynamo_backend has nothing to do"),
         (["--prior_loss_weight=0.5"], "without regularisation pictures"),
-        (["--bucket_no_upscale"], "without --enable_bucket"),
+        (["--min_bucket_reso=128"], "--min_bucket_reso has nothing to do without --enable_bucket"),
         (["--use_object_template", "--use_style_template"], "--use_style_template is not used"),
         (["--vae_batch_size=4"], "without --cache_latents"),
         (["--highvram"], "--highvram has nothing to do without --cache_latents"),

@@ -73,7 +73,7 @@ def make(tmp_path, monkeypatch):
 def test_batches_in_another_order_every_epoch(make):
     data = make()
     assert data.dataset.arguments == (None, 75, "64,48", False)
-    assert (data.num_batches(), data.num_batches(2), data.resolution) == (5, 3, (64, 48))
+    assert (data.order.num_batches, data.resolution) == (5, (64, 48))
     loader = data.loader()
     orders = []
     for epoch in (1, 2):
@@ -178,12 +178,20 @@ def test_a_class_that_cannot_be_used_is_an_error(make, name, phrases):
     ("values", "phrases"),
     [
         ({"latents": None}, ["latents", "images"]),
-        ({"latents": [1.0]}, ['"latents"', "(1,)", "4"]),
+        ({"latents": [1.0]}, ['"latents"', "[1]", "[any, 4, any, any]"]),
+        ({"latents": None, "images": [[[[0.0]]]]}, ['"images"', "[1, 1, 1, 1]", "[any, 3, any, any]"]),
+        ({"loss_weights": [1.0] * 3}, ['"loss_weights"', "[3]", "[2]"]),
+        ({"captions": "mychar"}, ['"captions"', "2 texts"]),
+        ({"captions": [1, "mychar"]}, ['"captions"', "2 texts"]),
+        ({"input_ids_list": ["x"]}, ['"input_ids_list"', "tensor"]),
+        ({"input_ids_list": [[[60000] * 77] * 2]}, ['"input_ids_list"', "60000", "49408"]),
+        ({"alpha_masks": [[[1.0]]]}, ['"alpha_masks"', "[1, 1, 1]", "[2, any, any]"]),
+        ({"crop_top_lefts": 5}, ['"crop_top_lefts"', "[]", "[2, 2]"]),
         ({"latents": "x"}, ['"latents"', "tensor"]),
         ({"input_ids_list": None}, ['"input_ids_list"', '2 "captions"']),
         ({"input_ids_list": None, "captions": ["x"]}, ['"captions"']),
         ({"input_ids_list": []}, ['"input_ids_list"', "0 items", "1"]),
-        ({"input_ids_list": [[[1] * 76] * 2]}, ['"input_ids_list"', "(2, 76)", "[2, 77]"]),
+        ({"input_ids_list": [[[1] * 76] * 2]}, ['"input_ids_list"', "[2, 76]", "[2, 77]"]),
         ({"crop_top_lefts": [[1, 2]]}, ['"crop_top_lefts"', "[2, 2]"]),
     ],
 )
@@ -191,6 +199,13 @@ def test_a_batch_that_cannot_be_used_is_an_error(make, values, phrases):
     with pytest.raises(UserError) as error:
         make(**values).check()
     assert all(phrase in str(error.value) for phrase in ["--dataset_class my_data.Mine", *phrases]), error.value
+
+
+def test_a_batch_that_cannot_be_made_is_named(make, monkeypatch):
+    data = make()
+    monkeypatch.setattr(type(data.dataset), "__getitem__", lambda *_: 1 / 0)
+    with pytest.raises(UserError, match=r"my_data\.Mine fails at batch 0: ZeroDivisionError"):
+        data.check()
 
 
 def test_a_batch_must_be_a_dictionary(make, monkeypatch):

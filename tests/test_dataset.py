@@ -137,7 +137,7 @@ def test_any_number_of_processes_draws_the_same_samples(varied):
     seen = {}
     for processes in (1, 2, 3):
         loaders = [varied.loader(process_index=i, num_processes=processes) for i in range(processes)]
-        assert {len(loader) for loader in loaders} == {varied.num_batches(processes)}
+        assert {len(loader) for loader in loaders} == {-(-varied.order.num_batches // processes)}
         batches = [batch for round_of in zip(*loaders, strict=True) for batch in round_of if len(batch)]
         seen[processes] = [(batch.keys, batch.captions, batch.seeds, batch.images.sum().item()) for batch in batches]
     assert seen[1] == seen[2] == seen[3]
@@ -184,11 +184,11 @@ def test_more_workers_than_batches_or_cores_are_not_started(varied, monkeypatch)
     monkeypatch.setattr(dataset, "usable_cores", lambda: 300)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch counts the cores as well
-        assert varied.loader(workers=800)._loader.num_workers == varied.num_batches()
+        assert varied.loader(workers=800)._loader.num_workers == varied.order.num_batches
 
 
 def test_persistent_workers_without_workers_are_no_error(varied):
-    assert len(list(varied.loader(workers=0, persistent=True))) == varied.num_batches()
+    assert len(list(varied.loader(workers=0, persistent=True))) == varied.order.num_batches
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -1,3 +1,4 @@
+import logging
 import re
 from pathlib import Path
 
@@ -328,10 +329,37 @@ def test_masks_without_masked_loss_are_idle(tmp_path, caplog):
 # Keys without effect, and caching
 
 
-@pytest.mark.parametrize("line", ["network_multiplier = 0.5", "custom_attributes = {a = 1}"])
-def test_idle_keys_are_told(tmp_path, caplog, line):
-    load(tmp_path, MINIMAL.replace("resolution", f"{line}\nresolution"))
-    assert line.split(" ")[0] in caplog.text
+IDLE = {
+    "network_multiplier = 0.5": None,
+    "custom_attributes = {a = 1}": None,
+    "bucket_no_upscale = true": "enable_bucket = true",
+    "token_warmup_min = 3": "token_warmup_step = 10",
+    "keep_tokens = 1": "shuffle_caption = true",
+    'keep_tokens_separator = "|||"': "caption_tag_dropout_rate = 0.1",
+}
+
+
+@pytest.mark.parametrize(("line", "use"), IDLE.items())
+def test_idle_keys_are_told_once(tmp_path, caplog, line, use):
+    caplog.set_level(logging.INFO)
+    load(tmp_path, f"[general]\n{line}\n{TWO}")
+    assert [line.split(" ")[0] in message for message in caplog.messages] == [True]
+    caplog.clear()
+    if use:
+        load(tmp_path, f"[general]\n{line}\n{use}\n{TWO}")
+        assert caplog.messages == []
+
+
+def test_face_crops_without_effect_are_told(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    ranged = "[general]\nface_crop_aug_range = [1.0, 2.0]\n"
+    datasets = load(tmp_path, ranged + MINIMAL)
+    check_caching(datasets, caching=False)
+    assert caplog.messages == []
+    check_caching(datasets, caching=True)
+    load(tmp_path, f"{ranged}enable_bucket = true\n{MINIMAL}")
+    assert ["--cache_latents" in message for message in caplog.messages] == [True, False]
+    assert all("face_crop_aug_range does nothing" in message for message in caplog.messages)
 
 
 @pytest.mark.parametrize("line", ["color_aug = true", "random_crop = true"])

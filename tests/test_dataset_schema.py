@@ -104,7 +104,8 @@ MALFORMED = {
     "null": ({"datasets": [{"batch_size": None, "subsets": [{"image_dir": "d"}]}]}, [FIRST, "null", "a whole number"]),
     # Ranges
     "batch_size 0": (in_dataset("batch_size = 0"), [FIRST, "it is 0", "1 or more"]),
-    "resolution 0": (in_general("resolution = 0"), ["[general]", "it is 0", "8 or more"]),
+    "resolution 0": (in_general("resolution = 0"), ["[general]", "it is 0", "from 8 to 16384"]),
+    "resolution of a slip": (in_general("resolution = [512, 51200]"), ["[general]", "[512, 51200]", "from 8 to 16384"]),
     "negative keep_tokens": (in_subset("keep_tokens = -1"), [FIRST_SUBSET, "-1", "0 or more"]),
     "negative dropout": (in_subset("caption_dropout_rate = -0.1"), [FIRST_SUBSET, "-0.1", "from 0 to 1"]),
     "dropout above 1": (in_general("caption_tag_dropout_rate = 1.5"), ["[general]", "1.5", "from 0 to 1"]),
