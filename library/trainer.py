@@ -5,7 +5,7 @@ import math
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -248,11 +248,10 @@ class Trainer:
         """One update of the rows from the batches of one accumulation group; returns the group's mean loss."""
         loss = torch.zeros((), device=self.device)
         taught = False
-        for number, batch in enumerate(batches, start=1):
-            last = number == len(batches)
-            with nullcontext() if last else self.accelerator.no_sync(self.prompt_encoder.rows):
-                part = self.batch_loss(batch) * batch.weight
-                self.accelerator.backward(part)
+        for batch in batches:
+            # Processes add up their gradients after every batch: a few kilobytes, and --ddp_static_graph cannot wait.
+            part = self.batch_loss(batch) * batch.weight
+            self.accelerator.backward(part)
             loss += part.detach()
             taught = taught or bool(batch.has_token.any())
         loss, taught = self.agree(loss, taught)

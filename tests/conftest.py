@@ -1,5 +1,6 @@
 """Fixtures for every test: tiny models of each family, and a clean process between tests."""
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -29,12 +30,17 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True)
 def _clean_process():
-    """Undo what a training run leaves behind: accelerate's shared state and torch's number of threads.
+    """Undo what a run leaves behind: accelerate's shared state, torch's number of threads, handlers of log records.
 
     Neither library is imported for its sake, so tests of plain Python stay fast.
     """
     threads = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None
     yield
+    logger = logging.getLogger("library")
+    for handler in logger.handlers[:]:  # pytest closes the stream that they write to
+        logger.removeHandler(handler)
+        handler.close()
+    logger.setLevel(logging.NOTSET)
     if "accelerate.state" in sys.modules:
         state = sys.modules["accelerate.state"]
         state.AcceleratorState._reset_state(True)

@@ -37,12 +37,25 @@ def test_two_processes_equal_one_with_accumulation(family, dataset, tmp_path, re
     assert run(family, alone) == 0
     argv = arguments(family, model, dataset, tmp_path / "two", *more)
     # accelerate's own launcher starts several CPU processes through MPI only; torch's does it everywhere.
-    done = start("torch.distributed.run", "--nproc_per_node=2", SCRIPTS[family].__file__, *argv)
+    done = start("torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPTS[family].__file__, *argv)
     assert done.returncode == 0, done.stderr
     one, two = (load_file(tmp_path / name / f"{TOKEN}.safetensors") for name in ("one", "two"))
     assert done.stdout.count("The embedding is in") == 1
     for key, rows in one.items():
         assert torch.allclose(rows, two[key], atol=1e-6)
+
+
+def test_two_processes_with_accumulation_and_every_ddp_option(dataset, tmp_path, tiny_sd1):
+    more = ["--max_train_steps=2", "--optimizer_type=SGD", "--learning_rate=1"]
+    assert (
+        run("sd1", arguments("sd1", tiny_sd1, dataset, tmp_path / "one", *more, "--gradient_accumulation_steps=4")) == 0
+    )
+    argv = arguments("sd1", tiny_sd1, dataset, tmp_path / "two", *more, "--gradient_accumulation_steps=2")
+    argv += ["--ddp_static_graph", "--ddp_gradient_as_bucket_view", "--ddp_timeout=5"]
+    done = start("torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPTS["sd1"].__file__, *argv)
+    assert done.returncode == 0, done.stderr
+    one, two = (load_file(tmp_path / name / f"{TOKEN}.safetensors")["emb_params"] for name in ("one", "two"))
+    assert torch.allclose(one, two, atol=1e-6)
 
 
 def test_a_mistake_through_the_launcher_is_a_sentence(dataset, tmp_path, tiny_sd1):
@@ -74,7 +87,7 @@ def test_two_processes_agree_on_a_seed(dataset, tmp_path, tiny_sd1):
         "    return original(self)\n"
         "Trainer.finish = finish; sys.exit(train_textual_inversion.main())\n"
     )
-    done = start("torch.distributed.run", "--nproc_per_node=2", script, *argv)
+    done = start("torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *argv)
     assert done.returncode == 0, done.stderr
     first, second = (torch.load(tmp_path / f"rows{rank}")[0] for rank in (0, 1))
     assert torch.equal(first, second)
