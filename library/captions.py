@@ -226,14 +226,14 @@ def _arrange_tags(
     text: str, rules: CaptionRules, placeholder: Placeholder, rng: random.Random, moment: CaptionMoment
 ) -> str:
     """Warm up, shuffle and drop tags; without any of the three the text stays as it is, spaces included."""
-    warmup = _warmup_steps(rules, moment)
-    if not (rules.shuffle or warmup > 0 or rules.tag_dropout_rate > 0):
+    if not (rules.shuffle or rules.warmup_step > 0 or rules.tag_dropout_rate > 0):
         return text
     fixed, flexible, final = _split_tags(text, rules)
 
     def holds_word(tag: str) -> bool:
         return placeholder.found_in(_unmark(tag, placeholder))
 
+    warmup = _warmup_steps(rules, moment)
     if moment.step < warmup:
         minimum = rules.warmup_min
         count = math.floor(moment.step * (len(flexible) - minimum) / warmup) + minimum

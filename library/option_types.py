@@ -93,11 +93,12 @@ def int_or_float(value: Any) -> int | float:
     result = number(value)
     if result < 1:
         return result
-    if isinstance(value, float) or (isinstance(value, str) and not re.fullmatch(r"\s*\+?\d+\s*", value)):
+    try:
+        return int(value if isinstance(value, str) else str(value))
+    except ValueError:
         raise ArgumentTypeError(
             f"{shown(value)} is neither a whole number of steps nor a share below 1 such as 0.1 or 10%."
-        )
-    return int(value)
+        ) from None
 
 
 def resolution(value: Any) -> tuple[int, int] | None:

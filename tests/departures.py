@@ -76,8 +76,10 @@ def _dropping_could_lose_the_word(case: dict) -> bool:
     parts = subset.get("caption_tag_dropout_rate", 0) > 0 or subset.get("token_warmup_step", 0) > 0
     if "" in case["replacements"]:
         return whole
+    caption = case["caption"] if subset.get("enable_wildcard") else case["caption"].split("\n")[0]
+    caption = " ".join(filter(None, (subset.get("caption_prefix"), caption, subset.get("caption_suffix"))))
     placeholders = (_placeholder(word, names) for word, names in case["replacements"].items())
-    return (whole or parts) and any(placeholder.found_in(case["caption"]) for placeholder in placeholders)
+    return (whole or parts) and any(placeholder.found_in(caption) for placeholder in placeholders)
 
 
 def _in_config_file(case: dict) -> dict:

@@ -8,13 +8,15 @@ from library.errors import UserError
 from library.image_sets import load_image_set
 
 
-def _bytes(content: str) -> bytes:
-    """Golden contents that are no text are given in hexadecimal digits."""
+def _bytes(case: dict, name: str) -> bytes:
+    """Golden contents that are no text, which are errors or begin with a byte order mark, are given in hexadecimal."""
+    content = case["files"][name]
     try:
         data = bytes.fromhex(content)
     except ValueError:
         return content.encode()
-    return data if data and data[0] >= 0x80 else content.encode()
+    binary = data[:1] >= b"\x80" and ("error" in case or data.startswith(b"\xef\xbb\xbf"))
+    return data if binary else content.encode()
 
 
 def _our_caption(case: dict, image: str) -> str:
@@ -24,8 +26,8 @@ def _our_caption(case: dict, image: str) -> str:
     extensions = ["." + extension.lstrip(".")] if extension else [".caption", ".txt"]
     stems = [stem, "_".join(stem.split("_")[:-4])] if stem.count("_") >= 4 else [stem]
     found = [name + ext for name in stems for ext in extensions if name + ext in case["files"]]
-    text = _bytes(case["files"][found[0]]).decode("utf-8-sig") if found else ""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    text = _bytes(case, found[0]).decode("utf-8-sig") if found else ""
+    lines = [line.strip() for line in text.replace("\r", "\n").split("\n") if line.strip()]
     chosen = "\n".join(lines if subset.get("enable_wildcard") else lines[:1])
     return chosen or subset.get("class_tokens", "")
 
@@ -34,8 +36,8 @@ def _our_caption(case: dict, image: str) -> str:
 def test_golden_caption_files(case, tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
-    for name, content in case["files"].items():
-        (folder / name).write_bytes(_bytes(content))
+    for name in case["files"]:
+        (folder / name).write_bytes(_bytes(case, name))
     for name in case["images"]:
         make_picture(folder / name)
     subset = subset_of(tmp_path, {"image_dir": str(folder), **case["subset"]})

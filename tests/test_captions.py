@@ -69,7 +69,7 @@ def golden_outcomes(case, caption=None):
 
 
 def candidate_lines(case):
-    lines = [line for line in case["caption"].split("\n") if line.strip()]
+    lines = [line for line in case["caption"].split("\n") if line.strip()] or [""]
     return lines if case["subset"].get("enable_wildcard") else lines[:1]
 
 

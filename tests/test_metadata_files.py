@@ -17,6 +17,8 @@ def _our_caption(values: dict, subset: dict) -> str:
     separator, tags = subset.get("caption_separator", ","), values.get("tags", "")
     lines = [line for line in values.get("caption", "").split("\n") if line.strip()]
     tags = separator.join(tags.split("\n"))
+    if not tags:
+        return values.get("caption", "")
     if not lines:
         return tags
     return "\n".join(line + separator + tags for line in (lines if subset.get("enable_wildcard") else lines[:1]))
