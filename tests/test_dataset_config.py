@@ -69,8 +69,11 @@ def load_golden(folder, case):
 
 
 def places_of(where):
-    """What a message says of a place like ``data['datasets'][0]['subsets'][1]['key']``."""
-    steps = re.findall(r"\['(\w+)'\](?:\[(\d+)\])?", where)
+    """What a message says of a place like ``data['datasets'][0]['subsets'][1]['key']``.
+
+    An item of a list that is wrong as a whole is shown as part of the list's value.
+    """
+    steps = re.findall(r"\['(\w+)'\](?:\[(\d+)\])?", re.sub(r"\[\d+\]$", "", where))
     tables = {"datasets": "[[datasets]]", "subsets": "[[datasets.subsets]]"}
     for i, (name, number) in enumerate(steps):
         if name in tables and number:
