@@ -1,17 +1,26 @@
 """The small world that the miniature models know: coloured shapes, robots and patterns, 64 × 64 pixels, with captions.
 
 Everything is drawn here, from a ``random.Random``: the same seed gives the same pictures and captions. ``measures.py``
-reads such pictures back. numpy and Pillow only.
+reads such pictures back. It needs numpy and Pillow only.
 """
 
 import math
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+sys.path.append(str(Path(__file__).parents[2]))  # the scripts beside this file are run without being installed
+
+# The models are to know every word of Textual Inversion's templates, so these are the world's own sentences. The first
+# of each list is drawn as often as all the others together.
+from library.captions import OBJECT_TEMPLATES as OBJECT_SENTENCES
+from library.captions import STYLE_TEMPLATES as STYLE_SENTENCES
 
 SIZE = 64  # pixels along one side of a picture
 _FINE = 4  # outlines are drawn this many times larger and then averaged
@@ -33,59 +42,6 @@ PATTERN_ADJECTIVES = {"stripes": "striped", "checks": "checked", "dots": "dotted
 # Pairings that never occur while the models learn: nothing the models know names them. The concepts are made of these.
 UNSEEN_ROBOTS = frozenset({("ring", "cross"), ("moon", "star"), ("star", "moon"), ("cross", "ring")})
 UNSEEN_PATTERN_COLOURS = frozenset({frozenset({"purple", "orange"}), frozenset({"green", "yellow"})})
-
-# The sentences of Textual Inversion's object and style templates, so that the models know every word of them.
-# The first of each list is drawn as often as all the others together.
-OBJECT_SENTENCES = (
-    "a photo of a {}",
-    "a rendering of a {}",
-    "a cropped photo of the {}",
-    "the photo of a {}",
-    "a photo of a clean {}",
-    "a photo of a dirty {}",
-    "a dark photo of the {}",
-    "a photo of my {}",
-    "a photo of the cool {}",
-    "a close-up photo of a {}",
-    "a bright photo of the {}",
-    "a cropped photo of a {}",
-    "a photo of the {}",
-    "a good photo of the {}",
-    "a photo of one {}",
-    "a close-up photo of the {}",
-    "a rendition of the {}",
-    "a photo of the clean {}",
-    "a rendition of a {}",
-    "a photo of a nice {}",
-    "a good photo of a {}",
-    "a photo of the nice {}",
-    "a photo of the small {}",
-    "a photo of the weird {}",
-    "a photo of the large {}",
-    "a photo of a cool {}",
-    "a photo of a small {}",
-)
-STYLE_SENTENCES = (
-    "a painting in the style of {}",
-    "a rendering in the style of {}",
-    "a cropped painting in the style of {}",
-    "the painting in the style of {}",
-    "a clean painting in the style of {}",
-    "a dirty painting in the style of {}",
-    "a dark painting in the style of {}",
-    "a picture in the style of {}",
-    "a cool painting in the style of {}",
-    "a close-up painting in the style of {}",
-    "a bright painting in the style of {}",
-    "a cropped painting in the style of {}",
-    "a good painting in the style of {}",
-    "a close-up painting in the style of {}",
-    "a rendition in the style of {}",
-    "a nice painting in the style of {}",
-    "a small painting in the style of {}",
-    "a weird painting in the style of {}",
-    "a large painting in the style of {}",
-)
 
 
 @dataclass(frozen=True)
