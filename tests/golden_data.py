@@ -28,4 +28,5 @@ def golden_arrays(name: str):
 def golden_cases(name: str, keep=None) -> list:
     """The cases of ``<name>.json`` as pytest parameters, one per case that ``keep(case)`` accepts (all by default)."""
     cases = golden_file(name)["cases"]
-    return [pytest.param(case, id=case["id"]) for case in cases if keep is None or keep(case)]
+    numbered = [(case.get("id", f"{name}-{number}"), case) for number, case in enumerate(cases)]
+    return [pytest.param(case, id=label) for label, case in numbered if keep is None or keep(case)]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from departures import departure
-from golden_data import golden_arrays, golden_cases, golden_file
+from golden_data import golden_arrays, golden_cases
 
 from library.arguments import build_parser, read_values
 from library.diffusion import (
@@ -52,7 +52,7 @@ def close(found: torch.Tensor, expected, **tolerance) -> None:
 # Golden cases
 
 
-@pytest.mark.parametrize("case", golden_file("zero_terminal_snr")["cases"])
+@pytest.mark.parametrize("case", golden_cases("zero_terminal_snr"))
 def test_golden_zero_terminal_snr(case, schedule, zero_terminal):
     arrays = golden_arrays("zero_terminal_snr")
     close(schedule.alphas_cumprod, arrays["alphas_cumprod_original"], rtol=1e-6, atol=0)

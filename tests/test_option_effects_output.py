@@ -2,12 +2,16 @@
 
 import base64
 import re
+import tomllib
+from pathlib import Path
 
 import pytest
+import toml
 import torch
 from option_effects import Bench, shows, train
 from PIL import Image
 from runs import TOKEN, arguments, write_dataset
+from test_config_file import GUI_FILE
 
 from library.embedding_files import read_embedding
 from library.options import MetadataOptions, SaveOptions
@@ -132,62 +136,17 @@ def test_messages_about_the_options_themselves(bench, tmp_path):
 
 # ---- configuration files
 
-GUI_FILE = """
-bucket_no_upscale = true
-bucket_reso_steps = 64
-cache_latents = true
-caption_dropout_every_n_epochs = 2
-caption_extension = ".txt"
-clip_skip = 1
-dynamo_backend = "no"
-enable_bucket = true
-epoch = 1
-gradient_accumulation_steps = 1
-huber_c = 0.1
-huber_scale = 1
-huber_schedule = "snr"
-huggingface_repo_visibility = "private"
-init_word = "girl"
-learning_rate = 0.0001
-logging_dir = ""
-loss_type = "l2"
-lr_scheduler = "cosine"
-lr_scheduler_args = []
-lr_scheduler_num_cycles = 1
-lr_scheduler_power = 1
-lr_warmup_steps = 0.5
-max_bucket_reso = 2048
-max_data_loader_n_workers = 0
-max_timestep = 1000
-max_token_length = 75
-max_train_steps = 4
-min_bucket_reso = 64
-mixed_precision = "bf16"
-multires_noise_discount = 0.3
-no_token_padding = true
-noise_offset_type = "Original"
-num_vectors_per_token = 4
-optimizer_args = []
-optimizer_type = "AdamW8bit"
-output_dir = "{folder}/output"
-output_name = "last"
-persistent_data_loader_workers = 1
-pretrained_model_name_or_path = "{model}"
-prior_loss_weight = 1
-resolution = "64,64"
-sample_prompts = "{folder}/output/sample/prompt.txt"
-sample_sampler = "euler_a"
-save_every_n_epochs = 1
-save_model_as = "safetensors"
-save_precision = "fp16"
-sdpa = true
-seed = 1234
-token_string = "mychar"
-train_batch_size = 1
-train_data_dir = "{folder}/images"
-vae_batch_size = 1
-wandb_run_name = "last"
-"""
+
+def small_gui_file(folder: Path, model: Path) -> str:
+    """The GUI's file for a tiny run: its own paths, sizes and steps, without what needs a GPU or an earlier run."""
+    content = tomllib.loads(GUI_FILE)
+    for name in ("stop_text_encoder_training", "weigts", "xformers"):
+        del content[name]
+    content |= {"huber_scale": 1, "logging_dir": "", "sdpa": True}
+    content |= {"max_train_steps": 4, "lr_warmup_steps": 0.5, "mixed_precision": "bf16"}
+    content |= {"min_bucket_reso": 64, "resolution": "64,64", "pretrained_model_name_or_path": model.as_posix()}
+    places = {"output_dir": "output", "sample_prompts": "output/sample/prompt.txt", "train_data_dir": "images"}
+    return toml.dumps(content | {name: f"{folder.as_posix()}/{place}" for name, place in places.items()})
 
 
 def test_the_file_of_a_gui_runs_as_it_is(tmp_path, tiny_sd1):
@@ -196,7 +155,7 @@ def test_the_file_of_a_gui_runs_as_it_is(tmp_path, tiny_sd1):
     (tmp_path / "images").mkdir()
     (tmp_path / "drawn" / "images").rename(tmp_path / "images" / "2_mychar girl")
     file = tmp_path / "gui.toml"
-    file.write_text(GUI_FILE.replace("{folder}", tmp_path.as_posix()).replace("{model}", tiny_sd1.as_posix()))
+    file.write_text(small_gui_file(tmp_path, tiny_sd1), encoding="utf-8")
     done = train("sd1", [f"--config_file={file}"], tmp_path / "output")
     assert done.files == ["last.safetensors"]
     rows = done.tensors("last.safetensors")["emb_params"]
