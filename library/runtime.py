@@ -116,7 +116,7 @@ def check_runtime(options: RuntimeOptions) -> None:
             ) from error
         if not torch.cuda.is_available():
             raise UserError("--xformers works on NVIDIA GPUs only and none was found. Leave the option out.")
-    if options.torch_compile and options.dynamo_backend != "no":
+    if _compiles(options):
         backends = torch._dynamo.list_backends(exclude_tags=())
         if options.dynamo_backend not in backends:
             raise UserError(
@@ -141,12 +141,16 @@ def set_attention(options: RuntimeOptions, unet, vae) -> None:
                 model.enable_xformers_memory_efficient_attention()
 
 
+def _compiles(options: RuntimeOptions) -> bool:
+    return options.torch_compile and options.dynamo_backend != "no"
+
+
 def check_compiler(options: RuntimeOptions, device: torch.device) -> None:
     """Compile next to nothing: a backend may be known to PyTorch and still lack its package or a compiler.
 
     Found here, that is one sentence before any model is loaded. Raises UserError.
     """
-    if not options.torch_compile or options.dynamo_backend == "no":
+    if not _compiles(options):
         return
     try:
         torch.compile(torch.sin, backend=options.dynamo_backend)(torch.ones(2, device=device))
@@ -161,7 +165,7 @@ def check_compiler(options: RuntimeOptions, device: torch.device) -> None:
 
 def compile_modules(options: RuntimeOptions, modules: list[torch.nn.Module]) -> None:
     """Compile the modules in place with ``--torch_compile`` and its ``--dynamo_backend``."""
-    if not options.torch_compile or options.dynamo_backend == "no":
+    if not _compiles(options):
         return
     logger.info("Compiling the U-Net and the text encoders (%s); the first steps take longer.", options.dynamo_backend)
     for module in modules:

@@ -16,8 +16,7 @@ from library.placeholder import Placeholder
 
 logger = logging.getLogger(__name__)
 
-WINDOW = 77  # CLIP's positions: BOS + 75 body tokens + EOS
-BODY = 75
+BODY = 75  # of CLIP's 77 positions; the others are BOS and EOS
 
 
 class PromptTokenizer:

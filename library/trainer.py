@@ -127,7 +127,8 @@ class Trainer:
         tables = [encoder.get_input_embeddings() for encoder in text_encoders]
         starts = initial_rows(self.word, self.options.token, self.family, tables, self.data.seed)
         self.table_spread = max(table_spread(table.weight) for table in tables)
-        self.usual_norms = [typical_norm(table.weight) for table in tables]
+        if self.options.token.preserve_embedding_norm:
+            self.usual_norms = [typical_norm(table.weight) for table in tables]
         return TrainableRows(starts), [start.cpu() for start in starts]
 
     def build_optimizer(self, rows: TrainableRows) -> tuple[OptimizerChoice, LearningRateSchedule]:
