@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from library.errors import UserError
 from library.placeholder import Placeholder
+from library.prompt_weights import escape, parse_weights
 
 logger = logging.getLogger(__name__)
 
@@ -51,22 +52,42 @@ class PromptTokenizer:
         """
         return [self._windows(self.body_ids(text, i), tokenizer) for i, tokenizer in enumerate(self.tokenizers)]
 
+    def encode_weighted(self, text: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Ids of one prompt with attention syntax, and their weights; int64 and float32 [chunks, 77] per tokenizer.
+
+        The word is expanded here, so that ``(mychar:1.2)`` weighs all its vectors. BOS, EOS and padding weigh 1.
+        Without attention syntax the ids are those of :meth:`encode` for the expanded text.
+        """
+        parts = parse_weights(self._with_whole_names(text))
+        ids, weights = [], []
+        for index, tokenizer in enumerate(self.tokenizers):
+            bodies = [(self.body_ids(self.placeholder.expand(part), index), weight) for part, weight in parts]
+            ids.append(self._windows([i for body, _ in bodies for i in body], tokenizer))
+            weights.append(torch.tensor(self._chunks([weight for body, weight in bodies for _ in body], 1.0, 1.0, 1.0)))
+        return ids, weights
+
+    def _with_whole_names(self, text: str) -> str:
+        """Escape brackets that belong to the word: ``[V]`` as a word is no attention syntax."""
+        names = self.placeholder.names
+        pieces = self.placeholder.split(text)
+        return "".join(piece if isinstance(piece, str) else escape(names[piece]) for piece in pieces)
+
     def _windows(self, body: list[int], tokenizer) -> torch.Tensor:
         bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-        ids = [bos, *body[: self.capacity], eos]
-        ids += [pad] * (self.capacity + 2 - len(ids))
-        if self.capacity == BODY:
-            return torch.tensor([ids])
-        chunks = []
-        for start in range(1, self.capacity + 1, BODY):
-            chunk = [bos, *ids[start : start + BODY], ids[-1]]
-            if pad != eos:  # SD 2 and OpenCLIP pad with "!": a chunk must still end with EOS somewhere
+        chunks = self._chunks(body, bos, eos, pad)
+        if pad != eos and len(chunks) > 1:  # SD 2 and OpenCLIP pad with "!": a chunk must still end with EOS somewhere
+            for chunk in chunks:
                 if chunk[-2] not in (eos, pad):
                     chunk[-1] = eos
                 if chunk[1] == pad:
                     chunk[1] = eos
-            chunks.append(chunk)
         return torch.tensor(chunks)
+
+    def _chunks(self, body: list, first, last, fill) -> list[list]:
+        """What stands at the windows' 77 places: ``first`` and ``last`` for BOS and EOS, ``fill`` for padding."""
+        line = [first, *body[: self.capacity], last]
+        line += [fill] * (self.capacity + 2 - len(line))
+        return [[first, *line[start : start + BODY], line[-1]] for start in range(1, self.capacity + 1, BODY)]
 
     def length(self, text: str) -> int:
         """How many body tokens ``text`` needs once the word in it is expanded."""

@@ -180,6 +180,18 @@ def _schedule_crashes_in_sd_scripts_alone(case: dict) -> bool:
     return plateau or ("cosine_warmup_with_min_lr" in words and "--lr_scheduler_min_lr_ratio" in words)
 
 
+def _is_no_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return True
+    return False
+
+
+def _weight_is_no_number(case: dict) -> bool:
+    return any(_is_no_number(weight) for weight in re.findall(r":([+-]?[.\d]+)\)", case["prompt"]))
+
+
 DEPARTURES: list[Departure] = [
     Departure(
         "dataset_config",
@@ -315,6 +327,7 @@ DEPARTURES: list[Departure] = [
         "schedules that crash in sd-scripts work",
         _schedule_crashes_in_sd_scripts_alone,
     ),
+    Departure("prompt_weights", "Q22", "a weight that is no number is text", _weight_is_no_number),
 ]
 
 

@@ -61,6 +61,15 @@ def test_golden_tokenize(case, tokenizers):
         assert ids.tolist() == expected[0]
 
 
+@pytest.mark.parametrize("case", golden_cases("weighted_tokens"))
+def test_golden_weighted_tokens(case, tokenizers):
+    prompts = PromptTokenizer(tokenizers[case["model"]], Placeholder("mychar"), case["max_token_length"])
+    ids, weights = prompts.encode_weighted(case["prompt"])
+    assert [each.tolist() for each in ids] == [batch[0] for batch in case["input_ids"]]
+    for found, expected in zip(weights, case["weights"], strict=True):
+        torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("case", golden_cases("add_tokens"))
 def test_golden_add_tokens(case, tokenizers):
     placeholder = Placeholder(case["token_string"], case["num_vectors_per_token"])
@@ -78,6 +87,42 @@ def test_golden_add_tokens(case, tokenizers):
     for index, entry in enumerate(case["per_tokenizer"]):
         assert prompts.body_ids(placeholder.expanded, index) == entry["ids"]
         assert prompts.first_new_id(index) + placeholder.count == entry["len_after"]
+
+
+@pytest.mark.parametrize("max_token_length", [None, 150, 225])
+@pytest.mark.parametrize("model", ["sd1", "sd2", "sdxl"])
+def test_without_attention_syntax_weights_change_nothing(model, max_token_length, tokenizers):
+    prompts = PromptTokenizer(tokenizers[model], Placeholder("mychar", 3), max_token_length)
+    for text in ("", "a photo of MyChar, 8k: mychar2!", "word " * 74 + "! mychar " + "word! " * 80):
+        ids, weights = prompts.encode_weighted(text)
+        for found, expected in zip(ids, prompts.encode(prompts.placeholder.expand(text)), strict=True):
+            assert torch.equal(found, expected)
+        assert all(torch.equal(each, torch.ones(ids[0].shape)) for each in weights)
+
+
+def test_a_weight_is_for_all_vectors_of_the_word(tokenizers):
+    prompts = PromptTokenizer(tokenizers["sdxl"], Placeholder("mychar", 3))
+    for ids, weights in zip(*prompts.encode_weighted("cat (MyChar, [mychar1]:1.2)"), strict=True):
+        assert ids[0, 1:7].tolist() == [2368, 49408, 49409, 49410, 267, 49409]
+        assert weights.dtype == torch.float32
+        assert weights[0, :8].tolist() == pytest.approx([1, 1, 1.2, 1.2, 1.2, 1.2, 1.2 / 1.1, 1])
+
+
+def test_weights_are_cut_where_ids_are(tokenizers):
+    prompts = PromptTokenizer(tokenizers["sd2"], Placeholder("mychar"), 150)
+    (ids,), (weights,) = prompts.encode_weighted("cat " * 73 + "(dog mychar dog:2)" + " cat" * 80)
+    assert ids.shape == weights.shape == (2, 77)
+    assert weights[0].tolist() == [1] * 74 + [2, 2, 1]
+    assert weights[1].tolist() == [1, 2] + [1] * 75
+    assert (ids[0, 75], ids[1, 1]) == (49408, 1929)
+
+
+@pytest.mark.parametrize("word", ["[V]", "my(char)", "a\\b"])
+def test_brackets_of_the_word_are_no_attention_syntax(word, tokenizers):
+    prompts = PromptTokenizer(tokenizers["sd1"], Placeholder(word, 2))
+    (ids,), (weights,) = prompts.encode_weighted(f"cat ({word}:1.5) [{word}]")
+    assert ids[0, 1:6].tolist() == [2368, 49408, 49409, 49408, 49409]
+    assert weights[0, 1:7].tolist() == pytest.approx([1, 1.5, 1.5, 1 / 1.1, 1 / 1.1, 1])
 
 
 @pytest.mark.parametrize("word", ["cat", "their", "sks", "Cat", "", " x y", "a\nb"])
