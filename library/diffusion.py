@@ -19,6 +19,13 @@ from torch import Tensor
 from library.options import LossOptions, NoiseOptions
 
 NUM_TIMESTEPS = 1000
+# Stable Diffusion's schedule, as diffusers' schedulers take it.
+BETAS = {
+    "num_train_timesteps": NUM_TIMESTEPS,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+}
 
 
 @dataclass(frozen=True)
@@ -36,14 +43,7 @@ class NoiseSchedule:
 
         Source of the rescaling: "Common Diffusion Noise Schedules and Sample Steps are Flawed" (arXiv 2305.08891).
         """
-        scheduler = DDPMScheduler(
-            num_train_timesteps=NUM_TIMESTEPS,
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            clip_sample=False,
-            rescale_betas_zero_snr=zero_terminal_snr,
-        )
+        scheduler = DDPMScheduler(**BETAS, clip_sample=False, rescale_betas_zero_snr=zero_terminal_snr)
         return cls(scheduler.alphas_cumprod)
 
     def to(self, device: torch.device | str) -> "NoiseSchedule":

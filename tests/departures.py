@@ -20,6 +20,7 @@ from library.dataset_schema import DREAMBOOTH, GENERAL, known_keys
 from library.option_types import checked
 from library.options import declared_options
 from library.placeholder import Placeholder
+from library.samplers import SAMPLER_NAMES
 
 
 @dataclass(frozen=True)
@@ -326,6 +327,16 @@ DEPARTURES: list[Departure] = [
         "D7",
         "schedules that crash in sd-scripts work",
         _schedule_crashes_in_sd_scripts_alone,
+    ),
+    Departure(
+        "samplers", "D4", "an unknown sampler is an error", lambda case: case["sample_sampler"] not in SAMPLER_NAMES
+    ),
+    Departure("samplers", "D4", "latents are not clipped", lambda case: case["sample_sampler"] in ("ddim", "ddpm")),
+    Departure(
+        "samplers",
+        "D4",
+        "lms works where scipy is installed, and dpmsolver without a last step to no noise at all",
+        lambda case: case["sample_sampler"] in ("lms", "k_lms", "dpmsolver"),
     ),
     Departure("prompt_weights", "Q22", "a weight that is no number is text", _weight_is_no_number),
 ]
