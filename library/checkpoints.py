@@ -1,4 +1,4 @@
-"""When a run saves what under which name, what it removes again, and the arithmetic of steps and epochs.
+"""When a run saves what under which name, what it removes again, when it draws, and the arithmetic of steps and epochs.
 
 Pure functions and frozen objects: the trainer carries out the actions that a :class:`SaveSchedule` lists.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from library.options import SaveOptions, TrainingOptions
+from library.options import SampleOptions, SaveOptions, TrainingOptions
 
 
 @dataclass(frozen=True)
@@ -180,6 +180,33 @@ def _old_stem(
     """The stem of the checkpoint that makes room for that of ``now`` when the last ``keep`` stay (None: all)."""
     number = rule(now, every, keep)
     return name(number) if number else None
+
+
+@dataclass(frozen=True)
+class SampleSchedule:
+    """When the pictures of ``--sample_prompts`` are due: before training, after steps or at the ends of epochs."""
+
+    before_training: bool
+    every_n_steps: int | None
+    every_n_epochs: int | None
+
+    @classmethod
+    def create(cls, options: SampleOptions) -> "SampleSchedule":
+        """The schedule that the options ask for; ``--sample_every_n_epochs`` wins over the steps."""
+        every_n_steps = None if options.sample_every_n_epochs else options.sample_every_n_steps
+        return cls(options.sample_at_first, every_n_steps, options.sample_every_n_epochs)
+
+    def at_first(self) -> bool:
+        """Whether they are due before the first step."""
+        return self.before_training
+
+    def after_step(self, step: int) -> bool:
+        """Whether they are due after optimizer step ``step`` (from 1)."""
+        return bool(self.every_n_steps) and step % self.every_n_steps == 0
+
+    def after_epoch(self, epoch: int) -> bool:
+        """Whether they are due at the end of ``epoch`` (from 1)."""
+        return bool(self.every_n_epochs) and epoch % self.every_n_epochs == 0
 
 
 def remove_checkpoint(path: Path) -> bool:

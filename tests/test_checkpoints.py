@@ -1,5 +1,7 @@
 """The save schedule, the names, retention, and the arithmetic of steps and epochs."""
 
+import re
+
 import pytest
 from golden_data import golden_cases
 
@@ -8,12 +10,13 @@ from library.checkpoints import (
     Action,
     CheckpointNames,
     RunPlan,
+    SampleSchedule,
     SaveSchedule,
     epoch_to_remove,
     remove_checkpoint,
     step_to_remove,
 )
-from library.options import Options, SaveOptions, TrainingOptions
+from library.options import Options, SampleOptions, SaveOptions, TrainingOptions
 
 
 def plan(batches, *, steps=1600, epochs=None, accumulation=1, processes=1):
@@ -76,15 +79,45 @@ def test_golden_state_retention(case):
         assert sorted(name for name in there if name.endswith("-state")) == expected
 
 
-@pytest.mark.parametrize("case", golden_cases("run_schedule"))
-def test_golden_run_schedule_saves(case):
+def run_of(case) -> tuple[Options, RunPlan]:
     options = options_of([*case["argv"], "--output_name=n", "--save_model_as=pt"])
     batches = -(-case["images"] * case["num_repeats"] // case["batch_size"])
-    run = RunPlan.create(options.training, batches)
+    return options, RunPlan.create(options.training, batches)
+
+
+@pytest.mark.parametrize("case", golden_cases("run_schedule"))
+def test_golden_run_schedule_saves(case):
+    options, run = run_of(case)
     schedule = SaveSchedule.create(options.save, run.epochs)
     assert run.total_steps == case["max_train_steps_final"]
     assert schedule.every_n_epochs == case["save_every_n_epochs_final"]
     assert walk(schedule, run) == [event for event in case["events"] if not event.startswith("sample ")]
+
+
+@pytest.mark.parametrize("case", golden_cases("run_schedule"))
+def test_golden_run_schedule_samples(case):
+    options, run = run_of(case)
+    schedule = SampleSchedule.create(options.sample)
+    moments = ["e000000"] if schedule.at_first() else []
+    for step in range(1, run.total_steps + 1):
+        moments += [f"{step:06}"] if schedule.after_step(step) else []
+        epoch, ends = -(-step // run.steps_per_epoch), step % run.steps_per_epoch == 0 or step == run.total_steps
+        moments += [f"e{epoch:06}"] if ends and schedule.after_epoch(epoch) else []
+    first_pictures = [re.match(r"sample n_(\w+)_00_", event) for event in case["events"]]
+    assert moments == [found[1] for found in first_pictures if found]
+
+
+@pytest.mark.parametrize("case", golden_cases("sample_timing"))
+def test_golden_sample_timing(case):
+    schedule = SampleSchedule.create(options_of(case["argv"]).sample)
+    for call in case["calls"]:
+        if call["step"] == 0:
+            due = schedule.at_first()
+        elif call["epoch"] is None:
+            due = schedule.after_step(call["step"])
+        else:
+            due = schedule.after_epoch(call["epoch"])
+        assert due == call["due"], call
 
 
 def test_epochs_override_steps_and_the_last_group_of_an_epoch_counts():
@@ -153,6 +186,19 @@ def test_state_on_train_end_only_at_the_end():
 def test_epoch_ratio(epochs, ratio, every):
     options = SaveOptions(save_n_epoch_ratio=ratio, save_every_n_epochs=4)
     assert SaveSchedule.create(options, epochs).every_n_epochs == every
+
+
+def test_pictures_after_steps():
+    schedule = SampleSchedule.create(SampleOptions(sample_every_n_steps=3))
+    assert [step for step in range(1, 10) if schedule.after_step(step)] == [3, 6, 9]
+    assert not any(schedule.after_epoch(epoch) for epoch in range(1, 10))
+    assert not schedule.at_first()
+
+
+def test_epochs_win_over_steps():
+    schedule = SampleSchedule.create(SampleOptions(sample_every_n_steps=3, sample_every_n_epochs=2))
+    assert [epoch for epoch in range(1, 6) if schedule.after_epoch(epoch)] == [2, 4]
+    assert not any(schedule.after_step(step) for step in range(1, 10))
 
 
 def test_remove_checkpoint(tmp_path):
