@@ -41,20 +41,25 @@ SAMPLER_NAMES = tuple(_SAMPLERS)
 _LAST_ALPHA = 2**-24
 
 
-def make_sampler(name: str, *, v_prediction: bool, zero_terminal_snr: bool) -> SchedulerMixin:
-    """A fresh sampler for a model that predicts the noise, or with ``v_prediction`` the velocity.
-
-    With ``zero_terminal_snr`` the sampler follows the schedule that ends in pure noise, and begins there. Raises
-    UserError for an unknown name, and for lms where scipy is missing.
-    """
+def check_sampler(name: str) -> None:
+    """Raise UserError where no sampler has this name, or where it is lms and scipy is missing."""
     if name not in _SAMPLERS:
         raise UserError(
             f'The sampler "{name}" is not known. Choose one of {", ".join(SAMPLER_NAMES)}.'
             f"{did_you_mean(name, SAMPLER_NAMES)}"
         )
-    class_name, settings = _SAMPLERS[name]
-    if class_name == "LMSDiscreteScheduler" and importlib.util.find_spec("scipy") is None:
+    if _SAMPLERS[name][0] == "LMSDiscreteScheduler" and importlib.util.find_spec("scipy") is None:
         raise UserError(f'The sampler "{name}" needs the package scipy: pip install scipy. Or choose another sampler.')
+
+
+def make_sampler(name: str, *, v_prediction: bool, zero_terminal_snr: bool) -> SchedulerMixin:
+    """A fresh sampler for a model that predicts the noise, or with ``v_prediction`` the velocity.
+
+    With ``zero_terminal_snr`` the sampler follows the schedule that ends in pure noise, and begins there. Raises
+    UserError as :func:`check_sampler` does.
+    """
+    check_sampler(name)
+    class_name, settings = _SAMPLERS[name]
     scheduler_class = getattr(diffusers, class_name)
     settings = settings | BETAS | {"prediction_type": "v_prediction" if v_prediction else "epsilon"}
     if zero_terminal_snr:

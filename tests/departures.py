@@ -193,6 +193,45 @@ def _weight_is_no_number(case: dict) -> bool:
     return any(_is_no_number(weight) for weight in re.findall(r":([+-]?[.\d]+)\)", case["prompt"]))
 
 
+def _begins_like_a_flag(text: str) -> bool:
+    return re.match(r"([whds] \d|(l|g|ctr|rcfg|fs) [\d.]|(n|ss|cn|ctr|rcfg|fs) .)", text, re.IGNORECASE) is not None
+
+
+_PROMPT_TYPES = {
+    **dict.fromkeys(("prompt", "negative_prompt", "sample_sampler"), str),
+    **dict.fromkeys(("width", "height", "sample_steps"), int),
+    **dict.fromkeys(("scale", "seed"), int | float),
+}
+
+
+def _prompt_is_refused(values: dict) -> bool:
+    """No text, the name of no sampler, or a value of another type."""
+    given = {key: value for key, value in values.items() if value is not None}
+    fit = all(isinstance(given[key], kind) for key, kind in _PROMPT_TYPES.items() if key in given)
+    return "prompt" not in given or given.get("sample_sampler", "ddim") not in SAMPLER_NAMES or not fit
+
+
+def _prompts_are_refused(case: dict) -> bool:
+    return "prompts" in case and (not case["prompts"] or any(map(_prompt_is_refused, case["prompts"])))
+
+
+def _seed_is_not_used(values: dict) -> bool:
+    return not isinstance(values.get("seed", 0), int) or values.get("seed", 0) < 0
+
+
+def _prompts_are_read_by_us_alone(case: dict) -> bool:
+    """A TOML file with a key in both tables, or without the second one; an ending in capitals."""
+    if "error" not in case:
+        return False
+    suffix = Path(case["file"]).suffix
+    if suffix == ".toml":
+        try:
+            return isinstance(tomllib.loads(case["text"]).get("prompt"), dict)
+        except tomllib.TOMLDecodeError:
+            return False
+    return suffix != suffix.lower() and suffix.lower() in (".txt", ".toml", ".json")
+
+
 DEPARTURES: list[Departure] = [
     Departure(
         "dataset_config",
@@ -337,6 +376,36 @@ DEPARTURES: list[Departure] = [
         "D4",
         "lms works where scipy is installed, and dpmsolver without a last step to no noise at all",
         lambda case: case["sample_sampler"] in ("lms", "k_lms", "dpmsolver"),
+    ),
+    Departure(
+        "prompt_lines",
+        "D4",
+        "flags are read only after the prompt text",
+        lambda case: _begins_like_a_flag(case["line"].split(" --")[0]),
+    ),
+    Departure(
+        "prompt_files",
+        "D4",
+        "flags are read only after the prompt text",
+        lambda case: any(_begins_like_a_flag(str(values.get("prompt"))) for values in case.get("prompts", [])),
+    ),
+    Departure(
+        "prompt_files",
+        "Q22",
+        "refused: a file without prompts, a prompt without text, values of another type, an unknown sampler",
+        _prompts_are_refused,
+    ),
+    Departure(
+        "prompt_files",
+        "Q22",
+        "a seed that is no whole number from 0 up is not used",
+        lambda case: any(map(_seed_is_not_used, case.get("prompts", []))),
+    ),
+    Departure(
+        "prompt_files",
+        "Q22",
+        "a subset wins over the table [prompt], which may stand alone; endings may be in capitals",
+        _prompts_are_read_by_us_alone,
     ),
     Departure("prompt_weights", "Q22", "a weight that is no number is text", _weight_is_no_number),
 ]

@@ -17,7 +17,7 @@ LAYERS = [
     "batch_order",
     "dataset_config images tokens diffusion named_classes optimizers lr_schedulers frozen_layers metadata "
     "metadata_files caption_files embedding_files report runtime architectures weight_files latent_files batches "
-    "prompt_weights samplers",
+    "prompt_weights samplers sample_prompts",
     "latents model_identity single_file model_folder model_family base_model "
     "checkpoints text_encoding new_word image_sets image_table",
     "preflight dataset custom_dataset debug_dataset denoising results",
