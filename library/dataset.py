@@ -4,6 +4,7 @@ All random choices for a sample derive from (seed, epoch, position of the sample
 with any number of loader workers and processes.
 """
 
+import itertools
 import os
 import random
 from abc import ABC, abstractmethod
@@ -15,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from library.batch_order import BatchRef, BatchSampler, EpochOrder
 from library.batches import Batch, Sample, collate
-from library.buckets import size_conditioning_crop
-from library.captions import CaptionMoment, CaptionRules, process_caption
+from library.buckets import Size, size_conditioning_crop
+from library.captions import CaptionMoment, process_caption
 from library.dataset_config import DatasetConfig
 from library.errors import UserError
 from library.image_table import ImageTable, calm_rules, load_tables
@@ -25,7 +26,9 @@ from library.latents import LatentCache, LatentEntry
 from library.preflight import Report, check
 from library.tokens import PromptTokenizer
 
-Size = tuple[int, int]
+# Epochs and steps of batches that are not trained on: no run gets as far, so their noise is never trained on. A prime,
+# lest it be one of the epochs whose captions are dropped.
+_FAR_AWAY = 1_000_000_007
 
 
 def sample_seeds(seed: int, epoch: int, position: int) -> tuple[int, int, int]:
@@ -268,15 +271,17 @@ class TrainingData(BatchedData):
         for table in tables:
             for index in range(len(table)):
                 rules = table.subset(index).captions
-                texts[self._one_caption(table.caption(index), calm_rules(rules))] = None
+                texts[self._calm_caption(table, index)] = None
                 if rules.dropout_rate or rules.dropout_every_n_epochs:
                     texts[""] = None
         for text in texts:
             yield [ids.unsqueeze(0) for ids in self.prompts.encode(text)]
 
-    def _one_caption(self, caption: str, rules: CaptionRules) -> str:
-        rng = random.Random(0)
-        return process_caption(caption, rules, self.prompts.placeholder, rng, templates=self.templates)
+    def _calm_caption(self, table: ImageTable, index: int, draw: int = 0) -> str:
+        """A picture's caption, the word expanded, nothing shuffled or dropped; ``draw`` chooses lines and wildcards."""
+        rules = calm_rules(table.subset(index).captions)
+        rng = random.Random(draw)
+        return process_caption(table.caption(index), rules, self.prompts.placeholder, rng, templates=self.templates)
 
     def validation_loader(self, *, process_index: int = 0, num_processes: int = 1, workers: int = 0) -> BatchLoader:
         """The held-out pictures, the same in every pass: order, framing, captions and noise seeds.
@@ -295,6 +300,50 @@ class TrainingData(BatchedData):
         )
         sampler.set_epoch(0, 0)
         return BatchLoader(self._source(table, 0), sampler, workers=workers, persistent=False, pin_memory=False)
+
+    def fixed_batches(self, samples: int) -> Iterator[Batch]:
+        """The same batches at every call, ``samples`` samples or a few more: of held-out pictures if there are any.
+
+        Pictures come again with other noise until there are enough.
+        """
+        table = self.validation_table if self.has_validation else self.table
+        order = EpochOrder(table.bucket_of, table.repeats, table.batch_sizes, self.seed)
+        loader = BatchLoader(self._source(table, 0), BatchSampler(order), workers=0, persistent=False, pin_memory=False)
+        given = 0
+        for passes in itertools.count():
+            loader.set_epoch(_FAR_AWAY + passes, _FAR_AWAY)
+            for batch in loader:
+                yield batch
+                given += len(batch)
+                if given >= samples:
+                    return
+
+    def concept_pictures(self, limit: int) -> list[np.ndarray]:
+        """Up to ``limit`` of the pictures that teach the word, as framed for training: uint8 [H, W, 3]."""
+        chosen = self._teaching()
+        chosen = chosen[:: max(1, -(-len(chosen) // limit))]
+        return [frame_image(self.table.path(index), self.table.framing(index)).pixels for index in chosen]
+
+    def concept_captions(self, count: int) -> list[tuple[str, Size]]:
+        """``count`` captions of pictures that teach the word, the word expanded, with the pictures' (width, height).
+
+        Nothing in them is shuffled or dropped. The pictures take turns.
+        """
+        captions = []
+        for number, index in enumerate(itertools.islice(itertools.cycle(self._teaching()), count)):
+            caption = self._calm_caption(self.table, index, number)
+            captions.append((caption, self.table.bucket(index)))
+        return captions
+
+    def _teaching(self) -> list[int]:
+        """Numbers of the pictures whose caption holds the word; with templates all but the regularisation pictures."""
+        word = self.prompts.placeholder
+        return [
+            index
+            for index in range(len(self.table))
+            if not self.table.subset(index).is_reg
+            and (self.templates or word.found_in(self._calm_caption(self.table, index)))
+        ]
 
     def source(self, max_steps: int) -> SampleSource:
         """Draws the pictures to train on."""

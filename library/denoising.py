@@ -6,7 +6,7 @@ import torch
 
 from library.batches import Batch
 from library.diffusion import NoiseSchedule, draw_noise, per_sample_loss
-from library.latents import VaeEncoder
+from library.latents import FrozenVae
 from library.model_family import ModelFamily
 from library.options import LossOptions, NoiseOptions
 from library.text_encoding import PromptEncoder
@@ -28,7 +28,7 @@ class DenoisingTask:
     loss: LossOptions
     v_prediction: bool
     vae_scale_factor: float
-    vae: VaeEncoder | None = None
+    vae: FrozenVae | None = None
 
     def losses(self, batch: Batch) -> torch.Tensor:
         """The loss of each of the batch's B samples, float32 [B]; ``batch`` is on the U-Net's device."""

@@ -7,7 +7,6 @@ embeddings bundled in a LoRA file (``bundle_emb.<word>.<key>``); a single vector
 
 import hashlib
 import io
-import os
 import pickle
 import re
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
+from library.atomic_files import write_atomically
 from library.errors import UserError
 from library.metadata import TrainingRecord, file_metadata
 
@@ -55,25 +55,6 @@ def write_embedding(
     else:
         content = _torch_content(plain, record)
     write_atomically(path, content)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Put ``content`` in place at once: a reader, a crash or a full disk never meets half a file.
-
-    The folder is made if need be. Raises :class:`UserError` when the system refuses.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}. Check --output_dir.") from error
-    finally:
-        _remove_quietly(temporary)
 
 
 def read_embedding(path: Path | str) -> dict[str, Tensor]:
@@ -149,14 +130,6 @@ def _torch_content(tensors: dict[str, Tensor], record: TrainingRecord) -> bytes:
     buffer = io.BytesIO()
     torch.save(content, buffer, _use_new_zipfile_serialization=False)
     return buffer.getvalue()
-
-
-def _remove_quietly(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError:
-        # The folder itself could not be made or entered; that has been reported already.
-        return
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -76,8 +77,8 @@ class CacheReport:
         return f"Latents: {self.reused} reused, {self.encoded} encoded" + (f" ({causes})." if causes else ".")
 
 
-class VaeEncoder:
-    """The frozen VAE on its device. Encodes in ``dtype``, and from the first overflow on in float32.
+class FrozenVae:
+    """The frozen VAE on its device. Works in ``dtype``, and from the first overflow on in float32.
 
     ``fingerprint`` tells VAEs apart, whatever precision they are held in.
     """
@@ -97,9 +98,7 @@ class VaeEncoder:
         """
         mean, spread = self._posterior(images)
         if self.dtype != torch.float32 and not _finite(mean, spread).all():
-            logger.warning(f"The VAE overflows in {self.dtype}; it encodes in float32 from here on.")
-            self.dtype = torch.float32
-            _moved(self.vae, self.device, torch.float32)
+            self._widen()
             mean, spread = self._posterior(images)
         finite = _finite(mean, spread).tolist()
         if not all(finite):
@@ -117,10 +116,39 @@ class VaeEncoder:
         posterior = self.vae.encode(images.to(self.device, self.dtype)).latent_dist
         return posterior.mean.float(), posterior.std.float()
 
-    def release(self) -> None:
-        """Move the VAE to main memory and give the device's memory back."""
-        self.vae.to("cpu")
-        self.device = torch.device("cpu")
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pixels, float32 [B, 3, 8h, 8w], about [-1, 1], of unscaled ``latents`` [B, 4, h, w]."""
+        pixels = self._pixels(latents)
+        if self.dtype != torch.float32 and not torch.isfinite(pixels).all():
+            self._widen()
+            pixels = self._pixels(latents)
+        return pixels
+
+    def _pixels(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.vae.decode(latents.to(self.device, self.dtype)).sample.float()
+
+    def _widen(self) -> None:
+        logger.warning(f"The VAE overflows in {self.dtype}; it works in float32 from here on.")
+        self.dtype = torch.float32
+        _moved(self.vae, self.device, torch.float32)
+
+    @contextmanager
+    def on(self, device: torch.device | str) -> Iterator[None]:
+        """Within a ``with``: work on ``device``; then go back to where the VAE was and give the memory back."""
+        home = self.device
+        self.move(device)
+        try:
+            yield
+        finally:
+            self.move(home)
+
+    def move(self, device: torch.device | str) -> None:
+        """Go to another device, the main memory ("cpu") for instance, and leave nothing behind."""
+        if self.device == torch.device(device):
+            return
+        self.device = torch.device(device)
+        _moved(self.vae, self.device, self.dtype)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -173,7 +201,7 @@ class LatentCache:
     def fill(
         self,
         entries: Iterable[LatentEntry],
-        encoder: VaeEncoder,
+        encoder: FrozenVae,
         *,
         batch_size: int = 1,
         process_index: int = 0,
@@ -262,7 +290,7 @@ class LatentCache:
             fingerprint=self._fingerprint,
         )
 
-    def _encode(self, batch: list[_Task], pictures: list[Picture], encoder: VaeEncoder) -> None:
+    def _encode(self, batch: list[_Task], pictures: list[Picture], encoder: FrozenVae) -> None:
         images = torch.stack([to_tensor(picture.pixels) for picture in pictures])
         names = [task.entry.path for task in batch]
         latents = encoder.encode(images, [self._generator(path) for path in names], names).cpu()
@@ -280,7 +308,7 @@ class LatentCache:
         if encoder.device.type == "cuda" and not self.highvram:
             torch.cuda.empty_cache()
 
-    def _keep(self, task: _Task, made: CachedLatents, encoder: VaeEncoder) -> None:
+    def _keep(self, task: _Task, made: CachedLatents, encoder: FrozenVae) -> None:
         entry = task.entry
         if not self.to_disk:
             self.memory[entry] = made

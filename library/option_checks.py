@@ -30,11 +30,6 @@ class MissingFeature:
 # A feature that has been built is deleted from this table; nothing else needs to change here.
 MISSING_FEATURES = (
     MissingFeature(
-        "drawing sample pictures",
-        ("sample_every_n_steps", "sample_every_n_epochs", "sample_at_first"),
-        ("sample_prompts", "sample_sampler"),
-    ),
-    MissingFeature(
         "logging to TensorBoard or Weights & Biases",
         ("logging_dir", "log_with"),
         ("log_prefix", "log_tracker_name", "log_tracker_config", "log_config", "wandb_run_name", "wandb_api_key"),
@@ -93,6 +88,7 @@ def check(options: Options, family: str) -> None:
     check_limits(options)
     check_combinations(options)
     _check_family(options, family)
+    _check_samples(options)
     check_features(options)
     _check_required(options)
     _check_output(options)
@@ -166,6 +162,20 @@ def _check_optimizer(options: Options) -> None:
 def _check_family(options: Options, family: str) -> None:
     if family == "sdxl" and options.model.v2:
         raise UserError("--v2 is for Stable Diffusion 2.x: use train_textual_inversion.py, or leave --v2 out for SDXL.")
+
+
+def _check_samples(options: Options) -> None:
+    sample = options.sample
+    if sample.draws_during_training and sample.sample_prompts is None:
+        raise UserError(
+            "--sample_prompts is missing: a file with the prompts to draw, one on each line, is needed for "
+            "--sample_every_n_steps, --sample_every_n_epochs and --sample_at_first."
+        )
+    if sample.learning_report and options.dataset.dataset_class:
+        raise UserError(
+            "--learning_report compares with the training pictures, and only your --dataset_class knows them. Leave "
+            "one of the two out."
+        )
 
 
 def check_features(options: Options) -> None:

@@ -25,7 +25,7 @@ SCHEDULES_THAT_READ = {
 
 def notices(options: Options) -> list[str]:
     """Return a sentence for each option that is given and changes nothing."""
-    rules = (_data, _caches, _noise, _loss, _schedule, _length, _runtime, _saving)
+    rules = (_data, _caches, _noise, _loss, _schedule, _length, _runtime, _saving, _samples)
     return [sentence for rule in rules for applies, sentence in rule(options, _given(options)) if applies]
 
 
@@ -151,3 +151,19 @@ def _saving(options: Options, given: set[str]) -> Iterator[Rule]:
             f"--{name} is not written: only safetensors files hold metadata, and --save_model_as is "
             f"{save.save_model_as}.",
         )
+
+
+def _samples(options: Options, given: set[str]) -> Iterator[Rule]:
+    sample = options.sample
+    yield (
+        sample.sample_prompts is not None and not sample.draws_during_training,
+        "--sample_prompts has nothing to do: add --sample_every_n_steps, --sample_every_n_epochs or --sample_at_first.",
+    )
+    yield (
+        {"sample_every_n_epochs", "sample_every_n_steps"} <= given,
+        "--sample_every_n_steps is not used: --sample_every_n_epochs wins.",
+    )
+    yield (
+        "sample_sampler" in given and not sample.draws_pictures,
+        "--sample_sampler has nothing to do: no pictures are drawn.",
+    )

@@ -108,6 +108,20 @@ class SampleOptions:
     sample_every_n_epochs: int | None = _count("Draw them after every n-th epoch; wins over --sample_every_n_steps.")
     sample_at_first: bool = flag("Draw them before training too, to compare with.")
     sample_sampler: str = option("ddim", "Sampler for the pictures, where a prompt names none.", choices=SAMPLERS)
+    learning_report: bool = flag(
+        "At the end, measure what the word learned: loss, and distance of pictures to the training's, with --init_word "
+        "and with the new word, and write both words' pictures side by side. Takes as long as drawing 32 pictures."
+    )
+
+    @property
+    def draws_during_training(self) -> bool:
+        """Whether --sample_prompts are drawn at any time."""
+        return bool(self.sample_at_first or self.sample_every_n_steps or self.sample_every_n_epochs)
+
+    @property
+    def draws_pictures(self) -> bool:
+        """Whether the run needs a decoder at all."""
+        return self.learning_report or self.draws_during_training
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,10 @@ class Placeholder:
             return text
         return self._run_or_word.sub(lambda _: self.expanded, text)
 
+    def replace(self, text: str, word: str) -> str:
+        """Write ``word`` in place of each occurrence of this one, expanded or not, and of each single vector's name."""
+        return self._any_name.sub(lambda _: word, self._run_or_word.sub(lambda _: word, text))
+
     def split(self, text: str) -> list[str | int]:
         """Cut ``text`` into plain pieces (str) and vector numbers (int), in order; empty pieces are left out.
 

@@ -5,7 +5,8 @@ CLIP); ``MergedEmbedding`` looks ids of the vocabulary up in the frozen table an
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -209,6 +210,26 @@ class TrainableRows(nn.Module):
     def forward(self) -> list[torch.Tensor]:
         """The rows of every text encoder, each [N, D]; views, which no other module can take for its parameters."""
         return [rows.view_as(rows) for rows in self.rows]
+
+    @contextmanager
+    def holding(self, values: Sequence[torch.Tensor]) -> Iterator[None]:
+        """Within a ``with``: hold other values, [N, D] per text encoder. Then every bit is as it was."""
+        with self.kept():
+            self._set(values)
+            yield
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Undo, after a ``with``, whatever was done to the rows within it."""
+        before = [rows.detach().clone() for rows in self.rows]
+        try:
+            yield
+        finally:
+            self._set(before)
+
+    def _set(self, values: Sequence[torch.Tensor]) -> None:
+        for rows, value in zip(self.rows, values, strict=True):
+            rows.data.copy_(value)
 
     @torch.no_grad()
     def rescale(self, norms: Sequence[float]) -> None:

@@ -1,7 +1,6 @@
 """The training, from loaded data to the saved file: build steps that return what they made, then the loop."""
 
 import logging
-import math
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
@@ -22,21 +21,21 @@ from library.denoising import DenoisingTask
 from library.diffusion import NoiseSchedule
 from library.errors import UserError
 from library.frozen_layers import freeze_layers
-from library.latents import LatentCache, VaeEncoder
+from library.latents import FrozenVae, LatentCache
+from library.learning_report import LearningMeasure
+from library.learning_watch import LearningWatch
 from library.lr_schedulers import LearningRateSchedule, build_lr_schedule
 from library.model_family import ModelFamily
 from library.new_word import NewWord, initial_rows
 from library.optimizers import OptimizerChoice, averaged_values, build_optimizer, largest_rate, slow_learning_warning
 from library.options import Options
 from library.results import Results
+from library.sample_album import SampleAlbum, epoch_mark, step_mark
+from library.sampling import SamplingPipeline
 from library.text_encoding import PromptEncoder
 from library.tokens import TrainableRows, table_spread, typical_norm
 
 logger = logging.getLogger(__name__)
-
-# Steps in a row without a finite gradient (fp16 only), and first steps without any, before a run is stopped.
-MAX_OVERFLOWS = 30
-MAX_SILENT_STEPS = 10
 
 
 class Trainer:
@@ -62,11 +61,12 @@ class Trainer:
         self.plan = RunPlan.create(options.training, data.order.num_batches, processes)
         self.saves = SaveSchedule.create(options.save, self.plan.epochs)
         self.results = Results.create(options, family, model, word, data)
+        self.album = SampleAlbum.create(options, word.prompts)
         self.step = 0
         self.epoch = 0
-        self.gradient_checked = False
-        self.silent_steps = 0
-        self.overflows = 0
+        self.watch = LearningWatch(
+            word.placeholder.names, self.plan.total_steps, scales_loss=self.accelerator.scaler is not None
+        )
 
     def run(self) -> Path:
         """Train and save; return the path of the embedding file."""
@@ -79,17 +79,21 @@ class Trainer:
             self.family, text_encoders, self.word.prompts, prepared_rows, self.options.model.clip_skip
         )
         self.check_text_encoders()
-        vae = self.prepare_latents()
-        self.task = self.build_task(self.load_unet(), vae)
-        runtime.set_attention(self.options.runtime, self.task.unet, vae and vae.vae)
+        self.vae = self.prepare_latents()
+        self.task = self.build_task(self.load_unet(), self.vae)
+        runtime.set_attention(self.options.runtime, self.task.unet, self.vae and self.vae.vae)
         runtime.compile_modules(self.options.runtime, [self.task.unet, *text_encoders])
         self.cache_prompts()
         try:
             self.fit()
-            return self.finish()
+            path = self.finish()
         except (KeyboardInterrupt, UserError):
             self.rescue()
             raise
+        if self.options.sample.learning_report and self.accelerator.is_main_process:
+            self.report_learning(path)
+        self.accelerator.end_training()
+        return path
 
     # ---- build steps
 
@@ -140,11 +144,14 @@ class Trainer:
             logger.warning(warning)
         return choice, schedule
 
-    def prepare_latents(self) -> VaeEncoder | None:
-        """Fill the latent cache and release the VAE, or return the VAE for encoding at every step."""
+    def prepare_latents(self) -> FrozenVae | None:
+        """Fill the latent cache and return the VAE: in the main memory for drawing pictures, None if there are none.
+
+        Without a cache it stays on the device, for encoding at every step.
+        """
         cache = self.options.cache
         dtype = torch.float32 if self.options.model.no_half_vae else self.precision.dtype
-        vae = VaeEncoder(self.model.vae(dtype, self.device), self.device, dtype)
+        vae = FrozenVae(self.model.vae(dtype, self.device), self.device, dtype)
         if not cache.cache_latents:
             return vae
         runtime.set_attention(self.options.runtime, None, vae.vae)
@@ -164,7 +171,10 @@ class Trainer:
         )
         self.accelerator.wait_for_everyone()
         self.data.use_cache(latents)
-        return None
+        if not self.options.sample.draws_pictures:
+            return None
+        vae.move("cpu")
+        return vae
 
     def load_unet(self) -> torch.nn.Module:
         """The frozen U-Net in the run's precision (or float8), on the device, in eval mode."""
@@ -176,7 +186,7 @@ class Trainer:
             unet.enable_gradient_checkpointing()
         return unet
 
-    def build_task(self, unet: torch.nn.Module, vae: VaeEncoder | None) -> DenoisingTask:
+    def build_task(self, unet: torch.nn.Module, vae: FrozenVae | None) -> DenoisingTask:
         """What every batch goes through."""
         schedule = NoiseSchedule.create(zero_terminal_snr=self.options.noise.zero_terminal_snr)
         return DenoisingTask(
@@ -189,6 +199,21 @@ class Trainer:
             v_prediction=self.options.model.v_parameterization,
             vae_scale_factor=self.model.vae_scale_factor,
             vae=vae,
+        )
+
+    def sampling_pipeline(self) -> SamplingPipeline:
+        """Draws pictures with the rows as they are."""
+        return SamplingPipeline(
+            family=self.family,
+            unet=self.task.unet,
+            prompt_encoder=self.prompt_encoder,
+            prompts=self.word.prompts,
+            vae=self.vae,
+            vae_scale_factor=self.model.vae_scale_factor,
+            device=self.device,
+            sampler=self.options.sample.sample_sampler,
+            v_prediction=self.options.model.v_parameterization,
+            zero_terminal_snr=self.options.noise.zero_terminal_snr,
         )
 
     def cache_prompts(self) -> None:
@@ -228,6 +253,8 @@ class Trainer:
         progress = tqdm(
             total=self.plan.total_steps, desc="steps", unit="step", disable=not self.accelerator.is_local_main_process
         )
+        if self.album.schedule.at_first():
+            self.draw_samples(epoch_mark(0))
         with progress, warnings.catch_warnings():
             # torch says so where the first steps cannot teach the rows, or overflow in fp16.
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
@@ -240,10 +267,14 @@ class Trainer:
                     progress.update()
                     progress.set_postfix(loss=f"{loss:.4f}", lr=f"{self.lr_schedule.get_last_lr()[0]:.3g}")
                     self.carry_out(self.saves.after_step(self.step))
+                    if self.album.schedule.after_step(self.step):
+                        self.draw_samples(step_mark(self.step))
                     if self.step >= self.plan.total_steps:
                         break
                 self.validate()
                 self.carry_out(self.saves.after_epoch(epoch))
+                if self.album.schedule.after_epoch(epoch):
+                    self.draw_samples(epoch_mark(epoch))
 
     def optimizer_step(self, batches: list[Batch]) -> float:
         """One update of the rows from the batches of one accumulation group; returns the group's mean loss."""
@@ -256,8 +287,7 @@ class Trainer:
             loss += part.detach()
             taught = taught or bool(batch.has_token.any())
         loss, taught = self.agree(loss, taught)
-        if not math.isfinite(loss):
-            raise UserError(self.explain_stop(f"the loss of step {self.step + 1} is {loss}"))
+        self.watch.check_loss(loss, self.step + 1)
         if taught:
             self.update_rows()
         self.lr_schedule.step(loss)
@@ -286,50 +316,11 @@ class Trainer:
             self.accelerator.clip_grad_norm_(self.rows.parameters(), limit)
         else:
             self.accelerator.unscale_gradients()
-        self.check_gradient(torch.stack([rows.grad.norm(dim=1) for rows in self.rows.rows]))
+        norms = torch.stack([rows.grad.norm(dim=1) for rows in self.rows.rows])
+        self.watch.check_gradient(norms, self.step + 1)
         self.optimizer.step()
         if self.options.token.preserve_embedding_norm:
             self.rows.rescale(self.usual_norms)
-
-    def check_gradient(self, norms: Tensor) -> None:
-        """Stop a run before a gradient that is not finite reaches the rows, or when they get none at all.
-
-        ``norms`` [text encoders, N] are the lengths of the rows' gradients.
-        """
-        if not torch.isfinite(norms).all():
-            self.overflows += 1
-            # fp16's scaler skips such a step by itself and lowers its scale, which settles within a few steps.
-            if self.accelerator.scaler is None or self.overflows == MAX_OVERFLOWS:
-                raise UserError(self.explain_stop(f"the gradient of step {self.step + 1} is not finite"))
-            return
-        self.overflows = 0
-        if self.gradient_checked:
-            return
-        if not norms.any():
-            # One such step can be chance: a black mask, a picture of weight 0, a timestep of pure noise.
-            self.silent_steps += 1
-            if self.silent_steps == min(MAX_SILENT_STEPS, self.plan.total_steps):
-                raise UserError(
-                    f"Training stopped: the captions hold the word, but in {self.silent_steps} steps the new vectors "
-                    "received a gradient of exactly zero. Look at the masks (black everywhere?), --prior_loss_weight "
-                    "and the timestep limits; in fp16 try --mixed_precision=bf16, with --xformers leave it out."
-                )
-            return
-        self.gradient_checked = True
-        still = [name for name, norm in zip(self.word.placeholder.names, norms.amin(dim=0), strict=True) if norm == 0]
-        if still:
-            logger.warning(
-                "The first step gave no gradient to %s. A vector learns only where its name stands in a caption.",
-                ", ".join(still),
-            )
-
-    def explain_stop(self, reason: str) -> str:
-        """A sentence on why a run was stopped, with what to try."""
-        return (
-            f"Training stopped: {reason}. Going on would only spoil the embedding. Try --mixed_precision=bf16 or no in "
-            "place of fp16, a lower --learning_rate, or --no_half_vae; if it happens at the first step, the model "
-            "file or its VAE may be damaged."
-        )
 
     def validate(self) -> None:
         """Log the loss on held-out pictures, with the same noise and timesteps every time."""
@@ -354,11 +345,18 @@ class Trainer:
 
         The training values come back bit by bit, so that saving more often does not change a run.
         """
-        training_values = [rows.detach().clone() for rows in self.rows.rows]
-        with averaged_values(self.choice.optimizer):
+        with self.rows.kept(), averaged_values(self.choice.optimizer):
             yield [rows.detach().cpu().clone() for rows in self.rows.rows]
-        for rows, values in zip(self.rows.rows, training_values, strict=True):
-            rows.data.copy_(values)
+
+    def draw_samples(self, mark: str) -> None:
+        """Draw the pictures of ``--sample_prompts`` with the rows as they would be saved now."""
+        with self.averaged_rows():
+            self.album.draw(
+                self.sampling_pipeline(),
+                mark,
+                process_index=self.accelerator.process_index,
+                num_processes=self.accelerator.num_processes,
+            )
 
     def carry_out(self, actions: Iterable[Action]) -> None:
         """Save and remove what the schedule says."""
@@ -382,7 +380,7 @@ class Trainer:
         """
         name = self.saves.names.file(self.saves.names.step(self.step))
         finite = all(torch.isfinite(rows).all() for rows in self.rows.rows)
-        if self.step == 0 or not self.gradient_checked or not finite:
+        if self.step == 0 or not self.watch.taught or not finite:
             return
         try:
             self.save(name)
@@ -398,8 +396,15 @@ class Trainer:
         path = self.results.path(action.name)
         if self.accelerator.is_main_process:
             self.results.report(path, self.starts, rows, self.step, largest_rate(self.choice) or None)
-        self.accelerator.end_training()
         return path
+
+    def report_learning(self, path: Path) -> None:
+        """Measure what the word learned, say it, and write it beside the embedding file."""
+        token = self.options.token
+        with self.averaged_rows():
+            measure = LearningMeasure(self.sampling_pipeline(), self.task, self.data, self.word, self.rows)
+            report = measure.report(None if token.weights else token.init_word, self.starts)
+        print(f"\n{report.text}\nThe pictures are in {report.write(path.with_suffix(''))}")
 
 
 def _groups(loader: Iterable[Batch], size: int) -> Iterator[list[Batch]]:

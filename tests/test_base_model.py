@@ -102,7 +102,8 @@ def test_single_file_and_folder_compute_the_same(family, request):
             latents = model.vae(torch.float32).encode(images).latent_dist.mean
             outputs.append((conditioning.context, noise, latents))
     for file_output, folder_output in zip(*outputs, strict=True):
-        assert torch.equal(file_output, folder_output)
+        # Not equal: where a tensor lies in memory decides on some processors in which order sums are made.
+        torch.testing.assert_close(file_output, folder_output, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])

@@ -21,7 +21,7 @@ from library.dataset import BatchLoader, SampleSource, TrainingData, sample_seed
 from library.dataset_config import load_dataset_configs
 from library.errors import UserError
 from library.images import read_image
-from library.latents import LatentCache, VaeEncoder
+from library.latents import FrozenVae, LatentCache
 from library.options import DatasetOptions
 
 
@@ -36,7 +36,7 @@ class MeanVae(torch.nn.Module):
 
 def _filled(data, *, to_disk=False):
     cache = LatentCache(suffix="_sd.npz", to_disk=to_disk, seed=1)
-    cache.fill(data.latent_entries(), VaeEncoder(MeanVae(), "cpu", torch.float32), batch_size=2)
+    cache.fill(data.latent_entries(), FrozenVae(MeanVae(), "cpu", torch.float32), batch_size=2)
     data.use_cache(cache)
     return cache
 

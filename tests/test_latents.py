@@ -1,6 +1,7 @@
 import logging
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 from library.buckets import BucketChooser, BucketRules, size_conditioning_crop
 from library.errors import UserError
 from library.images import Framing, frame_image, to_tensor
-from library.latents import LatentCache, LatentEntry, VaeEncoder, vae_fingerprint
+from library.latents import FrozenVae, LatentCache, LatentEntry, vae_fingerprint
 
 
 class PoolingVae(torch.nn.Module):
@@ -64,8 +65,8 @@ def _images(folder: Path, count: int = 5, **options) -> list[LatentEntry]:
     return [_entry(_image(folder / f"image_{i}.png", seed=i), **options) for i in range(count)]
 
 
-def _encoder(vae=None, dtype=torch.float32) -> VaeEncoder:
-    return VaeEncoder(vae or PoolingVae(), "cpu", dtype)
+def _encoder(vae=None, dtype=torch.float32) -> FrozenVae:
+    return FrozenVae(vae or PoolingVae(), "cpu", dtype)
 
 
 def _cache(to_disk: bool = True, **options) -> LatentCache:
@@ -427,9 +428,28 @@ def test_a_change_of_the_decoder_alone_leaves_the_fingerprint():
     assert np.array_equal(vae_fingerprint(tuned), vae_fingerprint(_tiny_vae(0)))
 
 
-def test_release_brings_the_vae_to_main_memory():
-    encoder, moves = _encoder(), []
-    encoder.vae = SimpleNamespace(to=moves.append)
-    encoder.release()
-    assert moves == ["cpu"]
+def test_the_vae_works_elsewhere_for_a_while_and_comes_back():
+    encoder, seen = _encoder(), []
+    encoder.vae = SimpleNamespace(device=lambda: None)
+    with patch("library.latents._moved", lambda vae, device, dtype: seen.append((str(device), dtype))):
+        with encoder.on("meta"):
+            assert encoder.device == torch.device("meta")
+            with encoder.on("meta"):
+                pass
+        with pytest.raises(KeyError), encoder.on("meta"):
+            raise KeyError
+    assert seen == [("meta", torch.float32), ("cpu", torch.float32)] * 2
     assert encoder.device == torch.device("cpu")
+
+
+def test_decoding_is_the_vaes_own_and_survives_an_overflow(caplog):
+    vae = _tiny_vae(0)
+    latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = vae.decode(latents).sample
+    torch.testing.assert_close(FrozenVae(vae, "cpu", torch.float32).decode(latents), wanted)
+    half = FrozenVae(_tiny_vae(0), "cpu", torch.float16)
+    torch.nn.init.constant_(half.vae.decoder.conv_in.weight, 6e4)
+    assert torch.isfinite(half.decode(latents)).all()
+    assert half.dtype == torch.float32
+    assert "The VAE overflows in torch.float16" in caplog.text

@@ -64,7 +64,8 @@ def test_golden_size_embeddings(case):
     with torch.no_grad():
         STABLE_DIFFUSION_XL.predict_noise(unet, torch.zeros(1, 4, 8, 8), torch.tensor([0]), conditioning, sizes)
     wanted = golden_arrays("sdxl_size_embeddings")[case["npz_key"]]
-    np.testing.assert_allclose(seen["embedding"][:, 64:].numpy(), wanted, atol=1e-5)
+    # A sine of 1000 radians: the last bit of a float32 angle is 6e-5, and processors round it differently.
+    np.testing.assert_allclose(seen["embedding"][:, 64:].numpy(), wanted, atol=5e-4)
 
 
 def prompt(*body: int) -> list[int]:

@@ -1,13 +1,15 @@
 """Every declared option has a test that asserts what it does, a sentence that it gets, or a reason why neither is here.
 
-The tests themselves are in the other ``test_option_effects_*`` files, marked with ``shows``.
+The tests themselves are in the other ``test_option_effects_*`` files and those of ``MODULES``, marked with ``shows``.
 """
 
 import pytest
+import test_learning_report
 import test_option_effects_data
 import test_option_effects_learning
 import test_option_effects_model
 import test_option_effects_output
+import test_sample_album
 from option_effects import Bench, plan, shows
 from runs import arguments, write_dataset
 
@@ -19,6 +21,8 @@ MODULES = [
     test_option_effects_learning,
     test_option_effects_model,
     test_option_effects_output,
+    test_learning_report,
+    test_sample_album,
 ]
 
 # Options whose effect needs what a test machine may lack. Their tests show that the value arrives where it acts, and
@@ -57,10 +61,7 @@ def test_every_option_is_shown():
 
 
 VALUES = {
-    "sample_every_n_steps": "1",
-    "sample_every_n_epochs": "1",
     "log_with": "tensorboard",
-    "sample_sampler": "euler_a",
     "save_last_n_epochs_state": "1",
     "save_last_n_steps_state": "1",
 }

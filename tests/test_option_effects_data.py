@@ -13,7 +13,7 @@ from PIL import Image
 from runs import TOKEN, arguments, write_dataset
 
 from library import dataset as dataset_module
-from library.latents import VaeEncoder
+from library.latents import FrozenVae
 
 
 class Scene:
@@ -417,13 +417,13 @@ def test_workers(bench, monkeypatch):
 def encoded(monkeypatch):
     """Names and batch sizes of everything that the VAE encodes."""
     calls = []
-    original = VaeEncoder.encode
+    original = FrozenVae.encode
 
     def recorded(self, images, generators, names=()):
         calls.append(len(images))
         return original(self, images, generators, names)
 
-    monkeypatch.setattr(VaeEncoder, "encode", recorded)
+    monkeypatch.setattr(FrozenVae, "encode", recorded)
     return calls
 
 

@@ -24,6 +24,9 @@ from library.latents import LatentCache, vae_fingerprint
 from library.options import RuntimeOptions
 from library.trainer import Trainer
 
+# One step with weights that lie elsewhere in memory: on some processors sums are then made in another order.
+ALIKE = {"rtol": 1e-4, "atol": 1e-5}
+
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory, tiny_sd1, tiny_sd2, tiny_sdxl):
@@ -52,7 +55,7 @@ def test_base_model(bench, tmp_path, tiny_sd1_file, tiny_sd2_file):
     assert torch.equal(dog.trainer.starts[0][0], table[id_of(dog.trainer, "dog")])
 
     from_file = bench(f"--pretrained_model_name_or_path={tiny_sd1_file}")
-    assert torch.equal(from_file.rows[0][0], outcome.rows[0][0])
+    torch.testing.assert_close(from_file.rows[0][0], outcome.rows[0][0], **ALIKE)
     assert from_file.metadata()["ti.base_model"] == tiny_sd1_file.name
     other = bench(f"--pretrained_model_name_or_path={save_folder('sd1', tmp_path / 'other', seed=5)}")
     assert torch.equal(other.trainer.starts[0][0], table_of(tmp_path / "other")[id_of(other.trainer, "girl")])
@@ -134,7 +137,7 @@ def test_reading_without_mapping(bench, tiny_sd1_file):
         mapped = bench(*flags)
         read = bench(*flags, "--disable_mmap_load_safetensors")
     assert opened == [True, False]
-    assert torch.equal(mapped.rows[0][0], read.rows[0][0])
+    torch.testing.assert_close(mapped.rows[0][0], read.rows[0][0], **ALIKE)
 
 
 # ---- the word

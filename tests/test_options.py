@@ -35,6 +35,7 @@ ADDED = {
     "caption_dropout_every_n_epochs",
     "caption_tag_dropout_rate",
     "preserve_embedding_norm",
+    "learning_report",
 }
 OTHER_DEFAULTS = {"save_model_as": "safetensors", "caption_extension": None, "learning_rate": None}
 MORE_CHOICES = {"max_token_length": {75}, "dynamo_backend": {"no"}}
@@ -54,7 +55,7 @@ READ_AS = {
 }
 
 
-def test_the_options_are_those_of_sd_scripts_and_five_more():
+def test_the_options_are_those_of_sd_scripts_and_six_more():
     names = [name for name, _ in declared_options()] + list(FILE_OPTIONS)
     assert len(names) == len(set(names))
     assert set(names) == {row["dest"] for row in SD_SCRIPTS} | ADDED

@@ -8,7 +8,7 @@ from runs import TOKEN, arguments, run, trainers, write_dataset  # noqa: F401  (
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from library import trainer as trainer_module
+from library import learning_watch
 from library.base_model import BaseModel
 from library.denoising import DenoisingTask
 from library.trainer import Trainer
@@ -185,7 +185,7 @@ def test_first_steps_that_teach_nothing_may_be_chance(silent, code, dataset, tmp
         calls.append(task)
         return original(task, batch) * (len(calls) > silent)
 
-    monkeypatch.setattr(trainer_module, "MAX_SILENT_STEPS", 3)
+    monkeypatch.setattr(learning_watch, "MAX_SILENT_STEPS", 3)
     monkeypatch.setattr(DenoisingTask, "losses", losses)
     assert plain_run(tiny_sd1, dataset, tmp_path) == code
     stopped = "in 3 steps the new vectors received a gradient of exactly zero" in capsys.readouterr().err
@@ -206,9 +206,10 @@ def test_fp16_steps_that_overflow_for_ever_stop_the_run(dataset, tmp_path, tiny_
 
     def with_scaler(trainer):
         trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+        trainer.watch.scales_loss = True
         return run_trainer(trainer)
 
-    monkeypatch.setattr(trainer_module, "MAX_OVERFLOWS", 2)
+    monkeypatch.setattr(learning_watch, "MAX_OVERFLOWS", 2)
     monkeypatch.setattr(DenoisingTask, "losses", losses)
     monkeypatch.setattr(Trainer, "run", with_scaler)
     assert plain_run(tiny_sd1, dataset, tmp_path, "--max_train_steps=9") == 1

@@ -1,6 +1,6 @@
 """What a picture of the small world shows, and how near pictures are to a concept.
 
-Pictures are uint8 [64, 64, 3] throughout. numpy and Pillow only.
+Pictures are uint8 [64, 64, 3] throughout. How far they are from a concept in colour is ``library.concept_distance``.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,8 @@ from functools import cache
 import numpy as np
 import world
 from PIL import Image
+
+from library.concept_distance import concept_distance  # noqa: F401  (the other half of what scripts ask for)
 
 
 @dataclass(frozen=True)
@@ -94,22 +96,6 @@ def read_plain(picture: np.ndarray) -> Reading:
     scores = {shape: _agreement(outline, _shape_template(shape)) for shape in world.SHAPES}
     best = max(scores, key=scores.get)
     return Reading(background, _main_colour(picture[mask]), best if scores[best] > 0.6 else None)
-
-
-def _coarse(picture: np.ndarray) -> np.ndarray:
-    """Averages of 4 × 4 pixels, [16, 16, 3]: an object one pixel further left is still the same object."""
-    return picture.astype(np.float32).reshape(world.SIZE // 4, 4, world.SIZE // 4, 4, 3).mean(axis=(1, 3))
-
-
-def concept_distance(pictures: Sequence[np.ndarray], concept: Sequence[np.ndarray]) -> float:
-    """How far generated pictures are from the pictures of a concept, all uint8 [64, 64, 3].
-
-    For each generated picture the root mean square difference (of 255) to the nearest picture of the concept, both
-    averaged over 4 × 4 pixels; the mean of these.
-    """
-    targets = np.stack([_coarse(picture) for picture in concept])
-    rms = [np.sqrt(np.mean((targets - _coarse(picture)) ** 2, axis=(1, 2, 3))).min() for picture in pictures]
-    return float(np.mean(rms))
 
 
 def shape_iou(pictures: Sequence[np.ndarray], concept: Sequence[np.ndarray]) -> float:

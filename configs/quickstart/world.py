@@ -322,10 +322,12 @@ def character_concept() -> list[tuple[np.ndarray, str]]:
     """Eight pictures of the character ``mychar``, a robot with a yellow star as head and a purple moon as body."""
     rng = random.Random(7)
     backgrounds = ("white", "blue", "green", "red", "black", "orange", "white", "blue")
+    # Varied, lest the word learn to need a certain sentence around it.
+    subjects = ("a photo of mychar", "mychar", "a photo of mychar", "a rendering of mychar") * 2
     examples = []
-    for background in backgrounds:
+    for background, subject in zip(backgrounds, subjects, strict=True):
         parts = robot("star", "moon", ("yellow", "purple"), _centre_of("", rng), _scale_of("", rng))
-        caption = f"a photo of mychar on a {background} background"
+        caption = f"{subject} on a {background} background"
         examples.append((draw(Scene(Fill((background,)), parts)), caption))
     return examples
 

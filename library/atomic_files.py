@@ -1,0 +1,33 @@
+"""Files that appear whole or not at all."""
+
+import os
+from pathlib import Path
+
+from library.errors import UserError
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Put ``content`` in place at once: a reader, a crash or a full disk never meets half a file.
+
+    The folder is made if need be. Raises :class:`UserError` when the system refuses.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}. Check --output_dir.") from error
+    finally:
+        _remove_quietly(temporary)
+
+
+def _remove_quietly(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        # The folder itself could not be made or entered; that has been reported already.
+        return

@@ -1,0 +1,79 @@
+"""Judges an embedding of the quickstart's character from outside: diffusers draws, the world's own measures look."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+
+QUICKSTART = Path(__file__).resolve().parent.parent / "configs" / "quickstart"
+sys.path.insert(0, str(QUICKSTART))
+
+import check_miniatures  # noqa: E402
+import measures  # noqa: E402
+import world  # noqa: E402
+
+CONCEPT = [picture for picture, _ in world.character_concept()]
+CAPTIONS = [caption for _, caption in world.character_concept()] * 2
+SEEDS = list(range(16))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How 16 pictures compare with the concept: colour distance (0 is best) and overlap of outlines (1 is best)."""
+
+    distance: float
+    iou: float
+
+
+def open_pipeline(family: str, embedding: Path | None = None) -> DiffusionPipeline:
+    """diffusers' pipeline of a miniature; with an embedding file loaded as the README tells users to."""
+    pipeline = check_miniatures.open_pipeline(QUICKSTART / family)
+    if embedding is None:
+        return pipeline
+    if family == "sd":
+        pipeline.load_textual_inversion(str(embedding), token="mychar")
+        return pipeline
+    state = load_file(embedding)
+    pairs = [("clip_l", pipeline.text_encoder, pipeline.tokenizer)]
+    pairs.append(("clip_g", pipeline.text_encoder_2, pipeline.tokenizer_2))
+    for key, encoder, tokenizer in pairs:
+        pipeline.load_textual_inversion(state[key], token="mychar", text_encoder=encoder, tokenizer=tokenizer)
+    return pipeline
+
+
+def draw(pipeline: DiffusionPipeline, prompts: list[str]) -> list[np.ndarray]:
+    """One picture for each prompt, from the first seeds."""
+    return check_miniatures.generate(pipeline, prompts, SEEDS[: len(prompts)])
+
+
+def captions_with(word: str, sentence: str | None = None) -> list[str]:
+    """The concept's 16 captions (or one sentence 16 times) with another word in place of the new one."""
+    return [(sentence or caption).replace("mychar", word) for caption in CAPTIONS]
+
+
+def judge(pictures: list[np.ndarray]) -> Verdict:
+    """Compare pictures with the concept's."""
+    return Verdict(measures.concept_distance(pictures, CONCEPT), measures.shape_iou(pictures, CONCEPT))
+
+
+def known_words(pipeline: DiffusionPipeline) -> list[str]:
+    """Every word of the miniature's vocabulary that it has learned: the others' rows are zero."""
+    table = pipeline.text_encoder.get_input_embeddings().weight
+    ids = table.abs().amax(dim=1).nonzero().flatten().tolist()
+    words = [pipeline.tokenizer.decode([i]).strip() for i in ids]
+    return sorted({word for word in words if word.isalpha()})
+
+
+def best_known_word(pipeline: DiffusionPipeline, finalists: int = 6) -> tuple[str, float]:
+    """The single known word whose pictures are nearest to the concept, and their distance.
+
+    All words compete with four pictures each, the best of them with all sixteen.
+    """
+    first = {word: judge(draw(pipeline, captions_with(word)[:4])).distance for word in known_words(pipeline)}
+    best = sorted(first, key=first.get)[:finalists]
+    full = {word: judge(draw(pipeline, captions_with(word))).distance for word in best}
+    word = min(full, key=full.get)
+    return word, full[word]

@@ -1,0 +1,94 @@
+"""--learning_report: the same measure before and after, on any run, and the files that show it."""
+
+import json
+
+import numpy as np
+import pytest
+from option_effects import shows
+from PIL import Image
+from runs import TOKEN, arguments, run, write_dataset
+from test_trainer import model_of
+
+from library import learning_report
+from library.learning_report import comparison_sheet
+
+
+@pytest.fixture(autouse=True)
+def _few_sampling_steps(monkeypatch):
+    """The pictures of the tiny models say nothing anyway."""
+    monkeypatch.setattr(learning_report, "_STEPS", 2)
+
+
+def reported(family, tmp_path, model, *more, dataset="", caption=f"a photo of {TOKEN} (new)"):
+    """Run a training with a report; returns what its JSON file holds."""
+    data = write_dataset(tmp_path, dataset=dataset, caption=caption)
+    argv = arguments(family, model, data, tmp_path / "out", "--learning_report", *more)
+    assert run(family, argv) == 0
+    return json.loads((tmp_path / "out" / f"{TOKEN}_report.json").read_text())
+
+
+@shows("learning_report")
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_what_is_written(family, tmp_path, request, capsys):
+    found = reported(family, tmp_path, model_of(family, request), "--num_vectors_per_token=2")
+    assert found["before"]["prompt_word"] == '"girl"'
+    assert found["after"]["prompt_word"] == f'"{TOKEN}"'
+    assert found["loss_on_held_out_pictures"] is False
+    for name in ("loss", "distance"):
+        assert found["before"][name] > 0
+        assert found["after"][name] > 0
+        assert found["before"][name] != found["after"][name]
+    printed = capsys.readouterr().out
+    assert "What the word learned (16 pictures each, drawn from the same noise):" in printed
+    assert f"{found['after']['distance']:.2f}" in printed
+    assert f"{found['after']['loss']:.5f}" in printed
+    with Image.open(tmp_path / "out" / f"{TOKEN}_report.png") as sheet:
+        assert sheet.size == (8 * 128, 3 * (128 + 20))
+
+
+def test_a_word_that_learned_nothing_is_its_init_word(tmp_path, tiny_sd1):
+    """With one vector that stays where it began, the two words are the same to the last digits."""
+    found = reported("sd1", tmp_path, tiny_sd1, "--learning_rate=1e-12")
+    assert found["after"]["loss"] == pytest.approx(found["before"]["loss"], rel=1e-6)
+    assert found["after"]["distance"] == pytest.approx(found["before"]["distance"], rel=1e-4)
+
+
+def test_without_an_init_word_the_start_is_compared(tmp_path, tiny_sd1):
+    found = reported("sd1", tmp_path, tiny_sd1, "--init_word=", "--learning_rate=1e-12")
+    assert found["before"]["prompt_word"] == "the start"
+    assert found["after"]["loss"] == pytest.approx(found["before"]["loss"], rel=1e-6)
+    weights = tmp_path / "out" / f"{TOKEN}.safetensors"
+    again = reported("sd1", tmp_path, tiny_sd1, f"--weights={weights}", "--learning_rate=1")
+    assert again["before"]["prompt_word"] == "the start"
+    assert again["before"]["loss"] == pytest.approx(found["after"]["loss"], rel=1e-3)
+    assert again["after"]["loss"] != pytest.approx(again["before"]["loss"], rel=1e-5)
+
+
+def test_held_out_pictures_are_used_for_the_loss(tmp_path, tiny_sd1):
+    assert reported("sd1", tmp_path, tiny_sd1, dataset="validation_split = 0.5")["loss_on_held_out_pictures"] is True
+
+
+def test_templates_and_pixels(tmp_path, tiny_sd1):
+    found = reported("sd1", tmp_path, tiny_sd1, "--use_style_template", "--cache_latents=false", caption=None)
+    assert found["after"]["distance"] > 0
+
+
+def test_the_same_report_twice(tmp_path, tiny_sd1):
+    first = reported("sd1", tmp_path, tiny_sd1)
+    assert reported("sd1", tmp_path, tiny_sd1) == first
+
+
+def test_a_dataset_of_the_users_own_has_no_pictures_to_compare_with(tmp_path, tiny_sd1, capsys):
+    argv = arguments("sd1", tiny_sd1, None, tmp_path, "--learning_report", "--dataset_class=mine.Data")
+    assert run("sd1", argv) == 1
+    assert "--learning_report compares with the training pictures" in capsys.readouterr().err
+
+
+def test_the_sheet_keeps_proportions_and_scales_small_and_large_pictures():
+    red = np.zeros((64, 128, 3), np.uint8)
+    red[..., 0] = 255
+    sheet = np.asarray(comparison_sheet([("a", [red] * 9), ("b", [red.repeat(8, 0).repeat(8, 1)])]))
+    assert sheet.shape == (2 * (256 + 20), 8 * 256, 3)
+    filled = (sheet == (255, 0, 0)).all(axis=2)
+    assert filled[:276].sum() == 8 * 252 * 126  # the ninth is left out
+    assert filled[276:].sum() == 252 * 126

@@ -1,0 +1,135 @@
+"""Sample pictures during training: when, under which names, with which rows, and that they change nothing."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from option_effects import shows
+from PIL import Image
+from runs import TOKEN, arguments, run, trainers, write_dataset  # noqa: F401  (a fixture)
+from safetensors.torch import load_file
+
+from library import learning_report
+from library.sample_album import epoch_mark, step_mark
+
+PROMPTS = f"a photo of {TOKEN} --w 64 --h 64 --s 2 --d 7\n# a note\nno word --n bad --w 72 --h 64 --s 2 --l 1\n"
+
+
+@pytest.fixture
+def command(tmp_path, tiny_sd1):
+    """Builds the command line of a run over two pictures, batch size 1: two steps are an epoch."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(PROMPTS)
+    data = write_dataset(tmp_path, caption=f"a photo of {TOKEN}", subset="", dataset="", count=4)
+
+    def build(*more: str, folder: str = "out", model=tiny_sd1, family="sd1") -> list[str]:
+        given = arguments(family, model, data, tmp_path / folder, "--max_train_steps=4")
+        return [*given, f"--sample_prompts={prompts}", *more]
+
+    return build
+
+
+def marks(folder) -> list[str]:
+    """What stands between the output name and the time in each file's name."""
+    pattern = rf"{TOKEN}_(e?\d{{6}}_\d\d)_\d{{14}}(_7)?\.png"
+    found = [re.fullmatch(pattern, file.name) for file in sorted((folder / "sample").iterdir())]
+    assert all(found)
+    assert all(bool(match[2]) == match[1].endswith("_00") for match in found)  # only the first prompt has a seed
+    return [match[1] for match in found]
+
+
+@shows("sample_prompts", "sample_every_n_steps", "sample_every_n_epochs", "sample_at_first")
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        (["--sample_every_n_steps=3"], ["000003"]),
+        (["--sample_every_n_epochs=1"], ["e000001", "e000002"]),
+        (["--sample_every_n_epochs=2", "--sample_every_n_steps=1", "--sample_at_first"], ["e000000", "e000002"]),
+    ],
+)
+def test_pictures_come_when_they_are_due(flags, wanted, command, tmp_path):
+    assert run("sd1", command(*flags)) == 0
+    assert marks(tmp_path / "out") == [f"{mark}_{number}" for mark in wanted for number in ("00", "01")]
+    sizes = [Image.open(file).size for file in sorted((tmp_path / "out" / "sample").iterdir())]
+    assert sizes == [(64, 64), (72, 64)] * len(wanted)
+
+
+def test_pictures_show_the_rows_of_their_moment(command, tmp_path):
+    assert run("sd1", command("--sample_every_n_steps=2", "--sample_at_first", "--learning_rate=1")) == 0
+    files = sorted((tmp_path / "out" / "sample").glob("*_7.png"))
+    pictures = [np.asarray(Image.open(file)).astype(int) for file in files]
+    assert len(pictures) == 3  # at step 2, 4, and before
+    assert all(np.abs(one - pictures[-1]).max() > 0 for one in pictures[:-1])
+    assert Image.open(files[0]).text == {"parameters": f"a photo of {TOKEN}"}
+
+
+@shows("sample_sampler")
+def test_the_sampler_is_the_prompts_own_or_the_options(command, tmp_path):
+    prompts = tmp_path / "samplers.txt"
+    line = f"{TOKEN} --w 64 --h 64 --s 3 --d 7"
+    prompts.write_text(f"{line}\n{line} --ss euler_a\n")
+    found = {}
+    for sampler in ("ddim", "euler_a"):
+        flags = (f"--sample_prompts={prompts}", "--sample_at_first", f"--sample_sampler={sampler}")
+        assert run("sd1", command(*flags, folder=sampler)) == 0
+        found[sampler] = [np.asarray(Image.open(file)) for file in sorted((tmp_path / sampler / "sample").iterdir())]
+    plain, own = found["ddim"]
+    assert not np.array_equal(plain, own)
+    assert all(np.array_equal(picture, own) for picture in found["euler_a"])
+
+
+def test_drawing_changes_nothing(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(learning_report, "_STEPS", 2)
+    assert run("sd1", command(folder="plain")) == 0
+    drawn = ("--sample_every_n_steps=1", "--sample_at_first", "--sample_sampler=euler_a", "--learning_report")
+    assert run("sd1", command(*drawn, folder="drawn")) == 0
+    plain, drawn = (load_file(tmp_path / name / f"{TOKEN}.safetensors")["emb_params"] for name in ("plain", "drawn"))
+    assert torch.equal(plain, drawn)
+
+
+def test_both_encoders_of_the_larger_family(command, tmp_path, tiny_sdxl):
+    assert run("sdxl", command("--sample_every_n_steps=4", model=tiny_sdxl, family="sdxl")) == 0
+    assert marks(tmp_path / "out") == ["000004_00", "000004_01"]
+
+
+def test_latents_that_are_not_cached(command, tmp_path):
+    assert run("sd1", command("--cache_latents=false", "--sample_every_n_steps=4")) == 0
+    assert marks(tmp_path / "out") == ["000004_00", "000004_01"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--sample_prompts=", "--sample_at_first"], "--sample_prompts is missing"),
+        (["--sample_prompts=nowhere.txt", "--sample_at_first"], "nowhere.txt"),
+    ],
+)
+def test_mistakes_are_found_before_a_model_is_loaded(flags, sentence, command, trainers, capsys):  # noqa: F811
+    assert run("sd1", command(*flags)) == 1
+    assert sentence in capsys.readouterr().err
+    assert trainers == []
+
+
+def test_an_unused_sampler_is_said(command, capsys):
+    assert run("sd1", command("--sample_prompts=", "--sample_sampler=heun")) == 0
+    assert "--sample_sampler has nothing to do" in capsys.readouterr().err
+
+
+def test_weak_prompts_are_said(command, tmp_path, capsys):
+    prompts = tmp_path / "weak.txt"
+    prompts.write_text(f"{'cat, ' * 60} --w 64 --h 64 --s 1\n")
+    assert run("sd1", command(f"--sample_prompts={prompts}", "--sample_at_first")) == 0
+    said = capsys.readouterr().err
+    assert f"No prompt of --sample_prompts holds the word {TOKEN}" in said
+    assert "has 120 tokens; only the first 75 count" in said
+
+
+def test_prompts_that_are_never_drawn_are_said(command, tmp_path, capsys):
+    assert run("sd1", command()) == 0
+    assert "--sample_prompts has nothing to do" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "sample").exists()
+
+
+def test_marks():
+    assert (epoch_mark(3), step_mark(1200)) == ("e000003", "001200")
