@@ -30,11 +30,6 @@ class MissingFeature:
 # A feature that has been built is deleted from this table; nothing else needs to change here.
 MISSING_FEATURES = (
     MissingFeature(
-        "logging to TensorBoard or Weights & Biases",
-        ("logging_dir", "log_with"),
-        ("log_prefix", "log_tracker_name", "log_tracker_config", "log_config", "wandb_run_name", "wandb_api_key"),
-    ),
-    MissingFeature(
         "saving and resuming states",
         ("save_state", "save_state_on_train_end", "resume", "resume_from_huggingface"),
         ("save_last_n_epochs_state", "save_last_n_steps_state"),

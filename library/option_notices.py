@@ -25,7 +25,7 @@ SCHEDULES_THAT_READ = {
 
 def notices(options: Options) -> list[str]:
     """Return a sentence for each option that is given and changes nothing."""
-    rules = (_data, _caches, _noise, _loss, _schedule, _length, _runtime, _saving, _samples)
+    rules = (_data, _caches, _noise, _loss, _schedule, _length, _runtime, _saving, _samples, _logs)
     return [sentence for rule in rules for applies, sentence in rule(options, _given(options)) if applies]
 
 
@@ -166,4 +166,22 @@ def _samples(options: Options, given: set[str]) -> Iterator[Rule]:
     yield (
         "sample_sampler" in given and not sample.draws_pictures,
         "--sample_sampler has nothing to do: no pictures are drawn.",
+    )
+
+
+def _logs(options: Options, given: set[str]) -> Iterator[Rule]:
+    logs = options.logging
+    tensorboard = logs.log_with in ("tensorboard", "all") or (logs.log_with is None and logs.logging_dir is not None)
+    wandb = logs.log_with in ("wandb", "all")
+    for name in ("log_prefix", "log_tracker_name", "log_tracker_config", "log_config"):
+        yield (
+            name in given and not (tensorboard or wandb),
+            f"--{name} has nothing to do: nothing is logged (--logging_dir, --log_with).",
+        )
+    yield "log_prefix" in given and wandb and not tensorboard, "--log_prefix has nothing to do: it is for TensorBoard."
+    for name in ("wandb_run_name", "wandb_api_key"):
+        yield name in given and not wandb, f"--{name} has nothing to do without --log_with wandb or all."
+    yield (
+        {"wandb_run_name", "log_tracker_config"} <= given,
+        "--wandb_run_name is not used: --log_tracker_config replaces all trackers' settings.",
     )

@@ -46,22 +46,22 @@ class SampleAlbum:
 
     def draw(
         self, pipeline: SamplingPipeline, mark: str, *, process_index: int = 0, num_processes: int = 1
-    ) -> list[Path]:
-        """Draw this process's share of the prompts, one by one, and return the files.
+    ) -> dict[int, np.ndarray]:
+        """Draw this process's share of the prompts, one by one, and write the files.
+
+        Returns the pictures, uint8 [H, W, 3], by the number of their prompt (from 0).
 
         ``mark`` tells in the files' names when it was: see :func:`epoch_mark` and :func:`step_mark`.
         """
         numbers = range(process_index, len(self.prompts), num_processes)
         pictures = pipeline.draw([self.prompts[number] for number in numbers], title="Drawing samples")
         moment = datetime.now().strftime("%Y%m%d%H%M%S")
-        files = []
         for number, picture in zip(numbers, pictures, strict=True):
             prompt = self.prompts[number]
             seed = "" if prompt.seed is None else f"_{prompt.seed}"
-            file = self.folder / f"{self.output_name}_{mark}_{number:02d}_{moment}{seed}.png"
-            write_atomically(file, _png(picture, prompt))
-            files.append(file)
-        return files
+            name = f"{self.output_name}_{mark}_{number:02d}_{moment}{seed}.png"
+            write_atomically(self.folder / name, _png(picture, prompt))
+        return dict(zip(numbers, pictures, strict=True))
 
 
 def _warn_of_weak_prompts(wanted: Sequence[SamplePrompt], tokenizer: PromptTokenizer) -> None:

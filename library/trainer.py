@@ -34,6 +34,7 @@ from library.sample_album import SampleAlbum, epoch_mark, step_mark
 from library.sampling import SamplingPipeline
 from library.text_encoding import PromptEncoder
 from library.tokens import TrainableRows, table_spread, typical_norm
+from library.trackers import RunLog
 
 logger = logging.getLogger(__name__)
 
@@ -84,12 +85,15 @@ class Trainer:
         runtime.set_attention(self.options.runtime, self.task.unet, self.vae and self.vae.vae)
         runtime.compile_modules(self.options.runtime, [self.task.unet, *text_encoders])
         self.cache_prompts()
+        self.log = RunLog.start(self.options)
         try:
             self.fit()
             path = self.finish()
         except (KeyboardInterrupt, UserError):
             self.rescue()
             raise
+        finally:
+            self.log.finish()
         if self.options.sample.learning_report and self.accelerator.is_main_process:
             self.report_learning(path)
         self.accelerator.end_training()
@@ -262,8 +266,10 @@ class Trainer:
                 self.epoch = epoch
                 loader.set_epoch(epoch, self.step)
                 for batches in _groups(loader, self.plan.accumulation):
+                    rates = self.rates()
                     loss = self.optimizer_step(batches)
                     self.step += 1
+                    self.log.step(loss, rates, self.step)
                     progress.update()
                     progress.set_postfix(loss=f"{loss:.4f}", lr=f"{self.lr_schedule.get_last_lr()[0]:.3g}")
                     self.carry_out(self.saves.after_step(self.step))
@@ -271,6 +277,7 @@ class Trainer:
                         self.draw_samples(step_mark(self.step))
                     if self.step >= self.plan.total_steps:
                         break
+                self.log.epoch(self.step)
                 self.validate()
                 self.carry_out(self.saves.after_epoch(epoch))
                 if self.album.schedule.after_epoch(epoch):
@@ -293,6 +300,14 @@ class Trainer:
         self.lr_schedule.step(loss)
         self.optimizer.zero_grad()
         return loss
+
+    def rates(self) -> dict[str, float]:
+        """The learning rate of the next step, and its product with the estimate of an optimizer that makes one."""
+        rates = {"lr": self.lr_schedule.get_last_lr()[0]}
+        group = self.choice.optimizer.param_groups[0]
+        if "d" in group:
+            rates["lr/d*lr"] = float(group["d"] * group["lr"])
+        return rates
 
     def batch_loss(self, batch: Batch) -> Tensor:
         """The mean loss of a batch, or a zero that depends on the rows where nothing in it can teach them."""
@@ -336,6 +351,7 @@ class Trainer:
                     loss += self.task.losses(batch.to(self.device)).mean() * batch.weight
         loss, _ = self.agree(loss, True)
         logger.info("Epoch %d, step %d: loss/validation %.5f", self.epoch, self.step, loss)
+        self.log.values({"loss/validation": loss}, self.step)
 
     # ---- results
 
@@ -351,12 +367,13 @@ class Trainer:
     def draw_samples(self, mark: str) -> None:
         """Draw the pictures of ``--sample_prompts`` with the rows as they would be saved now."""
         with self.averaged_rows():
-            self.album.draw(
+            pictures = self.album.draw(
                 self.sampling_pipeline(),
                 mark,
                 process_index=self.accelerator.process_index,
                 num_processes=self.accelerator.num_processes,
             )
+        self.log.pictures(pictures, self.step)
 
     def carry_out(self, actions: Iterable[Action]) -> None:
         """Save and remove what the schedule says."""

@@ -16,6 +16,7 @@ from library.model_family import FAMILIES, ModelFamily
 from library.new_word import NewWord
 from library.option_notices import notices
 from library.options import Options, TokenOptions
+from library.trackers import check_trackers
 from library.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ def train(options: Options, family_name: str) -> Path | None:
     """Run one training and return the path of its embedding; None after ``--debug_dataset``. Raises UserError."""
     family = FAMILIES[family_name]
     runtime.check_runtime(options.runtime)
+    check_trackers(options.logging)
     for sentence in notices(options):
         logger.info(sentence)
     model = BaseModel.open(options.model, family)

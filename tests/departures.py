@@ -233,6 +233,7 @@ def _prompts_are_read_by_us_alone(case: dict) -> bool:
 
 
 DEPARTURES: list[Departure] = [
+    Departure("run_schedule", "D3", "logs are by optimizer steps, on one axis", lambda case: "log_calls" in case),
     Departure(
         "dataset_config",
         "D5",

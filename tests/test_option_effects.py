@@ -10,6 +10,7 @@ import test_option_effects_learning
 import test_option_effects_model
 import test_option_effects_output
 import test_sample_album
+import test_trackers
 from option_effects import Bench, plan, shows
 from runs import arguments, write_dataset
 
@@ -23,6 +24,7 @@ MODULES = [
     test_option_effects_output,
     test_learning_report,
     test_sample_album,
+    test_trackers,
 ]
 
 # Options whose effect needs what a test machine may lack. Their tests show that the value arrives where it acts, and
@@ -61,7 +63,6 @@ def test_every_option_is_shown():
 
 
 VALUES = {
-    "log_with": "tensorboard",
     "save_last_n_epochs_state": "1",
     "save_last_n_steps_state": "1",
 }
