@@ -11,6 +11,7 @@ import concept_judge
 import measures
 import numpy as np
 import pytest
+from accelerate.state import AcceleratorState
 from concept_judge import captions_with, draw, judge, open_pipeline
 from runs import SCRIPTS
 
@@ -25,6 +26,7 @@ def train(model: str, folder: Path, *more: str) -> Path:
     """Run the quickstart of a model with further options; the embedding file."""
     script = SCRIPTS[{"sd": "sd1", "sdxl": "sdxl"}[model]]
     given = [f"--config_file={ROOT / 'configs' / 'quickstart' / model}.toml", f"--output_dir={folder}"]
+    AcceleratorState._reset_state(True)  # accelerate keeps the precision of a process's first run
     assert script.main([*given, *more]) == 0
     return folder / "mychar.safetensors"
 
@@ -73,22 +75,24 @@ def test_the_quickstart_teaches_the_word(model, tmp_path):
         np.testing.assert_array_equal(before, after)
 
 
+STEPS = {"sd": 75, "sdxl": 150}
+# By name: init word, options, and what is asked of distance and overlap, as shares of the init word's.
 CASES = {
     # One vector cannot leave a word of one part for a figure of two in so few steps.
-    "1 vector": ("robot", ["--num_vectors_per_token=1"]),
-    "object templates": (INIT_WORD, ["--use_object_template"]),
-    "pixels": (INIT_WORD, ["--cache_latents=false", "--optimizer_type=AdamW8bit"]),
+    "1 vector": ("robot", ["--num_vectors_per_token=1"], 0.7, 1.05),
+    "object templates": (INIT_WORD, ["--use_object_template"], 0.65, 1.5),
+    "pixels": (INIT_WORD, ["--cache_latents=false", "--optimizer_type=AdamW8bit"], 0.65, 1.5),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("model", ["sd", "sdxl"])
 def test_a_short_training_teaches_it_too(model, case, tmp_path):
-    word, more = CASES[case]
-    more = ["--max_train_steps=75", "--learning_report=false", f"--init_word={word}", *more]
+    word, more, distance, overlap = CASES[case]
+    more = [f"--max_train_steps={STEPS[model]}", "--learning_report=false", f"--init_word={word}", *more]
     verdict, init = of_the_new_word(model, train(model, tmp_path, *more)), of_the_init_word(model, word)
-    assert verdict.distance <= 0.65 * init.distance
-    assert verdict.iou >= 1.3 * init.iou
+    assert verdict.distance <= distance * init.distance
+    assert verdict.iou >= overlap * init.iou
 
 
 @pytest.mark.parametrize("model", ["sd", "sdxl"])
