@@ -467,3 +467,71 @@ def test_first_prompts_are_all_captions_once(split):
 def test_a_loader_is_given_what_it_is_made_for(varied):
     assert isinstance(varied.loader(), BatchLoader)
     assert varied.check().warnings == []
+
+
+# ---- what a learning report asks for
+
+
+def _taught_folder(tmp_path):
+    """Three pictures that teach the word, in two buckets; one without the word and a regularisation picture."""
+    for number, size in enumerate([(64, 64), (64, 64), (128, 64)]):
+        make_picture(tmp_path / "taught" / f"{number}.png", size, f"mychar, {{red|blue}}, number {number}")
+    make_picture(tmp_path / "taught" / "other.png", (64, 64), "a cat")
+    make_picture(tmp_path / "reg" / "0.png", (64, 64), "mychar as regularisation")
+    taught = {"image_dir": str(tmp_path / "taught"), "caption_extension": ".txt", "shuffle_caption": True}
+    taught |= {"enable_wildcard": True, "caption_dropout_rate": 0.5}
+    reg = {"image_dir": str(tmp_path / "reg"), "caption_extension": ".txt", "is_reg": True}
+    return {
+        "resolution": 64,
+        "batch_size": 2,
+        "enable_bucket": True,
+        "min_bucket_reso": 32,
+        "bucket_reso_steps": 32,
+        "subsets": [taught, reg],
+    }
+
+
+def test_the_concept_is_what_teaches_the_word(tmp_path):
+    data = data_of(tmp_path, _taught_folder(tmp_path), words=prompts(2))
+    pictures = data.concept_pictures(10)
+    assert len(pictures) == 3
+    sizes = sorted(
+        data.table.bucket(index) for index in range(len(data.table)) if "number" in data.table.caption(index)
+    )
+    assert sorted((picture.shape[1], picture.shape[0]) for picture in pictures) == sizes
+    assert len(data.concept_pictures(2)) == 2
+    captions = data.concept_captions(9)
+    assert len(captions) == 9
+    assert all(caption.startswith("mychar mychar1, ") for caption, _ in captions)
+    assert {caption[-1] for caption, _ in captions} == {"0", "1", "2"}
+    assert {size for _, size in captions} == set(sizes)
+    assert {word for word in ("red", "blue") if any(word in caption for caption, _ in captions)} == {"red", "blue"}
+    assert data.concept_captions(9) == captions
+
+
+def test_templates_teach_with_every_picture_but_regularisation(tmp_path):
+    data = data_of(tmp_path, _taught_folder(tmp_path), templates=OBJECT_TEMPLATES)
+    assert len(data.concept_pictures(10)) == 4
+    captions = [caption for caption, _ in data.concept_captions(16)]
+    assert len(set(captions)) > 4
+    assert all("mychar" in caption for caption in captions)
+
+
+@pytest.mark.parametrize("validation", [0.0, 0.5])
+def test_fixed_batches_are_the_same_at_every_call(validation, tmp_path):
+    table = _taught_folder(tmp_path) | {"validation_split": validation}
+    data = data_of(tmp_path, table)
+    first, second = list(data.fixed_batches(13)), list(data.fixed_batches(13))
+    assert 13 <= sum(map(len, first)) < 15
+    for one, other in zip(first, second, strict=True):
+        _same(one, other)
+    seeds = [seed for batch in first for seed in batch.seeds]
+    assert len(set(seeds)) == len(seeds)
+    loader = data.loader()
+    trained = {
+        seed for epoch in (1, 2, 3) for _ in [loader.set_epoch(epoch, 0)] for batch in loader for seed in batch.seeds
+    }
+    assert not trained & set(seeds)
+    if validation:
+        held = {data.validation_table.path(index) for index in range(len(data.validation_table))}
+        assert {key for batch in first for key in batch.keys} == held

@@ -55,3 +55,17 @@ def test_a_word_of_signs():
     word = Placeholder("<tok>", 3)
     assert word.expand("a <tok>, <tok>1") == "a <tok> <tok>1 <tok>2, <tok>1"
     assert word.split("<tok>2, <tok>") == [2, ", ", 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "replaced"),
+    [
+        ("a mychar, MyChar", "a girl, girl"),
+        (f"a {ALL} here", "a girl here"),
+        ("mychar2 and mychars", "girl and mychars"),
+        ("nothing", "nothing"),
+    ],
+)
+def test_replace(text, replaced):
+    assert FOUR.replace(text, "girl") == replaced
+    assert Placeholder("mychar").replace("a MYCHAR", r"\1") == r"a \1"

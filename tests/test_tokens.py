@@ -223,3 +223,12 @@ def test_rescale_keeps_directions():
     for old, new, norm in zip(before, rows.rows, (0.4, 0.7), strict=True):
         assert torch.allclose(new.norm(dim=1), torch.full((3,), norm))
         assert torch.allclose(torch.cosine_similarity(old, new), torch.ones(3))
+
+
+def test_rows_hold_other_values_for_a_while_and_then_their_own_bits():
+    rows = TrainableRows([torch.randn(3, 8), torch.randn(3, 5)])
+    before = [each.detach().clone() for each in rows.rows]
+    with pytest.raises(KeyError), rows.holding([torch.ones(3, 8), torch.zeros(3, 5)]):
+        assert all(float(each.detach().min()) == value for each, value in zip(rows.rows, (1, 0), strict=True))
+        raise KeyError
+    assert all(torch.equal(each, start) for each, start in zip(rows.rows, before, strict=True))
