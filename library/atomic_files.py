@@ -1,7 +1,11 @@
 """Files that appear whole or not at all."""
 
+import io
 import os
 from pathlib import Path
+
+from PIL.Image import Image
+from PIL.PngImagePlugin import PngInfo
 
 from library.errors import UserError
 
@@ -23,6 +27,13 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise UserError(f"{path} cannot be written: {error.strerror or error}. Check --output_dir.") from error
     finally:
         _remove_quietly(temporary)
+
+
+def write_png(path: Path, picture: Image, notes: PngInfo | None = None) -> None:
+    """Write a picture, with notes in the file if there are any; see :func:`write_atomically`."""
+    content = io.BytesIO()
+    picture.save(content, format="png", pnginfo=notes)
+    write_atomically(path, content.getvalue())
 
 
 def _remove_quietly(path: Path) -> None:

@@ -20,13 +20,11 @@ from library.batch_order import BatchRef, EpochOrder
 from library.batches import Batch, collate
 from library.dataset import BatchedData, sample_seeds
 from library.errors import UserError
-from library.latents import LatentCache, LatentEntry
+from library.latents import PIXELS_PER_LATENT, LatentCache, LatentEntry
 from library.named_classes import load_class
 from library.options import DatasetOptions
 from library.preflight import Report
 from library.tokens import PromptTokenizer
-
-_PIXELS_PER_LATENT = 8
 
 
 class CustomData(BatchedData):
@@ -145,7 +143,7 @@ class _Reader:
         if latents is None and images is None:
             raise self._error('gives neither "latents" nor "images"')
         pictures = images if latents is None else latents
-        count, scale = len(pictures), 1 if latents is None else _PIXELS_PER_LATENT
+        count, scale = len(pictures), 1 if latents is None else PIXELS_PER_LATENT
         height, width = (side * scale for side in pictures.shape[-2:])
         captions = self._captions(values, count)
         input_ids = self._input_ids(values, captions, count)

@@ -234,7 +234,7 @@ class TrainingData(BatchedData):
         self.templates = templates
         self.seed = seed
         self.table, self.validation_table = load_tables(configs, seed)
-        self.order = EpochOrder(self.table.bucket_of, self.table.repeats, self.table.batch_sizes, seed)
+        self.order = self._order(self.table)
         self.cache: LatentCache | None = None
 
     @property
@@ -290,7 +290,7 @@ class TrainingData(BatchedData):
         is the mean over all held-out pictures.
         """
         table = self.validation_table
-        order = EpochOrder(table.bucket_of, table.repeats, table.batch_sizes, self.seed)
+        order = self._order(table)
         sampler = BatchSampler(
             order,
             process_index=process_index,
@@ -307,7 +307,7 @@ class TrainingData(BatchedData):
         Pictures come again with other noise until there are enough.
         """
         table = self.validation_table if self.has_validation else self.table
-        order = EpochOrder(table.bucket_of, table.repeats, table.batch_sizes, self.seed)
+        order = self._order(table)
         loader = BatchLoader(self._source(table, 0), BatchSampler(order), workers=0, persistent=False, pin_memory=False)
         given = 0
         for passes in itertools.count():
@@ -348,6 +348,9 @@ class TrainingData(BatchedData):
     def source(self, max_steps: int) -> SampleSource:
         """Draws the pictures to train on."""
         return self._source(self.table, max_steps)
+
+    def _order(self, table: ImageTable) -> EpochOrder:
+        return EpochOrder(table.bucket_of, table.repeats, table.batch_sizes, self.seed)
 
     def _source(self, table: ImageTable, max_steps: int) -> SampleSource:
         return SampleSource(

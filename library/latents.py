@@ -33,7 +33,7 @@ from library.latent_files import (
 
 logger = logging.getLogger(__name__)
 
-_VAE_FACTOR = 8  # pixels per latent, along each side, in every family
+PIXELS_PER_LATENT = 8  # along each side, in every family
 # Noted with latents that were made from a picture with transparent places, not laid on white.
 _HIDDEN_COLOURS = " with hidden colours"
 
@@ -52,7 +52,7 @@ class LatentEntry:
     @property
     def latent_size(self) -> Size:
         """(height, width) of the latents."""
-        return self.framing.bucket[1] // _VAE_FACTOR, self.framing.bucket[0] // _VAE_FACTOR
+        return self.framing.bucket[1] // PIXELS_PER_LATENT, self.framing.bucket[0] // PIXELS_PER_LATENT
 
 
 @dataclass(frozen=True, slots=True)

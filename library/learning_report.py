@@ -1,6 +1,5 @@
 """``--learning_report``: did the word learn anything? Loss, distance and pictures before and after, all else equal."""
 
-import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from library.atomic_files import write_atomically
+from library.atomic_files import write_atomically, write_png
 from library.concept_distance import concept_distance
 from library.dataset import TrainingData
 from library.denoising import DenoisingTask
@@ -85,9 +84,7 @@ class LearningReport:
         sheet = comparison_sheet(
             [("training pictures", self.concept), *((one.label, one.pictures) for one in (self.before, self.after))]
         )
-        content = io.BytesIO()
-        sheet.save(content, format="png")
-        write_atomically(picture, content.getvalue())
+        write_png(picture, sheet)
         numbers = json.dumps(self.numbers, indent=2) + "\n"
         write_atomically(picture.with_suffix(".json"), numbers.encode())
         return picture

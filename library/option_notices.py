@@ -171,8 +171,7 @@ def _samples(options: Options, given: set[str]) -> Iterator[Rule]:
 
 def _logs(options: Options, given: set[str]) -> Iterator[Rule]:
     logs = options.logging
-    tensorboard = logs.log_with in ("tensorboard", "all") or (logs.log_with is None and logs.logging_dir is not None)
-    wandb = logs.log_with in ("wandb", "all")
+    tensorboard, wandb = "tensorboard" in logs.trackers, "wandb" in logs.trackers
     for name in ("log_prefix", "log_tracker_name", "log_tracker_config", "log_config"):
         yield (
             name in given and not (tensorboard or wandb),

@@ -145,3 +145,10 @@ class LoggingOptions:
         "to others.",
         secret=True,
     )
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """Where a run logs to: "tensorboard", "wandb", both, or nowhere."""
+        if self.log_with is None:
+            return ("tensorboard",) if self.logging_dir is not None else ()
+        return ("tensorboard", "wandb") if self.log_with == "all" else (self.log_with,)

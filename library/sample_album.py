@@ -1,6 +1,5 @@
 """The pictures of ``--sample_prompts``: when they are drawn, and the files they become."""
 
-import io
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from library.atomic_files import write_atomically
+from library.atomic_files import write_png
 from library.checkpoints import SampleSchedule
 from library.options import Options
 from library.prompt_weights import parse_weights
@@ -60,7 +59,9 @@ class SampleAlbum:
             prompt = self.prompts[number]
             seed = "" if prompt.seed is None else f"_{prompt.seed}"
             name = f"{self.output_name}_{mark}_{number:02d}_{moment}{seed}.png"
-            write_atomically(self.folder / name, _png(picture, prompt))
+            notes = PngInfo()
+            notes.add_itxt("parameters", prompt.prompt)  # where other programs look for the prompt
+            write_png(self.folder / name, Image.fromarray(picture), notes)
         return dict(zip(numbers, pictures, strict=True))
 
 
@@ -86,12 +87,3 @@ def epoch_mark(epoch: int) -> str:
 def step_mark(step: int) -> str:
     """The mark of pictures drawn after a step."""
     return f"{step:06d}"
-
-
-def _png(picture: np.ndarray, prompt: SamplePrompt) -> bytes:
-    """The picture with its prompt in the place where other programs look for it."""
-    notes = PngInfo()
-    notes.add_itxt("parameters", prompt.prompt)
-    content = io.BytesIO()
-    Image.fromarray(picture).save(content, format="png", pnginfo=notes)
-    return content.getvalue()

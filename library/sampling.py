@@ -12,14 +12,13 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 from tqdm import tqdm
 
-from library.latents import FrozenVae
+from library.latents import PIXELS_PER_LATENT, FrozenVae
 from library.model_family import Conditioning, ModelFamily
 from library.sample_prompts import SamplePrompt
 from library.samplers import make_sampler
 from library.text_encoding import PromptEncoder
 from library.tokens import PromptTokenizer
 
-_PIXELS_PER_LATENT = 8
 _LATENT_CHANNELS = 4
 
 
@@ -67,7 +66,7 @@ class SamplingPipeline:
         )
         sampler.set_timesteps(first.steps, device=self.device)
         generators = [torch.Generator().manual_seed(_seed(prompt)) for prompt in batch]
-        shape = (_LATENT_CHANNELS, first.height // _PIXELS_PER_LATENT, first.width // _PIXELS_PER_LATENT)
+        shape = (_LATENT_CHANNELS, first.height // PIXELS_PER_LATENT, first.width // PIXELS_PER_LATENT)
         noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
         latents = noise.to(self.device) * sampler.init_noise_sigma
         guided = first.scale > 1

@@ -17,25 +17,17 @@ from library.options import LoggingOptions, Options, as_dict, declared_options
 PROJECT = "textual_inversion"
 # What stands for an option's value in the help, where that value is a path.
 _PATHS = ("DIR", "FILE", "MODEL", "VAE")
-_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
-
-
-def wanted_trackers(options: LoggingOptions) -> tuple[str, ...]:
-    """The trackers that a run logs to: "tensorboard", "wandb", both, or none."""
-    if options.log_with is None:
-        return ("tensorboard",) if options.logging_dir else ()
-    return tuple(_PACKAGES) if options.log_with == "all" else (options.log_with,)
+_TRACKERS = ("tensorboard", "wandb")  # and the packages they need
 
 
 def check_trackers(options: LoggingOptions) -> None:
     """Raise UserError, before any model is loaded, for what would keep a run from logging."""
-    trackers = wanted_trackers(options)
-    for name in trackers:
-        if importlib.util.find_spec(_PACKAGES[name]) is None:
-            raise UserError(f"Logging to {name} needs its package: pip install {_PACKAGES[name]}. Or leave it out.")
-    if "tensorboard" in trackers and options.logging_dir is None:
+    for name in options.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"Logging to {name} needs its package: pip install {name}. Or leave it out.")
+    if "tensorboard" in options.trackers and options.logging_dir is None:
         raise UserError(f"--log_with {options.log_with} needs --logging_dir, the folder for TensorBoard's files.")
-    if trackers:
+    if options.trackers:
         _settings(options)
 
 
@@ -50,7 +42,7 @@ def _settings(options: LoggingOptions) -> dict[str, dict[str, Any]]:
         raise UserError(f"--log_tracker_config {file} cannot be read: {error.strerror or error}.") from error
     except (toml.TomlDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"--log_tracker_config {file} is not valid TOML: {error}.") from error
-    strange = [name for name, values in settings.items() if name not in _PACKAGES or not isinstance(values, dict)]
+    strange = [name for name, values in settings.items() if name not in _TRACKERS or not isinstance(values, dict)]
     if strange:
         raise UserError(
             f"--log_tracker_config {file} holds {', '.join(strange)}; it may hold the tables [tensorboard] and [wandb]."
@@ -69,8 +61,8 @@ class RunLog:
     def start(cls, options: Options) -> "RunLog":
         """Open the logs; ``--log_config`` writes the options into them. The Accelerator must exist."""
         logs, trackers = options.logging, []
-        project, settings = logs.log_tracker_name or PROJECT, _settings(logs) if wanted_trackers(logs) else {}
-        for name in wanted_trackers(logs):
+        project, settings = logs.log_tracker_name or PROJECT, _settings(logs) if logs.trackers else {}
+        for name in logs.trackers:
             given = settings.get(name, {})
             if name == "tensorboard":
                 trackers.append(TensorBoardTracker(project, _log_folder(logs), **given))

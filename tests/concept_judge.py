@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from diffusers import DiffusionPipeline
-from safetensors.torch import load_file
+from test_trainer import load_as_printed
 
 QUICKSTART = Path(__file__).resolve().parent.parent / "configs" / "quickstart"
 sys.path.insert(0, str(QUICKSTART))
@@ -14,6 +14,8 @@ sys.path.insert(0, str(QUICKSTART))
 import check_miniatures  # noqa: E402
 import measures  # noqa: E402
 import world  # noqa: E402
+
+from library.concept_distance import concept_distance  # noqa: E402
 
 CONCEPT = [picture for picture, _ in world.character_concept()]
 CAPTIONS = [caption for _, caption in world.character_concept()] * 2
@@ -29,18 +31,10 @@ class Verdict:
 
 
 def open_pipeline(family: str, embedding: Path | None = None) -> DiffusionPipeline:
-    """diffusers' pipeline of a miniature; with an embedding file loaded as the README tells users to."""
+    """diffusers' pipeline of a miniature; with an embedding file loaded as the end of a run says."""
     pipeline = check_miniatures.open_pipeline(QUICKSTART / family)
-    if embedding is None:
-        return pipeline
-    if family == "sd":
-        pipeline.load_textual_inversion(str(embedding), token="mychar")
-        return pipeline
-    state = load_file(embedding)
-    pairs = [("clip_l", pipeline.text_encoder, pipeline.tokenizer)]
-    pairs.append(("clip_g", pipeline.text_encoder_2, pipeline.tokenizer_2))
-    for key, encoder, tokenizer in pairs:
-        pipeline.load_textual_inversion(state[key], token="mychar", text_encoder=encoder, tokenizer=tokenizer)
+    if embedding is not None:
+        load_as_printed(pipeline, family, embedding)
     return pipeline
 
 
@@ -49,14 +43,14 @@ def draw(pipeline: DiffusionPipeline, prompts: list[str]) -> list[np.ndarray]:
     return check_miniatures.generate(pipeline, prompts, SEEDS[: len(prompts)])
 
 
-def captions_with(word: str, sentence: str | None = None) -> list[str]:
-    """The concept's 16 captions (or one sentence 16 times) with another word in place of the new one."""
-    return [(sentence or caption).replace("mychar", word) for caption in CAPTIONS]
+def captions_with(word: str) -> list[str]:
+    """The concept's 16 captions with another word in place of the new one."""
+    return [caption.replace("mychar", word) for caption in CAPTIONS]
 
 
 def judge(pictures: list[np.ndarray]) -> Verdict:
     """Compare pictures with the concept's."""
-    return Verdict(measures.concept_distance(pictures, CONCEPT), measures.shape_iou(pictures, CONCEPT))
+    return Verdict(concept_distance(pictures, CONCEPT), measures.shape_iou(pictures, CONCEPT))
 
 
 def known_words(pipeline: DiffusionPipeline) -> list[str]:

@@ -15,6 +15,8 @@ sys.path.insert(0, str(QUICKSTART))
 import measures  # noqa: E402
 import world  # noqa: E402
 
+from library.concept_distance import concept_distance  # noqa: E402
+
 
 def drawn(count: int, seed: int) -> list[tuple[world.Scene, str]]:
     rng = random.Random(seed)
@@ -96,7 +98,7 @@ def test_reader_knows_when_there_is_nothing_to_read() -> None:
 
 def test_concept_distance_and_shape_are_perfect_for_the_concept_itself() -> None:
     pictures = [picture for picture, _ in world.character_concept()]
-    assert measures.concept_distance(pictures, pictures) == 0
+    assert concept_distance(pictures, pictures) == 0
     assert measures.shape_iou(pictures, pictures) == 1
 
 
@@ -107,7 +109,7 @@ def test_concept_measures_tell_known_words_from_the_concept() -> None:
         for ground in ("white", "blue", "green")
     ]
     moved = [np.roll(picture, 1, axis=1) for picture in concept]
-    assert measures.concept_distance(stars, concept) > 3 * measures.concept_distance(moved, concept)
+    assert concept_distance(stars, concept) > 3 * concept_distance(moved, concept)
     assert measures.shape_iou(stars, concept) < 0.4
     assert measures.shape_iou(moved, concept) > 0.8
     recoloured = [255 - picture for picture in concept]

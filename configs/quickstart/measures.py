@@ -11,8 +11,6 @@ import numpy as np
 import world
 from PIL import Image
 
-from library.concept_distance import concept_distance  # noqa: F401  (the other half of what scripts ask for)
-
 
 @dataclass(frozen=True)
 class Reading:
