@@ -80,11 +80,12 @@ class CacheReport:
 class FrozenVae:
     """The frozen VAE on its device. Works in ``dtype``, and from the first overflow on in float32.
 
+    Encoding and decoding widen apart from each other: what is drawn must not change what is trained on.
     ``fingerprint`` tells VAEs apart, whatever precision they are held in.
     """
 
     def __init__(self, vae: torch.nn.Module, device: torch.device | str, dtype: torch.dtype):
-        self.device, self.dtype = torch.device(device), dtype
+        self.device, self.dtype, self.decoding_dtype = torch.device(device), dtype, dtype
         self.fingerprint = vae_fingerprint(vae)
         self.vae = _moved(vae, self.device, dtype).eval().requires_grad_(False)
 
@@ -98,7 +99,9 @@ class FrozenVae:
         """
         mean, spread = self._posterior(images)
         if self.dtype != torch.float32 and not _finite(mean, spread).all():
-            self._widen()
+            logger.warning(f"The VAE overflows in {self.dtype}; it works in float32 from here on.")
+            self.dtype = self.decoding_dtype = torch.float32
+            _moved(self.vae, self.device, self.dtype)
             mean, spread = self._posterior(images)
         finite = _finite(mean, spread).tolist()
         if not all(finite):
@@ -118,20 +121,33 @@ class FrozenVae:
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Pixels, float32 [B, 3, 8h, 8w], about [-1, 1], of unscaled ``latents`` [B, 4, h, w]."""
+        """Pixels, float32 [B, 3, 8h, 8w], about [-1, 1], of finite unscaled ``latents`` [B, 4, h, w].
+
+        One picture at a time, which bounds the memory whatever B is.
+        """
         pixels = self._pixels(latents)
-        if self.dtype != torch.float32 and not torch.isfinite(pixels).all():
-            self._widen()
+        if self.decoding_dtype != torch.float32 and not torch.isfinite(pixels).all():
+            logger.warning(f"The VAE overflows in {self.decoding_dtype}; it draws in float32 from here on.")
+            self.decoding_dtype = torch.float32
             pixels = self._pixels(latents)
         return pixels
 
     def _pixels(self, latents: torch.Tensor) -> torch.Tensor:
-        return self.vae.decode(latents.to(self.device, self.dtype)).sample.float()
+        with self._holding(self.decoding_dtype):
+            given = latents.to(self.device, self.decoding_dtype)
+            return torch.cat([self.vae.decode(one).sample.float() for one in given.split(1)])
 
-    def _widen(self) -> None:
-        logger.warning(f"The VAE overflows in {self.dtype}; it works in float32 from here on.")
-        self.dtype = torch.float32
-        _moved(self.vae, self.device, torch.float32)
+    @contextmanager
+    def _holding(self, dtype: torch.dtype) -> Iterator[None]:
+        """Within a ``with``: the weights in ``dtype``, of at least the usual precision, so that none is rounded."""
+        if dtype == self.dtype:
+            yield
+            return
+        _moved(self.vae, self.device, dtype)
+        try:
+            yield
+        finally:
+            _moved(self.vae, self.device, self.dtype)
 
     @contextmanager
     def on(self, device: torch.device | str) -> Iterator[None]:

@@ -450,6 +450,23 @@ def test_decoding_is_the_vaes_own_and_survives_an_overflow(caplog):
     torch.testing.assert_close(FrozenVae(vae, "cpu", torch.float32).decode(latents), wanted)
     half = FrozenVae(_tiny_vae(0), "cpu", torch.float16)
     torch.nn.init.constant_(half.vae.decoder.conv_in.weight, 6e4)
-    assert torch.isfinite(half.decode(latents)).all()
-    assert half.dtype == torch.float32
-    assert "The VAE overflows in torch.float16" in caplog.text
+    weights = [parameter.clone() for parameter in half.vae.parameters()]
+    image, generators = torch.rand(1, 3, 32, 32) * 2 - 1, lambda: [torch.Generator().manual_seed(0)]
+    encoded = half.encode(image, generators())
+    drawn = half.decode(latents)
+    assert torch.isfinite(drawn).all()
+    assert torch.equal(half.decode(latents), drawn)
+    assert caplog.text.count("The VAE overflows in torch.float16; it draws in float32 from here on.") == 1
+    # What is trained on stays the same.
+    assert half.dtype == torch.float16
+    assert all(torch.equal(one, other) for one, other in zip(weights, half.vae.parameters(), strict=True))
+    assert torch.equal(half.encode(image, generators()), encoded)
+
+
+def test_a_vae_that_encodes_in_float32_decodes_in_it_too():
+    half = FrozenVae(_tiny_vae(0), "cpu", torch.float16)
+    torch.nn.init.constant_(half.vae.encoder.conv_in.weight, 6e4)
+    half.encode(torch.ones(1, 3, 32, 32), [torch.Generator().manual_seed(0)])
+    assert (half.dtype, half.decoding_dtype) == (torch.float32, torch.float32)
+    half.decode(torch.zeros(1, 4, 4, 4))
+    assert {parameter.dtype for parameter in half.vae.parameters()} == {torch.float32}
