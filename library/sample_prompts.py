@@ -15,7 +15,7 @@ from library.samplers import check_sampler
 
 logger = logging.getLogger(__name__)
 
-_SIZE_STEP, _LEAST_SIZE = 8, 64  # pixels
+_SIZE_STEP, _LEAST_SIZE, _MOST_SIZE = 8, 64, 4096  # pixels
 _MOST_STEPS = 1000
 _SEEDS_END = 2**64  # torch's generators take no more
 
@@ -123,7 +123,8 @@ def read_sample_prompts(path: str | Path) -> list[SamplePrompt]:
     override it. A JSON file holds a list of objects, or of such lines. Sizes are rounded down to a multiple of 8, and
     are at least 64.
 
-    Raises UserError, naming the file, if it cannot be read or holds no prompt, and for values of a wrong type.
+    Raises UserError, naming the file, if it cannot be read or holds no prompt, and for values of a wrong type and
+    sizes above 4096 pixels.
     """
     path = Path(path)
     file = f'The file "{path}" of --sample_prompts'
@@ -233,8 +234,8 @@ def _sample_prompt(values: _Values, place: str) -> SamplePrompt:
     return SamplePrompt(
         prompt=values["prompt"],
         negative_prompt=values.get("negative_prompt", SamplePrompt.negative_prompt),
-        width=_rounded(values.get("width", SamplePrompt.width)),
-        height=_rounded(values.get("height", SamplePrompt.height)),
+        width=_usable_size(values, "width", place),
+        height=_usable_size(values, "height", place),
         steps=values.get("sample_steps", SamplePrompt.steps),
         scale=values.get("scale", SamplePrompt.scale),
         seed=_usable_seed(values, place),
@@ -242,7 +243,10 @@ def _sample_prompt(values: _Values, place: str) -> SamplePrompt:
     )
 
 
-def _rounded(side: int) -> int:
+def _usable_size(values: _Values, key: str, place: str) -> int:
+    side = values.get(key, getattr(SamplePrompt, key))
+    if side > _MOST_SIZE:
+        raise UserError(f"{place}: {key} (--{key[0]}) {side} is too large; the most is {_MOST_SIZE} pixels.")
     return max(side - side % _SIZE_STEP, _LEAST_SIZE)
 
 

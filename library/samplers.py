@@ -37,6 +37,9 @@ _SAMPLERS |= {f"k_{name}": _SAMPLERS[name] for name in ("lms", "euler", "euler_a
 
 SAMPLER_NAMES = tuple(_SAMPLERS)
 
+# The multistep solver meets one timestep twice in 1000 steps, and divides by the difference.
+_MOST_STEPS = {"DPMSolverMultistepScheduler": 999}
+
 # Instead of 0, which most samplers divide by; diffusers takes it for the same purpose.
 _LAST_ALPHA = 2**-24
 
@@ -68,6 +71,11 @@ def make_sampler(name: str, *, v_prediction: bool, zero_terminal_snr: bool) -> S
         # diffusers advises against "dpmsolver"; who asks for it by name shall have it.
         warnings.simplefilter("ignore", FutureWarning)
         return scheduler_class(**settings)
+
+
+def most_steps(sampler: SchedulerMixin) -> int:
+    """How many steps a sampler can take; up to 1000, the number of timesteps."""
+    return _MOST_STEPS.get(type(sampler).__name__, 1000)
 
 
 def _zero_terminal_settings(scheduler_class: type, *, v_prediction: bool) -> _Settings:

@@ -12,10 +12,11 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 from tqdm import tqdm
 
+from library.errors import UserError
 from library.latents import PIXELS_PER_LATENT, FrozenVae
 from library.model_family import Conditioning, ModelFamily
 from library.sample_prompts import SamplePrompt
-from library.samplers import make_sampler
+from library.samplers import make_sampler, most_steps
 from library.text_encoding import PromptEncoder
 from library.tokens import PromptTokenizer
 
@@ -47,14 +48,18 @@ class SamplingPipeline:
         """One picture, uint8 [height, width, 3], for each prompt.
 
         Neighbours that differ in text and seed only are drawn together, up to ``batch_size`` at a time. A prompt
-        without a seed gets a random one. With a ``title`` a progress bar is shown.
+        without a seed gets a random one. With a ``title`` a progress bar is shown. Raises UserError for a picture
+        that comes out with values that are not finite.
         """
         pictures = []
         bar = tqdm(total=len(wanted), desc=title, unit="picture", disable=not title)
         with bar, self.vae.on(self.device):
             for batch in _batches(wanted, batch_size):
                 latents = self._denoise(batch)
-                pictures += _to_pictures(self.vae.decode(latents / self.vae_scale_factor))
+                _require_finite(latents, batch)
+                pixels = self.vae.decode(latents / self.vae_scale_factor)
+                _require_finite(pixels, batch)
+                pictures += _to_pictures(pixels)
                 bar.update(len(batch))
         return pictures
 
@@ -64,7 +69,7 @@ class SamplingPipeline:
         sampler = make_sampler(
             first.sampler or self.sampler, v_prediction=self.v_prediction, zero_terminal_snr=self.zero_terminal_snr
         )
-        sampler.set_timesteps(first.steps, device=self.device)
+        sampler.set_timesteps(min(first.steps, most_steps(sampler)), device=self.device)
         generators = [torch.Generator().manual_seed(_seed(prompt)) for prompt in batch]
         shape = (_LATENT_CHANNELS, first.height // PIXELS_PER_LATENT, first.width // PIXELS_PER_LATENT)
         noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
@@ -130,7 +135,17 @@ def _weighted(context: Tensor, weights: Tensor) -> Tensor:
     return kept.to(context.dtype)
 
 
+def _require_finite(values: Tensor, batch: Sequence[SamplePrompt]) -> None:
+    """Raise UserError for the first of the batch's pictures that is spoiled; it would look merely dark."""
+    for one, prompt in zip(values, batch, strict=True):
+        if not torch.isfinite(one).all():
+            raise UserError(
+                f'The picture of "{prompt.prompt:.60}" comes out with values that are not finite. Try another sampler, '
+                "fewer steps, or --mixed_precision=bf16 or no in place of fp16."
+            )
+
+
 def _to_pictures(pixels: Tensor) -> list[np.ndarray]:
     """uint8 [H, W, 3] of pixels [B, 3, H, W] in [-1, 1]."""
-    values = ((pixels + 1) * 127.5).nan_to_num(0).round().clamp(0, 255).byte()
+    values = ((pixels + 1) * 127.5).round().clamp(0, 255).byte()
     return list(values.permute(0, 2, 3, 1).cpu().numpy())

@@ -13,7 +13,7 @@ from golden_data import golden_cases
 from library.diffusion import NoiseSchedule
 from library.errors import UserError
 from library.output_options import SAMPLERS
-from library.samplers import SAMPLER_NAMES, make_sampler
+from library.samplers import SAMPLER_NAMES, make_sampler, most_steps
 
 HAS_SCIPY = importlib.util.find_spec("scipy") is not None
 needs_scipy = pytest.mark.skipif(not HAS_SCIPY, reason="lms needs scipy")
@@ -153,6 +153,14 @@ def test_the_predictor_notices_another_prediction_or_schedule(name, picture):
         oracle = Oracle(picture, v_prediction=True, zero_terminal_snr=True)
         denoise(make_sampler(name, v_prediction=True, zero_terminal_snr=False), oracle, 10)
         assert unlikeness(name, oracle) > usual_unlikeness(name, True)
+
+
+@pytest.mark.parametrize("v_prediction", [False, True])
+@pytest.mark.parametrize("name", [name for name in DISTINCT if name != "lms"])  # which takes half a minute for it
+def test_the_most_steps_work(name, v_prediction, picture):
+    sampler = make_sampler(name, v_prediction=v_prediction, zero_terminal_snr=False)
+    oracle = Oracle(picture, v_prediction=v_prediction, zero_terminal_snr=False)
+    assert size(denoise(sampler, oracle, min(1000, most_steps(sampler))) - picture) < 0.1
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 15, 30])

@@ -8,6 +8,7 @@ import torch
 from runs import TOKEN, arguments, run, trainers, write_dataset  # noqa: F401  (a fixture)
 from test_trainer import fresh_pipeline, load_as_printed, model_of
 
+from library.errors import UserError
 from library.sample_prompts import SamplePrompt
 from library.samplers import make_sampler
 
@@ -98,6 +99,26 @@ def test_only_prompts_with_the_word_depend_on_the_rows(trained):
         other = pipeline.draw(wanted)
     assert difference(after[0], other[0]) > 1
     assert difference(after[1], other[1]) == 0
+
+
+def test_a_thousand_steps_of_a_solver_that_takes_fewer(trained):
+    (got,) = trained[2].sampling_pipeline().draw([varied(steps=1000, sampler="dpmsolver++", scale=1)])
+    assert difference(got, diffusers_picture(trained, varied(steps=999, scale=1), "dpmsolver++")) <= 1
+
+
+@pytest.mark.parametrize("where", ["latents", "pixels"])
+def test_a_spoiled_picture_is_no_picture(where, trained, monkeypatch, caplog):
+    trainer = trained[2]
+    pipeline = trainer.sampling_pipeline()
+    if where == "pixels":
+        monkeypatch.setattr(type(trainer.vae), "decode", lambda vae, latents: torch.full((2, 3, 64, 64), torch.nan))
+        rows = trainer.starts
+    else:
+        rows = [torch.full_like(start, torch.nan) for start in trainer.starts]
+    with trainer.rows.holding(rows), pytest.raises(UserError) as error:
+        pipeline.draw([PROMPT, varied(seed=4)], batch_size=2)
+    assert 'The picture of "a photo of mychar in a park" comes out with values that are not finite' in str(error.value)
+    assert "The VAE overflows" not in caplog.text
 
 
 def test_weights_in_a_prompt(trained):
