@@ -9,6 +9,7 @@ import os
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from library.batch_order import BatchRef, BatchSampler, EpochOrder
 from library.batches import Batch, Sample, collate
 from library.buckets import Size, size_conditioning_crop
-from library.captions import CaptionMoment, process_caption
+from library.captions import CaptionMoment, process_caption, token_presence
 from library.dataset_config import DatasetConfig
 from library.errors import UserError
 from library.image_table import ImageTable, calm_rules, load_tables
@@ -26,9 +27,10 @@ from library.latents import LatentCache, LatentEntry
 from library.preflight import Report, check
 from library.tokens import PromptTokenizer
 
-# Epochs and steps of batches that are not trained on: no run gets as far, so their noise is never trained on. A prime,
-# lest it be one of the epochs whose captions are dropped.
-_FAR_AWAY = 1_000_000_007
+# Epoch of batches that are not trained on: no run gets as far, so their noise is never trained on.
+_FAR_AWAY = 1_000_000_000
+# Of lines and wildcards, in search of a caption that holds the word.
+_DRAWS = 64
 
 
 def sample_seeds(seed: int, epoch: int, position: int) -> tuple[int, int, int]:
@@ -86,7 +88,7 @@ class SampleSource(Dataset):
             key=self.table.path(index),
             caption=caption,
             input_ids=input_ids,
-            has_token=any(bool((ids >= self.prompts.first_new_id(i)).any()) for i, ids in enumerate(input_ids)),
+            has_token=self.prompts.hold_word(input_ids),
             latents=latents,
             image=image,
             mask=mask,
@@ -301,48 +303,54 @@ class TrainingData(BatchedData):
         sampler.set_epoch(0, 0)
         return BatchLoader(self._source(table, 0), sampler, workers=workers, persistent=False, pin_memory=False)
 
-    def fixed_batches(self, samples: int) -> Iterator[Batch]:
-        """The same batches at every call, ``samples`` samples or a few more: of held-out pictures if there are any.
+    def fixed_batches(self, samples: int, *, held_out: bool) -> Iterator[Batch]:
+        """The same batches at every call, of the pictures whose caption can hold the word: held-out ones, or others.
 
-        Pictures come again with other noise until there are enough.
+        At least ``samples`` samples if there are any: the pictures come again with other noise until there are enough.
+        Nothing in their captions is shuffled or dropped; lines and wildcards may still leave the word out.
         """
-        table = self.validation_table if self.has_validation else self.table
-        order = self._order(table)
+        table = (self.validation_table if held_out else self.table).with_calm_captions()
+        teaching = np.zeros_like(table.repeats)
+        teaching[self._teaching(table)] = 1
+        order = self._order(replace(table, repeats=teaching))
+        if not order.num_samples:
+            return
         loader = BatchLoader(self._source(table, 0), BatchSampler(order), workers=0, persistent=False, pin_memory=False)
-        given = 0
-        for passes in itertools.count():
-            loader.set_epoch(_FAR_AWAY + passes, _FAR_AWAY)
-            for batch in loader:
-                yield batch
-                given += len(batch)
-                if given >= samples:
-                    return
+        for passes in range(-(-samples // order.num_samples)):
+            loader.set_epoch(_FAR_AWAY + passes, 0)
+            yield from loader
 
     def concept_pictures(self, limit: int) -> list[np.ndarray]:
         """Up to ``limit`` of the pictures that teach the word, as framed for training: uint8 [H, W, 3]."""
-        chosen = self._teaching()
-        chosen = chosen[:: max(1, -(-len(chosen) // limit))]
+        teaching = self._teaching(self.table)
+        chosen = _spread(teaching, min(limit, len(teaching)))
         return [frame_image(self.table.path(index), self.table.framing(index)).pixels for index in chosen]
 
     def concept_captions(self, count: int) -> list[tuple[str, Size]]:
-        """``count`` captions of pictures that teach the word, the word expanded, with the pictures' (width, height).
+        """``count`` captions that hold the word, the word expanded, with their pictures' (width, height).
 
-        Nothing in them is shuffled or dropped. The pictures take turns.
+        Nothing in them is shuffled or dropped. The pictures take turns. Raises UserError where the length limit cuts
+        the word off everywhere.
         """
         captions = []
-        for number, index in enumerate(itertools.islice(itertools.cycle(self._teaching()), count)):
-            caption = self._calm_caption(self.table, index, number)
-            captions.append((caption, self.table.bucket(index)))
-        return captions
+        for number, index in enumerate(_spread(self._teaching(self.table), count)):
+            draws = (self._calm_caption(self.table, index, number * _DRAWS + draw) for draw in range(_DRAWS))
+            caption = next((text for text in draws if self.prompts.hold_word(self.prompts.encode(text))), None)
+            if caption is not None:
+                captions.append((caption, self.table.bucket(index)))
+        if not captions:
+            raise UserError("No caption holds the word within the length limit when its tags are not shuffled.")
+        return list(itertools.islice(itertools.cycle(captions), count))
 
-    def _teaching(self) -> list[int]:
-        """Numbers of the pictures whose caption holds the word; with templates all but the regularisation pictures."""
+    def _teaching(self, table: ImageTable) -> list[int]:
+        """Numbers of the pictures whose caption can hold the word; with templates all but regularisation pictures."""
+
         word = self.prompts.placeholder
         return [
             index
-            for index in range(len(self.table))
-            if not self.table.subset(index).is_reg
-            and (self.templates or word.found_in(self._calm_caption(self.table, index)))
+            for index in range(len(table))
+            if not table.subset(index).is_reg
+            and (self.templates or token_presence(table.caption(index), table.subset(index).captions, word) != "never")
         ]
 
     def source(self, max_steps: int) -> SampleSource:
@@ -356,3 +364,9 @@ class TrainingData(BatchedData):
         return SampleSource(
             table, self.prompts, templates=self.templates, seed=self.seed, max_steps=max_steps, cache=self.cache
         )
+
+
+def _spread(numbers: Sequence[int], count: int) -> list[int]:
+    """``count`` of the numbers, from all over them; they take turns where there are fewer."""
+    given = len(numbers)
+    return [numbers[i * given // count if given > count else i % given] for i in range(count)]

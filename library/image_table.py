@@ -114,6 +114,14 @@ class ImageTable:
         starts = np.cumsum([0, *(len(found) for found in self.sets)])[:-1]
         return np.concatenate([found.sizes for found in self.sets])[starts[self.set_of] + self.row_of]
 
+    def with_calm_captions(self) -> "ImageTable":
+        """The same table, with captions in which nothing is shuffled, dropped or held back."""
+        sets = []
+        for found in self.sets:
+            subset = replace(found.subset, captions=calm_rules(found.subset.captions))
+            sets.append(replace(found, subset=subset))
+        return replace(self, sets=sets)
+
     @property
     def batch_sizes(self) -> np.ndarray:
         """int64 [buckets]."""

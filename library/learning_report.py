@@ -1,7 +1,8 @@
 """``--learning_report``: did the word learn anything? Loss, distance and pictures before and after, all else equal."""
 
 import json
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,14 +12,18 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from library.atomic_files import write_atomically, write_png
+from library.batches import Batch
 from library.concept_distance import concept_distance
 from library.dataset import TrainingData
 from library.denoising import DenoisingTask
+from library.errors import UserError
 from library.new_word import NewWord
 from library.prompt_weights import escape
 from library.sample_prompts import SamplePrompt
 from library.sampling import SamplingPipeline
 from library.tokens import TrainableRows
+
+logger = logging.getLogger(__name__)
 
 # Drawn with each word, from the same noise; seeds 0 to 15.
 PICTURES = 16
@@ -98,10 +103,10 @@ class LearningMeasure:
     ):
         self.pipeline, self.task, self.data, self.word, self.rows = pipeline, task, data, word, rows
         self.concept = data.concept_pictures(_CONCEPT_PICTURES)
-        self.wanted = [
-            SamplePrompt(escape(caption), width=size[0], height=size[1], steps=_STEPS, scale=_SCALE, seed=seed)
-            for seed, (caption, size) in enumerate(data.concept_captions(PICTURES))
-        ]
+        self.captions = data.concept_captions(PICTURES)
+        self.held_out = data.has_validation and any(batch.has_token.any() for batch in self._batches(held_out=True))
+        if data.has_validation and not self.held_out:
+            logger.warning("No held-out caption holds the word: the report takes its loss from the training pictures.")
 
     def report(self, init_word: str | None, starts: Sequence[Tensor]) -> LearningReport:
         """Compare the rows as they are with ``init_word`` as a user would write it, or without one with ``starts``.
@@ -115,27 +120,36 @@ class LearningMeasure:
             with self.rows.holding(starts):
                 before = self._measure("the start", _unchanged)
         after = self._measure(f'"{self.word.placeholder.text}"', _unchanged)
-        return LearningReport(before, after, self.concept, self.data.has_validation)
+        return LearningReport(before, after, self.concept, self.held_out)
 
     def _measure(self, label: str, rewrite: Callable[[str], str]) -> Measured:
         """Loss and pictures with every caption as ``rewrite`` leaves it."""
-        wanted = [replace(prompt, prompt=rewrite(prompt.prompt)) for prompt in self.wanted]
+        wanted = [
+            # Rewritten first: a bracket may be part of the word.
+            SamplePrompt(escape(rewrite(caption)), width=width, height=height, steps=_STEPS, scale=_SCALE, seed=seed)
+            for seed, (caption, (width, height)) in enumerate(self.captions)
+        ]
         batch_size = max(config.batch_size for config in self.data.configs)
         pictures = self.pipeline.draw(wanted, batch_size=batch_size, title=f"Drawing {label}")
         return Measured(label, self._loss(rewrite), concept_distance(pictures, self.concept), pictures)
 
     @torch.no_grad()
     def _loss(self, rewrite: Callable[[str], str]) -> float:
-        """Mean over the samples whose caption holds the word."""
+        """Mean over the samples whose caption holds the word. Raises UserError where there are none."""
         losses = []
-        for batch in self.data.fixed_batches(_LOSS_SAMPLES):
+        for batch in self._batches(held_out=self.held_out):
             if not batch.has_token.any():
                 continue
             encoded = [self.word.prompts.encode(rewrite(caption)) for caption in batch.captions]
             ids = [torch.stack(each) for each in zip(*encoded, strict=True)]
             moved = replace(batch, input_ids=ids).to(self.pipeline.device)
             losses.append(self.task.losses(moved)[moved.has_token])
+        if not losses:
+            raise UserError("No caption that was drawn holds the word, so there is no loss to compare.")
         return float(torch.cat(losses).mean())
+
+    def _batches(self, *, held_out: bool) -> Iterator[Batch]:
+        return self.data.fixed_batches(_LOSS_SAMPLES, held_out=held_out)
 
 
 def comparison_sheet(rows: Sequence[tuple[str, Sequence[np.ndarray]]]) -> Image.Image:

@@ -53,13 +53,17 @@ class PromptTokenizer:
         """
         return [self._windows(self.body_ids(text, i), tokenizer) for i, tokenizer in enumerate(self.tokenizers)]
 
+    def hold_word(self, input_ids: Sequence[torch.Tensor]) -> bool:
+        """Whether a vector of the word is among the ids that :meth:`encode` gave, for any tokenizer."""
+        return any(bool((ids >= self.first_new_id(i)).any()) for i, ids in enumerate(input_ids))
+
     def encode_weighted(self, text: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Ids of one prompt with attention syntax, and their weights; int64 and float32 [chunks, 77] per tokenizer.
 
         The word is expanded here, so that ``(mychar:1.2)`` weighs all its vectors. BOS, EOS and padding weigh 1.
         Without attention syntax the ids are those of :meth:`encode` for the expanded text.
         """
-        parts = parse_weights(self._with_whole_names(text))
+        parts = self.weighted_parts(text)
         ids, weights = [], []
         for index, tokenizer in enumerate(self.tokenizers):
             bodies = [(self.body_ids(self.placeholder.expand(part), index), weight) for part, weight in parts]
@@ -67,11 +71,14 @@ class PromptTokenizer:
             weights.append(torch.tensor(self._chunks([weight for body, weight in bodies for _ in body], 1.0, 1.0, 1.0)))
         return ids, weights
 
-    def _with_whole_names(self, text: str) -> str:
-        """Escape brackets that belong to the word: ``[V]`` as a word is no attention syntax."""
+    def weighted_parts(self, text: str) -> list[tuple[str, float]]:
+        """The parts of a prompt and their weights; brackets that belong to the word (``[V]``) are no attention syntax.
+
+        The word is not expanded.
+        """
         names = self.placeholder.names
         pieces = self.placeholder.split(text)
-        return "".join(piece if isinstance(piece, str) else escape(names[piece]) for piece in pieces)
+        return parse_weights("".join(piece if isinstance(piece, str) else escape(names[piece]) for piece in pieces))
 
     def _windows(self, body: list[int], tokenizer) -> torch.Tensor:
         bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id

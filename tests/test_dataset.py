@@ -3,6 +3,7 @@
 import io
 import pickle
 import random
+import re
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -521,8 +522,13 @@ def test_templates_teach_with_every_picture_but_regularisation(tmp_path):
 def test_fixed_batches_are_the_same_at_every_call(validation, tmp_path):
     table = _taught_folder(tmp_path) | {"validation_split": validation}
     data = data_of(tmp_path, table)
-    first, second = list(data.fixed_batches(13)), list(data.fixed_batches(13))
-    assert 13 <= sum(map(len, first)) < 15
+    first, second = (list(data.fixed_batches(13, held_out=validation > 0)) for _ in range(2))
+    teaching = 3 if not validation else len(data._teaching(data.validation_table))
+    assert sum(map(len, first)) == -(-13 // teaching) * teaching
+    assert all(batch.has_token.all() for batch in first)
+    assert {len(re.findall("red|blue", caption)) for batch in first for caption in batch.captions} == {
+        1
+    }  # none dropped
     for one, other in zip(first, second, strict=True):
         _same(one, other)
     seeds = [seed for batch in first for seed in batch.seeds]
@@ -534,4 +540,39 @@ def test_fixed_batches_are_the_same_at_every_call(validation, tmp_path):
     assert not trained & set(seeds)
     if validation:
         held = {data.validation_table.path(index) for index in range(len(data.validation_table))}
-        assert {key for batch in first for key in batch.keys} == held
+        assert {key for batch in first for key in batch.keys} <= held
+
+
+def test_a_word_that_a_wildcard_may_leave_out_is_searched_for(tmp_path):
+    for number in range(40):
+        make_picture(tmp_path / "p" / f"{number:02d}.png", (64, 64), f"{{a girl|a girl|mychar}} number {number}")
+    subset = {"image_dir": str(tmp_path / "p"), "caption_extension": ".txt", "enable_wildcard": True}
+    data = data_of(tmp_path, {"resolution": 64, "subsets": [subset]})
+    assert len(data.concept_pictures(100)) == 40
+    captions = [caption for caption, _ in data.concept_captions(16)]
+    # From all over the pictures.
+    assert captions == [f"mychar number {number * 40 // 16}" for number in range(16)]
+    shares = [bool(held) for batch in data.fixed_batches(128, held_out=False) for held in batch.has_token]
+    assert len(shares) == 160
+    assert 0.2 < sum(shares) / len(shares) < 0.5
+
+
+def test_there_are_no_fixed_batches_without_the_word(tmp_path):
+    for number in range(4):
+        make_picture(tmp_path / "p" / f"{number}.png", (64, 64), "a cat")
+    make_picture(tmp_path / "taught" / "0.png", (64, 64), "mychar")
+    plain = {"resolution": 64, "validation_split": 0.5, "subsets": [{"image_dir": str(tmp_path / "p")}]}
+    taught = {"resolution": 64, "subsets": [{"image_dir": str(tmp_path / "taught")}]}
+    data = data_of(tmp_path, plain, taught, caption_extension=".txt")
+    assert list(data.fixed_batches(5, held_out=True)) == []
+    assert sum(map(len, data.fixed_batches(5, held_out=False))) == 5
+
+
+def test_a_word_that_no_calm_caption_keeps_is_said(tmp_path):
+    caption = ", ".join(["cat"] * 60 + ["mychar"])
+    make_picture(tmp_path / "p" / "0.png", (64, 64), caption)
+    data = data_of(
+        tmp_path, {"resolution": 64, "subsets": [{"image_dir": str(tmp_path / "p"), "shuffle_caption": True}]}
+    )
+    with pytest.raises(UserError, match="within the length limit when its tags are not shuffled"):
+        data.concept_captions(16)

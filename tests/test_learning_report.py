@@ -4,12 +4,14 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from option_effects import shows
 from PIL import Image
 from runs import TOKEN, arguments, run, write_dataset
 from test_trainer import model_of
 
 from library import learning_report
+from library.latents import FrozenVae
 from library.learning_report import comparison_sheet
 
 
@@ -66,6 +68,70 @@ def test_without_an_init_word_the_start_is_compared(tmp_path, tiny_sd1):
 
 def test_held_out_pictures_are_used_for_the_loss(tmp_path, tiny_sd1):
     assert reported("sd1", tmp_path, tiny_sd1, dataset="validation_split = 0.5")["loss_on_held_out_pictures"] is True
+
+
+def test_a_word_with_brackets_is_replaced_like_any_other(tmp_path, tiny_sd1):
+    """What is drawn and measured with the init word does not depend on what the new word is called."""
+    plain = reported("sd1", tmp_path, tiny_sd1, "--learning_rate=1")
+    strange = "mychar_(x)"
+    more = (f"--token_string={strange}", f"--output_name={TOKEN}", "--learning_rate=1")
+    found = reported("sd1", tmp_path, tiny_sd1, *more, caption=f"a photo of {strange} (new)")
+    assert found["before"] == plain["before"]
+    assert found["after"]["prompt_word"] == f'"{strange}"'
+    assert found["after"]["distance"] != found["before"]["distance"]
+
+
+def caption_pictures(tmp_path, captions, dataset=""):
+    """A dataset file of pictures with these captions."""
+    file = write_dataset(tmp_path, count=len(captions), dataset=dataset, caption="")
+    pictures = sorted((tmp_path / "images").glob("*.txt"))
+    for picture, caption in zip(pictures, captions, strict=True):
+        picture.write_text(caption)
+    return file
+
+
+def test_only_captions_that_hold_the_word_count(tmp_path, tiny_sd1):
+    found = []
+    for name, captions in (("a", [TOKEN, f"new {TOKEN}"]), ("b", [TOKEN, f"new {TOKEN}", "a cat", "a dog"])):
+        data = caption_pictures(tmp_path / name, captions)
+        argv = arguments("sd1", tiny_sd1, data, tmp_path / name, "--learning_report", "--learning_rate=1e-12")
+        assert run("sd1", argv) == 0
+        found.append(json.loads((tmp_path / name / f"{TOKEN}_report.json").read_text()))
+    assert found[0] == found[1]
+
+
+def test_without_a_held_out_caption_the_training_is_measured(tmp_path, tiny_sd1, capsys):
+    data = caption_pictures(tmp_path, [TOKEN] * 2)
+    caption_pictures(tmp_path / "more", ["a cat"] * 4)
+    folder = (tmp_path / "more" / "images").as_posix()
+    held = f"[[datasets]]\nresolution = 64\nvalidation_split = 0.5\n[[datasets.subsets]]\nimage_dir = '{folder}'\n"
+    data.write_text(data.read_text() + held)
+    argv = arguments("sd1", tiny_sd1, data, tmp_path / "out", "--learning_report")
+    assert run("sd1", argv) == 0
+    found = json.loads((tmp_path / "out" / f"{TOKEN}_report.json").read_text())
+    assert found["loss_on_held_out_pictures"] is False
+    assert found["after"]["loss"] > 0
+    assert "No held-out caption holds the word" in capsys.readouterr().err
+
+
+def test_a_report_that_cannot_be_written_is_still_printed(tmp_path, tiny_sd1, capsys):
+    (tmp_path / "out" / f"{TOKEN}_report.png").mkdir(parents=True)
+    data = write_dataset(tmp_path, caption=TOKEN)
+    assert run("sd1", arguments("sd1", tiny_sd1, data, tmp_path / "out", "--learning_report")) == 0
+    said = capsys.readouterr()
+    assert "What the word learned" in said.out
+    assert f"{TOKEN}_report.png cannot be written" in said.err
+
+
+def test_no_distance_of_spoiled_pictures(tmp_path, tiny_sd1, monkeypatch, capsys):
+    decode = FrozenVae.decode
+    monkeypatch.setattr(FrozenVae, "decode", lambda vae, latents: decode(vae, latents) * torch.nan)
+    data = write_dataset(tmp_path, caption=TOKEN)
+    assert run("sd1", arguments("sd1", tiny_sd1, data, tmp_path / "out", "--learning_report")) == 0
+    said = capsys.readouterr()
+    assert "What the word learned" not in said.out
+    assert "The learning report could not be made; the embedding is complete without it. The picture of" in said.err
+    assert (tmp_path / "out" / f"{TOKEN}.safetensors").is_file()
 
 
 def test_templates_and_pixels(tmp_path, tiny_sd1):

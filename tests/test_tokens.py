@@ -122,6 +122,8 @@ def test_brackets_of_the_word_are_no_attention_syntax(word, tokenizers):
     prompts = PromptTokenizer(tokenizers["sd1"], Placeholder(word, 2))
     (ids,), (weights,) = prompts.encode_weighted(f"cat ({word}:1.5) [{word}]")
     assert ids[0, 1:6].tolist() == [2368, 49408, 49409, 49408, 49409]
+    assert prompts.hold_word([ids])
+    assert not prompts.hold_word(prompts.encode("cat [V mychar"))
     assert weights[0, 1:7].tolist() == pytest.approx([1, 1.5, 1.5, 1 / 1.1, 1 / 1.1, 1])
 
 
