@@ -1,7 +1,11 @@
-"""The one exception for a user's mistake, and the search for what they may have meant."""
+"""The one exception for a user's mistake, the search for what they may have meant, and what a run can do without."""
 
 import difflib
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+logger = logging.getLogger(__name__)
 
 
 class UserError(Exception):
@@ -10,6 +14,19 @@ class UserError(Exception):
     The message is one or more full sentences: which option or file, what was wrong, what to do. The scripts print it
     without a traceback and exit with a code other than 0.
     """
+
+
+@contextmanager
+def survived(what_happened: str) -> Iterator[None]:
+    """Within a ``with``: say a mistake or a lack of memory after ``what_happened``, a sentence, and go on.
+
+    For what only shows a training: no picture is worth a run.
+    """
+    try:
+        yield
+    except (UserError, RuntimeError, MemoryError) as error:  # torch's lack of memory is a RuntimeError
+        # An error, not a warning: processes other than the main one say nothing less.
+        logger.error("%s %s", what_happened, error)
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
 
 from library.atomic_files import write_png
 from library.checkpoints import SampleSchedule
+from library.errors import UserError, survived
 from library.options import Options
-from library.prompt_weights import parse_weights
 from library.sample_prompts import SamplePrompt, read_sample_prompts
 from library.samplers import check_sampler
 from library.sampling import SamplingPipeline
@@ -22,6 +23,7 @@ from library.tokens import PromptTokenizer
 logger = logging.getLogger(__name__)
 
 FOLDER = "sample"
+_LOST = "A sample picture was lost; the training goes on without it."
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,17 @@ class SampleAlbum:
 
     @classmethod
     def create(cls, options: Options, tokenizer: PromptTokenizer) -> "SampleAlbum":
-        """Read the prompts, if any are to be drawn. Raises UserError for a file or a sampler that cannot be used."""
+        """Read the prompts, if any are to be drawn.
+
+        Raises UserError for a file, a sampler or a folder that cannot be used.
+        """
         if options.sample.draws_pictures:
             check_sampler(options.sample.sample_sampler)
         wanted = read_sample_prompts(options.sample.sample_prompts) if options.sample.draws_during_training else []
         _warn_of_weak_prompts(wanted, tokenizer)
         folder = Path(options.save.output_dir) / FOLDER
+        if wanted and folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file, but sample pictures go into a folder of this name. Move the file.")
         return cls(tuple(wanted), SampleSchedule.create(options.sample), folder, options.save.output_name)
 
     def draw(
@@ -48,31 +55,44 @@ class SampleAlbum:
     ) -> dict[int, np.ndarray]:
         """Draw this process's share of the prompts, one by one, and write the files.
 
-        Returns the pictures, uint8 [H, W, 3], by the number of their prompt (from 0).
+        Returns the pictures, uint8 [H, W, 3], by the number of their prompt (from 0). What cannot be drawn or written
+        is said and left out.
 
         ``mark`` tells in the files' names when it was: see :func:`epoch_mark` and :func:`step_mark`.
         """
         numbers = range(process_index, len(self.prompts), num_processes)
-        pictures = pipeline.draw([self.prompts[number] for number in numbers], title="Drawing samples")
         moment = datetime.now().strftime("%Y%m%d%H%M%S")
-        for number, picture in zip(numbers, pictures, strict=True):
-            prompt = self.prompts[number]
-            seed = "" if prompt.seed is None else f"_{prompt.seed}"
-            name = f"{self.output_name}_{mark}_{number:02d}_{moment}{seed}.png"
-            notes = PngInfo()
-            notes.add_itxt("parameters", prompt.prompt)  # where other programs look for the prompt
-            write_png(self.folder / name, Image.fromarray(picture), notes)
-        return dict(zip(numbers, pictures, strict=True))
+        pictures = {}
+        bar = tqdm(numbers, desc="Drawing samples", unit="picture", disable=process_index > 0)
+        with survived(_LOST), pipeline.vae.on(pipeline.device):
+            for number in bar:
+                with survived(_LOST):
+                    (picture,) = pipeline.draw([self.prompts[number]])
+                    pictures[number] = picture
+                    self._write(number, picture, f"{mark}_{number:02d}_{moment}")
+        return pictures
+
+    def _write(self, number: int, picture: np.ndarray, mark: str) -> None:
+        prompt = self.prompts[number]
+        seed = "" if prompt.seed is None else f"_{prompt.seed}"
+        notes = PngInfo()
+        notes.add_itxt("parameters", prompt.prompt)  # where other programs look for the prompt
+        write_png(self.folder / f"{self.output_name}_{mark}{seed}.png", Image.fromarray(picture), notes)
 
 
 def _warn_of_weak_prompts(wanted: Sequence[SamplePrompt], tokenizer: PromptTokenizer) -> None:
     """Say which prompts are cut off, and if none of them can show what is learned."""
     word = tokenizer.placeholder
-    if wanted and not any(word.found_in(prompt.prompt + prompt.negative_prompt) for prompt in wanted):
+    # Each text alone, and as it is read: a backslash before a bracket is not part of the word.
+    texts = [
+        "".join(part for part, _ in tokenizer.weighted_parts(text))
+        for prompt in wanted
+        for text in (prompt.prompt, prompt.negative_prompt)
+    ]
+    if wanted and not any(map(word.found_in, texts)):
         logger.warning("No prompt of --sample_prompts holds the word %s, so no picture will show it.", word.text)
-    for text in (text for prompt in wanted for text in (prompt.prompt, prompt.negative_prompt)):
-        plain = "".join(part for part, _ in parse_weights(text))
-        if (length := tokenizer.length(plain)) > tokenizer.capacity:
+    for text in texts:
+        if (length := tokenizer.length(text)) > tokenizer.capacity:
             logger.warning(
                 'The sample prompt "%s…" has %d tokens; only the first %d count. --max_token_length takes more.',
                 *(text[:40], length, tokenizer.capacity),

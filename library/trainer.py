@@ -19,7 +19,7 @@ from library.checkpoints import Action, RunPlan, SaveSchedule, remove_checkpoint
 from library.dataset import TrainingData
 from library.denoising import DenoisingTask
 from library.diffusion import NoiseSchedule
-from library.errors import UserError
+from library.errors import UserError, survived
 from library.frozen_layers import freeze_layers
 from library.latents import FrozenVae, LatentCache
 from library.learning_report import LearningMeasure
@@ -89,7 +89,7 @@ class Trainer:
         try:
             self.fit()
             path = self.finish()
-        except (KeyboardInterrupt, UserError):
+        except BaseException:
             self.rescue()
             raise
         finally:
@@ -418,10 +418,12 @@ class Trainer:
     def report_learning(self, path: Path) -> None:
         """Measure what the word learned, say it, and write it beside the embedding file."""
         token = self.options.token
-        with self.averaged_rows():
-            measure = LearningMeasure(self.sampling_pipeline(), self.task, self.data, self.word, self.rows)
-            report = measure.report(None if token.weights else token.init_word, self.starts)
-        print(f"\n{report.text}\nThe pictures are in {report.write(path.with_suffix(''))}")
+        with survived("The learning report could not be made; the embedding is complete without it."):
+            with self.averaged_rows():
+                measure = LearningMeasure(self.sampling_pipeline(), self.task, self.data, self.word, self.rows)
+                report = measure.report(None if token.weights else token.init_word, self.starts)
+            print(f"\n{report.text}")
+            print(f"The pictures are in {report.write(path.with_suffix(''))}")
 
 
 def _groups(loader: Iterable[Batch], size: int) -> Iterator[list[Batch]]:

@@ -3,6 +3,8 @@
 import logging
 from pathlib import Path
 
+import torch
+
 from library import runtime
 from library.base_model import BaseModel
 from library.captions import OBJECT_TEMPLATES, STYLE_TEMPLATES
@@ -11,6 +13,7 @@ from library.custom_dataset import CustomData
 from library.dataset import TrainingData
 from library.dataset_config import check_caching, load_dataset_configs
 from library.debug_dataset import show_batches, show_dataset
+from library.errors import UserError
 from library.latent_files import refuse_shared_names
 from library.model_family import FAMILIES, ModelFamily
 from library.new_word import NewWord
@@ -42,7 +45,13 @@ def train(options: Options, family_name: str) -> Path | None:
             plan = RunPlan.create(options.training, data.order.num_batches)
             show_dataset(data, options.save.output_dir, plan.total_steps)
         return None
-    return Trainer(options, family, machine, model, word, data).run()
+    try:
+        return Trainer(options, family, machine, model, word, data).run()
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"The device's memory is full: {error} Give the run less to hold: --gradient_checkpointing, a smaller "
+            "batch_size or resolution, --cache_latents, --mixed_precision=bf16, --fp8_base."
+        ) from error
 
 
 def find_data(options: Options, family: ModelFamily, word: NewWord, seed: int) -> TrainingData | CustomData:

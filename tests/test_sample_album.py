@@ -1,17 +1,22 @@
 """Sample pictures during training: when, under which names, with which rows, and that they change nothing."""
 
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from datasets import prompts as words
 from option_effects import shows
 from PIL import Image
 from runs import TOKEN, arguments, run, trainers, write_dataset  # noqa: F401  (a fixture)
 from safetensors.torch import load_file
 
-from library import learning_report
-from library.sample_album import epoch_mark, step_mark
+from library import learning_report, sample_album
+from library.errors import UserError
+from library.latents import FrozenVae
+from library.options import SampleOptions, SaveOptions
+from library.sample_album import SampleAlbum, epoch_mark, step_mark
 
 PROMPTS = f"a photo of {TOKEN} --w 64 --h 64 --s 2 --d 7\n# a note\nno word --n bad --w 72 --h 64 --s 2 --l 1\n"
 
@@ -98,6 +103,52 @@ def test_latents_that_are_not_cached(command, tmp_path):
     assert marks(tmp_path / "out") == ["000004_00", "000004_01"]
 
 
+def test_a_decoder_that_overflows_changes_nothing(command, tmp_path, monkeypatch, capsys):
+    """Batches are encoded by the same VAE at every step."""
+    original = FrozenVae._pixels
+
+    def overflowing(vae, latents):
+        return original(vae, latents) * (1 if vae.decoding_dtype == torch.float32 else torch.inf)
+
+    monkeypatch.setattr(FrozenVae, "_pixels", overflowing)
+    flags = ("--cache_latents=false", "--mixed_precision=bf16")
+    assert run("sd1", command(*flags, folder="plain")) == 0
+    assert run("sd1", command(*flags, "--sample_every_n_steps=1", folder="drawn")) == 0
+    assert capsys.readouterr().err.count("it draws in float32 from here on") == 1
+    plain, drawn = (load_file(tmp_path / name / f"{TOKEN}.safetensors")["emb_params"] for name in ("plain", "drawn"))
+    assert torch.equal(plain, drawn)
+    assert marks(tmp_path / "drawn")
+
+
+def test_a_picture_that_is_lost_costs_no_training(command, tmp_path, monkeypatch, capsys):
+    """Too little memory for one, a full disk for another, and the third is drawn and written."""
+    prompts = tmp_path / "three.txt"
+    prompts.write_text("".join(f"{TOKEN} --w {width} --h 64 --s 1 --d 7\n" for width in (256, 64, 72)))
+    assert run("sd1", command(folder="plain")) == 0
+    decode, write = FrozenVae.decode, sample_album.write_png
+
+    def little_memory(vae, latents):
+        if latents.shape[-1] == 256 // 8:
+            raise torch.OutOfMemoryError("out of memory")
+        return decode(vae, latents)
+
+    def full_disk(path, picture, notes):
+        if picture.width == 64:
+            raise UserError(f"{path.name} cannot be written: No space left on device.")
+        write(path, picture, notes)
+
+    monkeypatch.setattr(FrozenVae, "decode", little_memory)
+    monkeypatch.setattr(sample_album, "write_png", full_disk)
+    assert run("sd1", command(f"--sample_prompts={prompts}", "--sample_every_n_steps=3", folder="drawn")) == 0
+    said = capsys.readouterr().err
+    assert said.count("A sample picture was lost; the training goes on without it. out of memory") == 1
+    assert said.count("cannot be written: No space left on device.") == 1
+    (kept,) = (tmp_path / "drawn" / "sample").iterdir()
+    assert kept.name.startswith(f"{TOKEN}_000003_02_")
+    plain, drawn = (load_file(tmp_path / name / f"{TOKEN}.safetensors")["emb_params"] for name in ("plain", "drawn"))
+    assert torch.equal(plain, drawn)
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
@@ -108,6 +159,14 @@ def test_latents_that_are_not_cached(command, tmp_path):
 def test_mistakes_are_found_before_a_model_is_loaded(flags, sentence, command, trainers, capsys):  # noqa: F811
     assert run("sd1", command(*flags)) == 1
     assert sentence in capsys.readouterr().err
+    assert trainers == []
+
+
+def test_a_file_in_the_folders_place_is_refused(command, tmp_path, trainers, capsys):  # noqa: F811
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "sample").write_text("mine")
+    assert run("sd1", command("--sample_at_first")) == 1
+    assert "sample is a file, but sample pictures go into a folder of this name" in capsys.readouterr().err
     assert trainers == []
 
 
@@ -123,6 +182,26 @@ def test_weak_prompts_are_said(command, tmp_path, capsys):
     said = capsys.readouterr().err
     assert f"No prompt of --sample_prompts holds the word {TOKEN}" in said
     assert "has 120 tokens; only the first 75 count" in said
+
+
+@pytest.mark.parametrize(
+    ("word", "prompt", "holds"),
+    [
+        ("mychar", "a mychar --n bad", True),
+        ("mychar", "a cat --n mychar", True),
+        ("mychar", "a my --n char", False),
+        ("mychar_(x)", r"a photo of (mychar_\(x\):1.2)", True),
+        ("mychar_(x)", "a photo of mychar_(x)", True),
+        ("[V]", "a photo of [V]", True),
+        ("[V]", "a photo of [W]", False),
+    ],
+)
+def test_where_a_prompt_holds_the_word(word, prompt, holds, tmp_path, caplog):
+    (tmp_path / "p.txt").write_text(prompt)
+    sample = SampleOptions(sample_prompts=str(tmp_path / "p.txt"), sample_at_first=True)
+    with caplog.at_level("WARNING"):
+        SampleAlbum.create(SimpleNamespace(sample=sample, save=SaveOptions(output_dir=str(tmp_path))), words(word=word))
+    assert ("No prompt of --sample_prompts holds the word" in caplog.text) != holds
 
 
 def test_prompts_that_are_never_drawn_are_said(command, tmp_path, capsys):

@@ -217,3 +217,20 @@ def test_fp16_steps_that_overflow_for_ever_stop_the_run(dataset, tmp_path, tiny_
     assert "the gradient of step 4 is not finite" in capsys.readouterr().err
     rows = load_file(tmp_path / f"{TOKEN}-step00000003.safetensors")["emb_params"]
     assert torch.isfinite(rows).all()
+
+
+def test_whatever_ends_a_run_what_was_learned_is_kept(dataset, tmp_path, tiny_sd1, monkeypatch, capsys):
+    original, calls = DenoisingTask.losses, []
+
+    def losses(task, batch):
+        calls.append(batch)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("out of memory")
+        return original(task, batch)
+
+    monkeypatch.setattr(DenoisingTask, "losses", losses)
+    assert plain_run(tiny_sd1, dataset, tmp_path, "--max_train_steps=5") == 1
+    assert load_file(tmp_path / f"{TOKEN}-step00000002.safetensors")["emb_params"].isfinite().all()
+    said = capsys.readouterr().err
+    assert "The vectors of step 2 are kept in" in said
+    assert "error: The device's memory is full: out of memory Give the run less to hold" in said
