@@ -43,9 +43,14 @@ class RunPlan:
             epochs=math.ceil(total_steps / steps_per_epoch),
         )
 
-    def position(self, step: int) -> tuple[int, int]:
-        """Where a run stands after ``step`` steps: (whole epochs done, batches each process has done in the next)."""
+    def position(self, step: int, *, closed: bool = True) -> tuple[int, int]:
+        """Where a run stands after ``step`` steps: (whole epochs done, batches each process has done in the next).
+
+        After the last step of an epoch that is not ``closed``, what is due at its end is still to be done.
+        """
         epoch, steps_in_epoch = divmod(step, self.steps_per_epoch)
+        if not closed and step and not steps_in_epoch:
+            return epoch - 1, self.steps_per_epoch * self.accumulation
         return epoch, steps_in_epoch * self.accumulation
 
 

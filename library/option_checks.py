@@ -30,13 +30,8 @@ class MissingFeature:
 # A feature that has been built is deleted from this table; nothing else needs to change here.
 MISSING_FEATURES = (
     MissingFeature(
-        "saving and resuming states",
-        ("save_state", "save_state_on_train_end", "resume", "resume_from_huggingface"),
-        ("save_last_n_epochs_state", "save_last_n_steps_state"),
-    ),
-    MissingFeature(
-        "uploading to the Hugging Face hub",
-        ("huggingface_repo_id", "save_state_to_huggingface"),
+        "files on the Hugging Face hub",
+        ("huggingface_repo_id", "save_state_to_huggingface", "resume_from_huggingface"),
         (
             "huggingface_repo_type",
             "huggingface_path_in_repo",
@@ -119,6 +114,8 @@ def check_combinations(options: Options) -> None:
         )
     if model.v2 and model.clip_skip is not None:
         logger.warning("--clip_skip is unusual with --v2: those models use the second last layer already.")
+    if options.save.resume is not None and options.token.weights is not None:
+        raise UserError("--resume and --weights both say where the vectors begin. Leave one of the two out.")
     _check_timesteps(noise.min_timestep, noise.max_timestep)
     _check_precision(options)
     _check_optimizer(options)

@@ -145,6 +145,9 @@ def _saving(options: Options, given: set[str]) -> Iterator[Rule]:
         "save_last_n_steps" in given and "save_every_n_steps" not in given,
         "--save_last_n_steps has nothing to do: no files are saved after steps (--save_every_n_steps).",
     )
+    for name in ("save_last_n_epochs_state", "save_last_n_steps_state"):
+        yield name in given and not save.save_state, f"--{name} has nothing to do without --save_state."
+    yield save.save_state and save.save_state_on_train_end, "--save_state_on_train_end: --save_state does so anyway."
     for name in MetadataOptions.__dataclass_fields__:
         yield (
             name in given and save.save_model_as != "safetensors",

@@ -222,7 +222,7 @@ class TrainableRows(nn.Module):
     def holding(self, values: Sequence[torch.Tensor]) -> Iterator[None]:
         """Within a ``with``: hold other values, [N, D] per text encoder. Then every bit is as it was."""
         with self.kept():
-            self._set(values)
+            self.assign(values)
             yield
 
     @contextmanager
@@ -232,9 +232,10 @@ class TrainableRows(nn.Module):
         try:
             yield
         finally:
-            self._set(before)
+            self.assign(before)
 
-    def _set(self, values: Sequence[torch.Tensor]) -> None:
+    def assign(self, values: Sequence[torch.Tensor]) -> None:
+        """Take on ``values``, [N, D] per text encoder."""
         for rows, value in zip(self.rows, values, strict=True):
             rows.data.copy_(value)
 

@@ -4,11 +4,11 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,12 +22,13 @@ from library.diffusion import NoiseSchedule
 from library.errors import UserError, survived
 from library.frozen_layers import freeze_layers
 from library.latents import FrozenVae, LatentCache
+from library.learner import Learner
 from library.learning_report import LearningMeasure
 from library.learning_watch import LearningWatch
 from library.lr_schedulers import LearningRateSchedule, build_lr_schedule
 from library.model_family import ModelFamily
 from library.new_word import NewWord, initial_rows
-from library.optimizers import OptimizerChoice, averaged_values, build_optimizer, largest_rate, slow_learning_warning
+from library.optimizers import OptimizerChoice, build_optimizer, largest_rate, slow_learning_warning
 from library.options import Options
 from library.results import Results
 from library.sample_album import SampleAlbum, epoch_mark, step_mark
@@ -35,6 +36,7 @@ from library.sampling import SamplingPipeline
 from library.text_encoding import PromptEncoder
 from library.tokens import TrainableRows, table_spread, typical_norm
 from library.trackers import RunLog
+from library.training_state import TrainingState, random_states, recorded, set_random_states
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +56,11 @@ class Trainer:
         model: BaseModel,
         word: NewWord,
         data: TrainingData,
+        state: TrainingState | None = None,
     ):
+        """``state`` is where to go on. Raises UserError where nothing is left to do from there."""
         self.options, self.family, self.model, self.word, self.data = options, family, model, word, data
+        self.state = state
         self.accelerator, self.precision = machine.accelerator, machine.precision
         self.device = self.accelerator.device
         processes = self.accelerator.num_processes
@@ -63,11 +68,13 @@ class Trainer:
         self.saves = SaveSchedule.create(options.save, self.plan.epochs)
         self.results = Results.create(options, family, model, word, data)
         self.album = SampleAlbum.create(options, word.prompts)
-        self.step = 0
-        self.epoch = 0
-        self.watch = LearningWatch(
-            word.placeholder.names, self.plan.total_steps, scales_loss=self.accelerator.scaler is not None
-        )
+        self.step = state.step if state else 0
+        self.epoch, self.batches_done = self.plan.position(self.step, closed=state is None or state.epoch_closed)
+        if self.step >= self.plan.total_steps:
+            raise UserError(
+                f"--resume: the state is of step {self.step}, and the run has {self.plan.total_steps} steps in all, so "
+                "nothing is left to do. Raise --max_train_steps or --max_train_epochs."
+            )
 
     def run(self) -> Path:
         """Train and save; return the path of the embedding file."""
@@ -75,9 +82,9 @@ class Trainer:
         text_encoders = self.load_text_encoders()
         self.rows, self.starts = self.build_rows(text_encoders)
         self.choice, self.lr_schedule = self.build_optimizer(self.rows)
-        self.optimizer, prepared_rows = self.accelerator.prepare(self.choice.optimizer, self.rows)
+        self.learner = self.build_learner()
         self.prompt_encoder = PromptEncoder(
-            self.family, text_encoders, self.word.prompts, prepared_rows, self.options.model.clip_skip
+            self.family, text_encoders, self.word.prompts, self.learner.prepared_rows, self.options.model.clip_skip
         )
         self.check_text_encoders()
         self.vae = self.prepare_latents()
@@ -133,8 +140,12 @@ class Trainer:
     def build_rows(self, text_encoders: list[torch.nn.Module]) -> tuple[TrainableRows, list[Tensor]]:
         """The trained rows and a copy of their start values."""
         tables = [encoder.get_input_embeddings() for encoder in text_encoders]
-        starts = initial_rows(self.word, self.options.token, self.family, tables, self.data.seed)
+        if self.state:
+            starts = self.state.starts_for(tables)
+        else:
+            starts = initial_rows(self.word, self.options.token, self.family, tables, self.data.seed)
         self.table_spread = max(table_spread(table.weight) for table in tables)
+        self.usual_norms = None
         if self.options.token.preserve_embedding_norm:
             self.usual_norms = [typical_norm(table.weight) for table in tables]
         return TrainableRows(starts), [start.cpu() for start in starts]
@@ -147,6 +158,25 @@ class Trainer:
         if warning := slow_learning_warning(choice, self.plan.total_steps, self.table_spread):
             logger.warning(warning)
         return choice, schedule
+
+    def build_learner(self) -> Learner:
+        """What steps the rows; with ``--resume`` as it was when the state was saved."""
+        watch = LearningWatch(
+            self.word.placeholder.names, self.plan.total_steps, scales_loss=self.accelerator.scaler is not None
+        )
+        limit = self.options.optimizer.max_grad_norm
+        learner = Learner(
+            self.accelerator,
+            self.rows,
+            self.choice,
+            self.lr_schedule,
+            watch,
+            max_grad_norm=limit,
+            norms=self.usual_norms,
+        )
+        if self.state:
+            learner.load_state_dict(self.state.learner)
+        return learner
 
     def prepare_latents(self) -> FrozenVae | None:
         """Fill the latent cache and return the VAE: in the main memory for drawing pictures, None if there are none.
@@ -255,19 +285,26 @@ class Trainer:
             self.accelerator.num_processes,
         )
         progress = tqdm(
-            total=self.plan.total_steps, desc="steps", unit="step", disable=not self.accelerator.is_local_main_process
+            total=self.plan.total_steps,
+            initial=self.step,
+            desc="steps",
+            unit="step",
+            disable=not self.accelerator.is_local_main_process,
         )
-        if self.album.schedule.at_first():
+        if self.state:
+            self.go_on()
+        elif self.album.schedule.at_first():
             self.draw_samples(epoch_mark(0))
         with progress, warnings.catch_warnings():
             # torch says so where the first steps cannot teach the rows, or overflow in fp16.
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-            for epoch in range(1, self.plan.epochs + 1):
-                self.epoch = epoch
-                loader.set_epoch(epoch, self.step)
+            for epoch in range(self.epoch + 1, self.plan.epochs + 1):
+                self.epoch, self.epoch_closed = epoch, False
+                loader.set_epoch(epoch, (epoch - 1) * self.plan.steps_per_epoch, self.batches_done)
+                self.batches_done = 0
                 for batches in _groups(loader, self.plan.accumulation):
-                    rates = self.rates()
-                    loss = self.optimizer_step(batches)
+                    rates = self.learner.rates()
+                    loss = self.learner.step(batches, self.task, self.step + 1)
                     self.step += 1
                     self.log.step(loss, rates, self.step)
                     progress.update()
@@ -279,63 +316,17 @@ class Trainer:
                         break
                 self.log.epoch(self.step)
                 self.validate()
+                self.epoch_closed = True
                 self.carry_out(self.saves.after_epoch(epoch))
                 if self.album.schedule.after_epoch(epoch):
                     self.draw_samples(epoch_mark(epoch))
 
-    def optimizer_step(self, batches: list[Batch]) -> float:
-        """One update of the rows from the batches of one accumulation group; returns the group's mean loss."""
-        loss = torch.zeros((), device=self.device)
-        taught = False
-        for batch in batches:
-            # Processes add up their gradients after every batch: a few kilobytes, and --ddp_static_graph cannot wait.
-            part = self.batch_loss(batch) * batch.weight
-            self.accelerator.backward(part)
-            loss += part.detach()
-            taught = taught or bool(batch.has_token.any())
-        loss, taught = self.agree(loss, taught)
-        self.watch.check_loss(loss, self.step + 1)
-        if taught:
-            self.update_rows()
-        self.lr_schedule.step(loss)
-        self.optimizer.zero_grad()
-        return loss
-
-    def rates(self) -> dict[str, float]:
-        """The learning rate of the next step, and its product with the estimate of an optimizer that makes one."""
-        rates = {"lr": self.lr_schedule.get_last_lr()[0]}
-        group = self.choice.optimizer.param_groups[0]
-        if "d" in group:
-            rates["lr/d*lr"] = float(group["d"] * group["lr"])
-        return rates
-
-    def batch_loss(self, batch: Batch) -> Tensor:
-        """The mean loss of a batch, or a zero that depends on the rows where nothing in it can teach them."""
-        if not batch.has_token.any():
-            # The networks are skipped, but the rows stay in the graph: other processes may wait for their gradient.
-            return sum(rows.sum() for rows in self.prompt_encoder.rows()) * 0.0
-        return self.task.losses(batch.to(self.device, non_blocking=True)).mean()
-
-    def agree(self, loss: Tensor, taught: bool) -> tuple[float, bool]:
-        """The mean loss over the processes, and whether any of them saw the word."""
-        if self.accelerator.num_processes == 1:
-            return loss.item(), taught
-        shared = torch.stack([loss, torch.tensor(float(taught), device=self.device)])
-        loss, taught = self.accelerator.reduce(shared, reduction="mean").tolist()
-        return loss, taught > 0
-
-    def update_rows(self) -> None:
-        """Clip the joint gradient of all encoders' rows, look at it, and step the optimizer."""
-        limit = self.options.optimizer.max_grad_norm
-        if limit:
-            self.accelerator.clip_grad_norm_(self.rows.parameters(), limit)
-        else:
-            self.accelerator.unscale_gradients()
-        norms = torch.stack([rows.grad.norm(dim=1) for rows in self.rows.rows])
-        self.watch.check_gradient(norms, self.step + 1)
-        self.optimizer.step()
-        if self.options.token.preserve_embedding_norm:
-            self.rows.rescale(self.usual_norms)
+    def go_on(self) -> None:
+        """Say where the training goes on, and set what the state holds besides the rows and the optimizer."""
+        logger.info("Going on after step %d of %d (--resume).", self.step, self.plan.total_steps)
+        self.log.epoch_losses = list(self.state.epoch_losses)
+        if self.accelerator.process_index < len(self.state.random_states):
+            set_random_states(self.state.random_states[self.accelerator.process_index])
 
     def validate(self) -> None:
         """Log the loss on held-out pictures, with the same noise and timesteps every time."""
@@ -345,28 +336,19 @@ class Trainer:
             process_index=self.accelerator.process_index, num_processes=self.accelerator.num_processes
         )
         loss = torch.zeros((), device=self.device)
-        with torch.no_grad(), self.averaged_rows():
+        with torch.no_grad(), self.learner.averaged_rows():
             for batch in loader:
                 if len(batch):
                     loss += self.task.losses(batch.to(self.device)).mean() * batch.weight
-        loss, _ = self.agree(loss, True)
+        loss, _ = self.learner.agree(loss, True)
         logger.info("Epoch %d, step %d: loss/validation %.5f", self.epoch, self.step, loss)
         self.log.values({"loss/validation": loss}, self.step)
 
     # ---- results
 
-    @contextmanager
-    def averaged_rows(self) -> Iterator[list[Tensor]]:
-        """The rows as they are to be used, within a ``with``: the average of an optimizer that keeps one.
-
-        The training values come back bit by bit, so that saving more often does not change a run.
-        """
-        with self.rows.kept(), averaged_values(self.choice.optimizer):
-            yield [rows.detach().cpu().clone() for rows in self.rows.rows]
-
     def draw_samples(self, mark: str) -> None:
         """Draw the pictures of ``--sample_prompts`` with the rows as they would be saved now."""
-        with self.averaged_rows():
+        with self.learner.averaged_rows():
             pictures = self.album.draw(
                 self.sampling_pipeline(),
                 mark,
@@ -380,15 +362,32 @@ class Trainer:
         for action in actions:
             if action.kind == "save":
                 self.save(action.name)
+            elif action.kind == "state":
+                self.save_state(action.name)
             elif action.kind == "remove" and self.accelerator.is_main_process:
                 remove_checkpoint(self.results.path(action.name))
 
     def save(self, name: str) -> list[Tensor]:
         """Write the embedding file ``name`` and return the rows in it; all processes take part, one writes."""
-        with self.averaged_rows() as rows:
+        with self.learner.averaged_rows() as rows:
             if self.accelerator.is_main_process:
                 self.results.write(name, rows, self.step, self.epoch, self.choice)
         return rows
+
+    def save_state(self, name: str) -> None:
+        """Write the folder ``name`` for ``--resume``; all processes take part, one writes."""
+        state = TrainingState(
+            step=self.step,
+            epoch_closed=self.epoch_closed,
+            seed=self.data.seed,
+            options=recorded(self.options),
+            starts=self.starts,
+            learner=self.learner.state_dict(),
+            epoch_losses=self.log.epoch_losses,
+            random_states=gather_object([random_states()]),
+        )
+        if self.accelerator.is_main_process:
+            state.write(self.results.path(name))
 
     def rescue(self) -> None:
         """Keep what an interrupted run has learned so far, under the name of its step.
@@ -397,7 +396,7 @@ class Trainer:
         """
         name = self.saves.names.file(self.saves.names.step(self.step))
         finite = all(torch.isfinite(rows).all() for rows in self.rows.rows)
-        if self.step == 0 or not self.watch.taught or not finite:
+        if self.step == 0 or not self.learner.watch.taught or not finite:
             return
         try:
             self.save(name)
@@ -408,9 +407,10 @@ class Trainer:
 
     def finish(self) -> Path:
         """Save the result and say where it is, how far it moved and how to use it."""
-        for action in self.saves.at_end():
-            rows = self.save(action.name)
-        path = self.results.path(action.name)
+        *before, result = self.saves.at_end()
+        self.carry_out(before)
+        rows = self.save(result.name)
+        path = self.results.path(result.name)
         if self.accelerator.is_main_process:
             self.results.report(path, self.starts, rows, self.step, largest_rate(self.choice) or None)
         return path
@@ -419,7 +419,7 @@ class Trainer:
         """Measure what the word learned, say it, and write it beside the embedding file."""
         token = self.options.token
         with survived("The learning report could not be made; the embedding is complete without it."):
-            with self.averaged_rows():
+            with self.learner.averaged_rows():
                 measure = LearningMeasure(self.sampling_pipeline(), self.task, self.data, self.word, self.rows)
                 report = measure.report(None if token.weights else token.init_word, self.starts)
             print(f"\n{report.text}")

@@ -21,6 +21,7 @@ from library.option_notices import notices
 from library.options import Options, TokenOptions
 from library.trackers import check_trackers
 from library.trainer import Trainer
+from library.training_state import TrainingState
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +33,14 @@ def train(options: Options, family_name: str) -> Path | None:
     check_trackers(options.logging)
     for sentence in notices(options):
         logger.info(sentence)
+    state = find_state(options)
     model = BaseModel.open(options.model, family)
     if not options.dataset.debug_dataset:
         model.check_parts()
     word = NewWord.check(options.token, model.tokenizers())
     machine = runtime.Machine.create(options.runtime)
-    data = find_data(options, family, word, runtime.seed_everything(options.training.seed))
+    seed = state.seed if state and options.training.seed is None else options.training.seed
+    data = find_data(options, family, word, runtime.seed_everything(seed))
     if options.dataset.debug_dataset:
         if options.dataset.dataset_class:
             show_batches(data.loader(), data.prompts)
@@ -46,12 +49,25 @@ def train(options: Options, family_name: str) -> Path | None:
             show_dataset(data, options.save.output_dir, plan.total_steps)
         return None
     try:
-        return Trainer(options, family, machine, model, word, data).run()
+        return Trainer(options, family, machine, model, word, data, state).run()
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"The device's memory is full: {error} Give the run less to hold: --gradient_checkpointing, a smaller "
             "batch_size or resolution, --cache_latents, --mixed_precision=bf16, --fp8_base."
         ) from error
+
+
+def find_state(options: Options) -> TrainingState | None:
+    """The state that ``--resume`` names, if any; what differs from then is said. Raises UserError."""
+    if options.save.resume is None:
+        return None
+    state = TrainingState.read(Path(options.save.resume))
+    if changes := state.check(options):
+        logger.warning(
+            "The run does not go on exactly as it would have, since options differ from those of the state: %s.",
+            "; ".join(changes),
+        )
+    return state
 
 
 def find_data(options: Options, family: ModelFamily, word: NewWord, seed: int) -> TrainingData | CustomData:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from library import denoising, runtime
 from library.diffusion import NoiseDraw
+from library.learner import Learner
 from library.trainer import Trainer
 
 
@@ -107,18 +108,18 @@ def _process(outcome: Outcome) -> Iterator[None]:
 
 @contextmanager
 def _watching(outcome: Outcome) -> Iterator[None]:
-    run_trainer, optimizer_step = Trainer.run, Trainer.optimizer_step
+    run_trainer, optimizer_step = Trainer.run, Learner.step
     draw_noise, per_sample_loss = denoising.draw_noise, denoising.per_sample_loss
 
     def running(trainer: Trainer) -> Path:
         outcome.trainer = trainer
         return run_trainer(trainer)
 
-    def stepping(trainer: Trainer, batches: list) -> float:
-        outcome.rates.append(trainer.lr_schedule.get_last_lr()[0])
-        loss = optimizer_step(trainer, batches)
+    def stepping(learner: Learner, batches: list, *more: Any) -> float:
+        outcome.rates.append(learner.schedule.get_last_lr()[0])
+        loss = optimizer_step(learner, batches, *more)
         outcome.losses.append(loss)
-        outcome.rows.append([rows.detach().clone() for rows in trainer.rows.rows])
+        outcome.rows.append([rows.detach().clone() for rows in learner.rows.rows])
         outcome.batches.append(batches)
         return loss
 
@@ -134,7 +135,7 @@ def _watching(outcome: Outcome) -> Iterator[None]:
 
     with (
         patch.object(Trainer, "run", running),
-        patch.object(Trainer, "optimizer_step", stepping),
+        patch.object(Learner, "step", stepping),
         patch.object(denoising, "draw_noise", drawing),
         patch.object(denoising, "per_sample_loss", judging),
     ):

@@ -14,7 +14,7 @@ from runs import TOKEN, arguments, write_dataset
 from test_config_file import GUI_FILE
 
 from library.embedding_files import read_embedding
-from library.options import MetadataOptions, SaveOptions
+from library.options import MetadataOptions
 
 
 @pytest.fixture(scope="module")
@@ -180,15 +180,3 @@ def test_config_file_and_output_config(bench, tmp_path):
     assert torch.equal(done.rows[0][0], bench.plain().rows[0][0])
     louder = train("sd1", [f"--config_file={file}", "--learning_rate=0.02"], tmp_path / "out")
     assert louder.rates == [0.02]
-
-
-def test_every_save_option_is_known():
-    """States come with the feature that saves them."""
-    states = {name for name in SaveOptions.__dataclass_fields__ if "state" in name or name == "resume"}
-    assert states == {
-        "save_last_n_epochs_state",
-        "save_last_n_steps_state",
-        "save_state",
-        "save_state_on_train_end",
-        "resume",
-    }

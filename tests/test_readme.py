@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import write_dataset
+from runs import run, write_dataset
 from safetensors.torch import load_file
 
 from library.data_options import DatasetOptions
@@ -75,6 +75,13 @@ def test_training_commands(command, tmp_path, request):
         given += [f"--output_dir={tmp_path / 'output'}", "--max_train_steps=2"]
     else:
         given = [f"{name}={replaced[name]}" if (name := w.partition("=")[0]) in replaced else w for w in given]
+    if resumed := [word for word in given if word.startswith("--resume=")]:
+        given.remove(*resumed)
+        before = [*given, "--max_train_steps=1", "--save_state", f"--output_dir={tmp_path / 'before'}"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(ROOT)
+            assert run(family, [*before, "--learning_report=false"]) == 0
+        given.append(f"--resume={tmp_path / 'before' / 'mychar-state'}")
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", *command[2:place]]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

@@ -206,7 +206,6 @@ def test_fp16_steps_that_overflow_for_ever_stop_the_run(dataset, tmp_path, tiny_
 
     def with_scaler(trainer):
         trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
-        trainer.watch.scales_loss = True
         return run_trainer(trainer)
 
     monkeypatch.setattr(learning_watch, "MAX_OVERFLOWS", 2)

@@ -1,0 +1,284 @@
+"""--save_state and --resume: a run that was interrupted ends in the very bits of one that was not."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from option_effects import shows
+from runs import TOKEN, arguments, run, trainers, write_dataset  # noqa: F401  (a fixture)
+from safetensors.torch import load_file
+from test_trainer import model_of
+
+from library.options import Options
+from library.trainer import Trainer
+from library.training_state import FILE, TrainingState, random_states, set_random_states
+
+RESULT = f"{TOKEN}.safetensors"
+STATES = {step: f"{TOKEN}-step{step:08d}-state" for step in range(1, 9)}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """Five photographs in batches of two: an epoch is three batches, the last of one picture. Much is random."""
+    return write_dataset(
+        tmp_path_factory.mktemp("data"),
+        count=5,
+        subset="shuffle_caption = true\ncaption_tag_dropout_rate = 0.3\nflip_aug = true\ntoken_warmup_step = 0.8",
+        caption=f"{TOKEN}, red, green, blue, small",
+    )
+
+
+@pytest.fixture
+def command(dataset, tmp_path, tiny_sd1):
+    def build(folder: str, *more: str, family: str = "sd1", model=tiny_sd1) -> list[str]:
+        given = arguments(family, model, dataset, tmp_path / folder, "--max_train_steps=7", *more)
+        return [*given, "--num_vectors_per_token=2"]
+
+    return build
+
+
+def tensors(folder, name: str = RESULT) -> dict[str, torch.Tensor]:
+    return load_file(folder / name)
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for key in one:
+        assert torch.equal(one[key], other[key])
+
+
+@shows("save_state", "resume")
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_a_resumed_run_ends_in_the_same_bits(family, command, tmp_path, request, capsys):
+    model = model_of(family, request)
+    more = ["--save_every_n_steps=1", "--save_state", "--noise_offset=0.1", "--lr_scheduler=cosine"]
+    assert run(family, command("whole", *more, family=family, model=model)) == 0
+    whole, said = tmp_path / "whole", capsys.readouterr().out
+    # In the middle of an epoch, at its end, and shortly before the end of the run.
+    for step in (1, 3, 6):
+        folder = tmp_path / f"from {step}"
+        argv = command(folder.name, *more, f"--resume={whole / STATES[step]}", family=family, model=model)
+        assert run(family, argv) == 0
+        spoken = capsys.readouterr()
+        assert f"Going on after step {step} of 7" in spoken.err
+        assert_same(tensors(folder), tensors(whole))
+        later = {f"{TOKEN}-step{number:08d}.safetensors" for number in range(step + 1, 8)}
+        assert {path.name for path in folder.iterdir() if path.is_file()} == {RESULT, *later}
+        for name in later:
+            assert_same(tensors(folder, name), tensors(whole, name))
+        # How far the vectors moved is told from the very beginning.
+        assert table(spoken.out) == table(said)
+    rows = tensors(whole, f"{TOKEN}-step00000006.safetensors")
+    assert any(not torch.equal(rows[key], value) for key, value in tensors(whole).items())
+
+
+def table(said: str) -> list[str]:
+    return [line for line in said.splitlines() if line.startswith(TOKEN)]
+
+
+# Those that keep something of their own: moments in 8 bits, averages, estimates, steps.
+OPTIMIZERS = {
+    "AdamW8bit": [],
+    "Lion": [],
+    "Adafactor": [],
+    "Prodigy": ["--learning_rate=1"],
+    "DAdaptAdam": ["--learning_rate=1"],
+    "AdamWScheduleFree": ["--optimizer_args", "warmup_steps=2"],
+    "SGDNesterov": ["--lr_scheduler=reduce_lr_on_plateau", "--lr_scheduler_args", "patience=0"],
+    "AdamW": ["--learning_rate=5e-2:2,1e-2:4,1e-3", "--lr_scheduler=constant_with_warmup", "--lr_warmup_steps=2"],
+    "PagedAdamW32bit": ["--lr_scheduler_type=CyclicLR", "--lr_scheduler_args", "base_lr=1e-3", "max_lr=1e-2"],
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_whatever_an_optimizer_and_a_schedule_keep(name, command, tmp_path, trainers):  # noqa: F811
+    more = ["--save_state", f"--optimizer_type={name}", *OPTIMIZERS[name]]
+    assert run("sd1", command("whole", "--save_every_n_steps=4", *more)) == 0
+    assert run("sd1", command("rest", *more, f"--resume={tmp_path / 'whole' / STATES[4]}")) == 0
+    assert_same(tensors(tmp_path / "rest"), tensors(tmp_path / "whole"))
+    whole, rest = trainers
+    assert whole.learner.rates() == rest.learner.rates()
+    assert not torch.equal(whole.starts[0], tensors(tmp_path / "whole")["emb_params"])
+
+
+def test_accumulation_epochs_and_norms(command, tmp_path, capsys):
+    """Steps of two batches and of one; the states are those of epochs."""
+    more = ["--gradient_accumulation_steps=2", "--max_train_epochs=4", "--save_every_n_epochs=1"]
+    more += ["--preserve_embedding_norm"]
+    assert run("sd1", command("whole", *more, "--save_state", "--save_last_n_epochs_state=2")) == 0
+    whole = tmp_path / "whole"
+    assert sorted(path.name for path in whole.glob("*-state")) == [f"{TOKEN}-{n:06d}-state" for n in (2, 3)] + [
+        f"{TOKEN}-state"
+    ]
+    assert run("sd1", command("rest", *more, f"--resume={whole / f'{TOKEN}-000002-state'}")) == 0
+    assert "Going on after step 4 of 8" in capsys.readouterr().err
+    assert_same(tensors(tmp_path / "rest"), tensors(whole))
+
+
+@shows("save_last_n_steps_state", "save_last_n_epochs_state")
+def test_which_states_stay(command, tmp_path):
+    more = ["--save_every_n_steps=1", "--save_last_n_steps_state=2", "--save_every_n_epochs=1", "--save_state"]
+    assert run("sd1", command("out", *more, "--save_last_n_epochs_state=1")) == 0
+    found = sorted(path.name for path in (tmp_path / "out").glob("*-state"))
+    assert found == sorted([f"{TOKEN}-000002-state", *(STATES[step] for step in (5, 6, 7)), f"{TOKEN}-state"])
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 7 + 2 + 1
+
+
+def test_what_is_due_at_the_end_of_an_epoch_is_not_forgotten(command, tmp_path, capsys):
+    """The state of step 3 is saved before the end of the epoch is dealt with, that of the epoch after it."""
+    more = ["--save_every_n_steps=3", "--save_every_n_epochs=1", "--save_state"]
+    assert run("sd1", command("whole", *more)) == 0
+    for state, wanted in ((STATES[3], True), (f"{TOKEN}-000001-state", False)):
+        folder = tmp_path / state
+        assert run("sd1", command(folder.name, *more, f"--resume={tmp_path / 'whole' / state}")) == 0
+        assert (folder / f"{TOKEN}-000001.safetensors").exists() == wanted
+        assert (folder / f"{TOKEN}-000002.safetensors").exists()
+        assert_same(tensors(folder), tensors(tmp_path / "whole"))
+
+
+@shows("save_state_on_train_end")
+def test_a_finished_run_can_be_made_longer(command, tmp_path, capsys):
+    assert run("sd1", command("whole")) == 0
+    assert run("sd1", command("short", "--max_train_steps=4", "--save_state_on_train_end")) == 0
+    assert sorted(path.name for path in (tmp_path / "short").iterdir()) == sorted([RESULT, f"{TOKEN}-state"])
+    state = tmp_path / "short" / f"{TOKEN}-state"
+    assert sorted(path.name for path in state.iterdir()) == ["README.txt", FILE]
+    assert sum(path.stat().st_size for path in state.iterdir()) < 100_000
+    assert run("sd1", command("again", "--max_train_steps=4", f"--resume={state}")) == 1
+    assert "the state is of step 4, and the run has 4 steps in all" in capsys.readouterr().err
+    assert run("sd1", command("longer", f"--resume={state}")) == 0
+    # The token warm-up is a share of the whole run, so captions differ; all else is the same run.
+    assert tensors(tmp_path / "longer")["emb_params"].isfinite().all()
+    assert not torch.equal(tensors(tmp_path / "longer")["emb_params"], tensors(tmp_path / "short")["emb_params"])
+
+
+def test_a_seed_that_was_drawn_is_in_the_state(command, tmp_path):
+    unseeded = command("whole", "--save_every_n_steps=4", "--save_state")
+    unseeded.remove("--seed=1")
+    assert run("sd1", unseeded) == 0
+    rest = command("rest", f"--resume={tmp_path / 'whole' / STATES[4]}")
+    rest.remove("--seed=1")
+    assert run("sd1", rest) == 0
+    assert_same(tensors(tmp_path / "rest"), tensors(tmp_path / "whole"))
+
+
+def test_the_scaler_of_fp16_goes_on_too(command, tmp_path, trainers, monkeypatch):  # noqa: F811
+    """fp16 needs a GPU; its gradient scaler works on the CPU as well."""
+    original = Trainer.run
+
+    def with_scaler(trainer):
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3)
+        return original(trainer)
+
+    monkeypatch.setattr(Trainer, "run", with_scaler)
+    assert run("sd1", command("whole", "--save_every_n_steps=4", "--save_state")) == 0
+    assert run("sd1", command("rest", f"--resume={tmp_path / 'whole' / STATES[4]}")) == 0
+    assert_same(tensors(tmp_path / "rest"), tensors(tmp_path / "whole"))
+    state = TrainingState.read(tmp_path / "whole" / STATES[4])
+    assert state.learner["scaler"]["scale"] == 16.0
+
+
+def test_an_interrupted_run_goes_on_from_its_last_state(command, tmp_path, monkeypatch, capsys):
+    assert run("sd1", command("whole")) == 0
+    save = Trainer.save
+
+    def interrupted(trainer, name):
+        if trainer.step == 4 and "step00000004" in name and not (tmp_path / "cut" / name).exists():
+            (tmp_path / "cut" / name).touch()
+            raise KeyboardInterrupt
+        return save(trainer, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "save", interrupted)
+        assert run("sd1", command("cut", "--save_every_n_steps=2", "--save_state")) == 130
+    assert "The vectors of step 4 are kept in" in capsys.readouterr().err
+    assert run("sd1", command("cut", f"--resume={tmp_path / 'cut' / STATES[2]}")) == 0
+    assert_same(tensors(tmp_path / "cut"), tensors(tmp_path / "whole"))
+
+
+@pytest.fixture
+def state(command, tmp_path):
+    assert run("sd1", command("first", "--max_train_steps=2", "--save_state")) == 0
+    return tmp_path / "first" / f"{TOKEN}-state"
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--token_string=other"], "--token_string was mychar when the state of --resume was saved, and is other"),
+        (["--num_vectors_per_token=3"], "--num_vectors_per_token was 2"),
+        (["--optimizer_type=Lion"], "--optimizer_type was not given when"),
+        (["--learning_rate=0.5"], "--learning_rate was 0.01 when"),
+        (["--lr_scheduler=cosine"], "--lr_scheduler was constant when"),
+        (["--weights=file.pt"], "--resume and --weights both say where the vectors begin"),
+    ],
+)
+def test_what_must_be_as_it_was(more, sentence, state, command, trainers, capsys):  # noqa: F811
+    trainers.clear()
+    assert run("sd1", [*command("out", f"--resume={state}"), *more]) == 1
+    assert sentence in capsys.readouterr().err
+    assert trainers == []
+
+
+def test_what_makes_it_another_run_is_said(state, command, capsys):
+    assert run("sd1", command("out", f"--resume={state}", "--seed=2", "--noise_offset=0.1")) == 0
+    said = capsys.readouterr().err
+    assert "does not go on exactly as it would have" in said
+    assert "--noise_offset was not given and is 0.1; --seed was 1 and is 2" in said
+    assert run("sd1", command("more", f"--resume={state}", "--sample_sampler=heun", "--save_every_n_steps=5")) == 0
+    assert "does not go on exactly" not in capsys.readouterr().err
+
+
+def test_another_base_is_refused(state, command, tiny_sd2, capsys):
+    assert run("sd2", command("out", f"--resume={state}", family="sd2", model=tiny_sd2)) == 1
+    assert "Give the model of the first run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("case", ["nothing", "file", "other", "cut", "code", "version"])
+def test_what_is_no_state(case, state, command, tmp_path, trainers, capsys):  # noqa: F811
+    trainers.clear()
+    folder, file = state, state / FILE
+    if case == "nothing":
+        folder, sentence = tmp_path / "nowhere", "there is no folder"
+    elif case == "file":
+        folder, sentence = tmp_path / "first" / RESULT, "To start from an embedding file use --weights"
+    elif case == "other":
+        file.rename(state / "model.safetensors")
+        sentence = f"holds no {FILE}"
+    elif case == "cut":
+        file.write_bytes(file.read_bytes()[:3000])
+        sentence = f"{FILE} is damaged"
+    elif case == "code":
+        torch.save({"format": 1, "step": print}, file)
+        sentence = "holds objects that cannot be read safely"
+    else:
+        torch.save({"format": 99}, file)
+        sentence = "written by another version"
+    assert run("sd1", command("out", f"--resume={folder}")) == 1
+    assert sentence in capsys.readouterr().err
+    assert trainers == []
+
+
+def test_a_state_holds_no_secret(command, tmp_path):
+    more = ["--wandb_api_key=very-secret", "--huggingface_token=very-secret", "--save_state"]
+    assert run("sd1", command("out", *more, "--max_train_steps=1")) == 0
+    file = tmp_path / "out" / f"{TOKEN}-state" / FILE
+    assert b"very-secret" not in file.read_bytes()
+    kept = TrainingState.read(file.parent).options
+    assert kept["token_string"] == TOKEN
+    assert "wandb_api_key" not in kept
+    json.dumps(kept)
+
+
+def test_random_states_come_back():
+    before = random_states()
+    drawn = random.random(), np.random.rand(), torch.rand(1)
+    set_random_states(before)
+    assert (random.random(), np.random.rand(), torch.rand(1)) == drawn
+
+
+def test_options_that_a_state_does_not_know_are_no_difference():
+    state = TrainingState(1, True, 1, {}, [], {}, [], [])
+    assert state.check(Options()) == []
