@@ -84,7 +84,8 @@ _VARIANT_LIMIT = 1000
 class CaptionRules:
     """What happens to the captions of one subset. Field names are those of the dataset file without ``caption_``.
 
-    ``warmup_step`` below 1 is a share of all training steps. Rates are probabilities in [0, 1].
+    ``warmup_step`` below 1 is a share of all training steps. Rates are probabilities in [0, 1]. ``rejoin`` is not set
+    there: it cuts captions into tags and joins them again with all of them in their order.
     """
 
     prefix: str | None = None
@@ -100,6 +101,12 @@ class CaptionRules:
     tag_dropout_rate: float = 0.0
     warmup_min: int = 1
     warmup_step: float = 0
+    rejoin: bool = False
+
+    @property
+    def rearranges(self) -> bool:
+        """Whether captions are cut into tags and joined again."""
+        return self.rejoin or self.shuffle or self.warmup_step > 0 or self.tag_dropout_rate > 0
 
 
 @dataclass(frozen=True)
@@ -226,7 +233,7 @@ def _arrange_tags(
     text: str, rules: CaptionRules, placeholder: Placeholder, rng: random.Random, moment: CaptionMoment
 ) -> str:
     """Warm up, shuffle and drop tags; without any of the three the text stays as it is, spaces included."""
-    if not (rules.shuffle or rules.warmup_step > 0 or rules.tag_dropout_rate > 0):
+    if not rules.rearranges:
         return text
     fixed, flexible, final = _split_tags(text, rules)
 

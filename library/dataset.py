@@ -306,7 +306,7 @@ class TrainingData(BatchedData):
     def fixed_batches(self, samples: int, *, held_out: bool) -> Iterator[Batch]:
         """The same batches at every call, of the pictures whose caption can hold the word: held-out ones, or others.
 
-        At least ``samples`` samples if there are any: the pictures come again with other noise until there are enough.
+        ``samples`` samples or a few more, if there are any: the pictures come again with other noise until it is so.
         Nothing in their captions is shuffled or dropped; lines and wildcards may still leave the word out.
         """
         table = (self.validation_table if held_out else self.table).with_calm_captions()
@@ -316,9 +316,14 @@ class TrainingData(BatchedData):
         if not order.num_samples:
             return
         loader = BatchLoader(self._source(table, 0), BatchSampler(order), workers=0, persistent=False, pin_memory=False)
-        for passes in range(-(-samples // order.num_samples)):
+        given = 0
+        for passes in itertools.count():
             loader.set_epoch(_FAR_AWAY + passes, 0)
-            yield from loader
+            for batch in loader:
+                yield batch
+                given += len(batch)
+                if given >= samples:
+                    return
 
     def concept_pictures(self, limit: int) -> list[np.ndarray]:
         """Up to ``limit`` of the pictures that teach the word, as framed for training: uint8 [H, W, 3]."""
@@ -344,7 +349,6 @@ class TrainingData(BatchedData):
 
     def _teaching(self, table: ImageTable) -> list[int]:
         """Numbers of the pictures whose caption can hold the word; with templates all but regularisation pictures."""
-
         word = self.prompts.placeholder
         return [
             index

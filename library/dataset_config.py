@@ -308,7 +308,7 @@ def _idle_keys(dataset: DatasetConfig) -> Iterator[tuple[str, str]]:
             yield subset.place, "face_crop_aug_range does nothing with enable_bucket."
         if rules.warmup_min != usual.warmup_min and not rules.warmup_step:
             yield subset.place, "token_warmup_min does nothing without token_warmup_step."
-        if rules.shuffle or rules.warmup_step or rules.tag_dropout_rate:
+        if rules.rearranges:
             continue
         for key in ("keep_tokens", "keep_tokens_separator"):
             if getattr(rules, key) != getattr(usual, key):

@@ -18,15 +18,18 @@ class UserError(Exception):
 
 @contextmanager
 def survived(what_happened: str) -> Iterator[None]:
-    """Within a ``with``: say a mistake or a lack of memory after ``what_happened``, a sentence, and go on.
+    """Within a ``with``: say any error after ``what_happened``, a sentence, and go on.
 
-    For what only shows a training: no picture is worth a run.
+    For what only shows a training: no picture is worth a run, whatever a full memory, a disk or a server did to it.
     """
     try:
         yield
-    except (UserError, RuntimeError, MemoryError) as error:  # torch's lack of memory is a RuntimeError
+    except Exception as error:
         # An error, not a warning: processes other than the main one say nothing less.
-        logger.error("%s %s", what_happened, error)
+        logger.error(
+            "%s %s", what_happened, error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        )
+        logger.debug("Where it happened:", exc_info=True)
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:

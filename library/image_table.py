@@ -188,8 +188,11 @@ def _at_rest(found: ImageSet) -> ImageSet:
 
 
 def calm_rules(rules: CaptionRules) -> CaptionRules:
-    """The same rules with nothing shuffled, dropped or held back; only lines and wildcards are still drawn."""
-    calm = replace(rules, dropout_rate=0.0, dropout_every_n_epochs=0, tag_dropout_rate=0.0)
+    """The same rules with nothing shuffled, dropped or held back; only lines and wildcards are still drawn.
+
+    Tags are joined as in the training: where it leaves no separator, there is none.
+    """
+    calm = replace(rules, dropout_rate=0.0, dropout_every_n_epochs=0, tag_dropout_rate=0.0, rejoin=rules.rearranges)
     return replace(calm, shuffle=False, warmup_step=0)
 
 

@@ -143,8 +143,8 @@ class FrozenVae:
         if dtype == self.dtype:
             yield
             return
-        _moved(self.vae, self.device, dtype)
         try:
+            _moved(self.vae, self.device, dtype)  # weight by weight: memory may run out in the middle
             yield
         finally:
             _moved(self.vae, self.device, self.dtype)
@@ -153,18 +153,19 @@ class FrozenVae:
     def on(self, device: torch.device | str) -> Iterator[None]:
         """Within a ``with``: work on ``device``; then go back to where the VAE was and give the memory back."""
         home = self.device
-        self.move(device)
+        if home == torch.device(device):
+            yield
+            return
         try:
+            self.move(device)
             yield
         finally:
             self.move(home)
 
     def move(self, device: torch.device | str) -> None:
         """Go to another device, the main memory ("cpu") for instance, and leave nothing behind."""
-        if self.device == torch.device(device):
-            return
+        _moved(self.vae, torch.device(device), self.dtype)
         self.device = torch.device(device)
-        _moved(self.vae, self.device, self.dtype)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

@@ -18,7 +18,6 @@ from library.dataset import TrainingData
 from library.denoising import DenoisingTask
 from library.errors import UserError
 from library.new_word import NewWord
-from library.prompt_weights import escape
 from library.sample_prompts import SamplePrompt
 from library.sampling import SamplingPipeline
 from library.tokens import TrainableRows
@@ -84,14 +83,14 @@ class LearningReport:
         return {**measured, "pictures": PICTURES, "loss_on_held_out_pictures": self.held_out}
 
     def write(self, stem: Path) -> Path:
-        """Write ``<stem>_report.png`` and ``<stem>_report.json``; return the picture's path. Raises UserError."""
+        """Write ``<stem>_report.json`` and ``<stem>_report.png``; return the picture's path. Raises UserError."""
         picture = stem.with_name(f"{stem.name}_report.png")
+        numbers = json.dumps(self.numbers, indent=2) + "\n"
+        write_atomically(picture.with_suffix(".json"), numbers.encode())
         sheet = comparison_sheet(
             [("training pictures", self.concept), *((one.label, one.pictures) for one in (self.before, self.after))]
         )
         write_png(picture, sheet)
-        numbers = json.dumps(self.numbers, indent=2) + "\n"
-        write_atomically(picture.with_suffix(".json"), numbers.encode())
         return picture
 
 
@@ -125,8 +124,9 @@ class LearningMeasure:
     def _measure(self, label: str, rewrite: Callable[[str], str]) -> Measured:
         """Loss and pictures with every caption as ``rewrite`` leaves it."""
         wanted = [
-            # Rewritten first: a bracket may be part of the word.
-            SamplePrompt(escape(rewrite(caption)), width=width, height=height, steps=_STEPS, scale=_SCALE, seed=seed)
+            SamplePrompt(
+                rewrite(caption), width=width, height=height, steps=_STEPS, scale=_SCALE, seed=seed, weighted=False
+            )
             for seed, (caption, (width, height)) in enumerate(self.captions)
         ]
         batch_size = max(config.batch_size for config in self.data.configs)

@@ -83,16 +83,13 @@ class SampleAlbum:
 def _warn_of_weak_prompts(wanted: Sequence[SamplePrompt], tokenizer: PromptTokenizer) -> None:
     """Say which prompts are cut off, and if none of them can show what is learned."""
     word = tokenizer.placeholder
-    # Each text alone, and as it is read: a backslash before a bracket is not part of the word.
-    texts = [
-        "".join(part for part, _ in tokenizer.weighted_parts(text))
-        for prompt in wanted
-        for text in (prompt.prompt, prompt.negative_prompt)
-    ]
-    if wanted and not any(map(word.found_in, texts)):
+    texts = [text for prompt in wanted for text in (prompt.prompt, prompt.negative_prompt)]
+    # Part by part, as they are drawn: a bracket ends a word.
+    parts = {text: [part for part, _ in tokenizer.weighted_parts(text)] for text in texts}
+    if wanted and not any(word.found_in(part) for text in texts for part in parts[text]):
         logger.warning("No prompt of --sample_prompts holds the word %s, so no picture will show it.", word.text)
     for text in texts:
-        if (length := tokenizer.length(text)) > tokenizer.capacity:
+        if (length := sum(map(tokenizer.length, parts[text]))) > tokenizer.capacity:
             logger.warning(
                 'The sample prompt "%s…" has %d tokens; only the first %d count. --max_token_length takes more.',
                 *(text[:40], length, tokenizer.capacity),

@@ -26,7 +26,8 @@ _Values = dict[str, Any]
 class SamplePrompt:
     """A picture to draw: texts, size in pixels, number of steps, guidance scale (no guidance up to 1), and seed.
 
-    Without a seed it is another picture each time; without a sampler, ``--sample_sampler`` draws it.
+    Without a seed it is another picture each time; without a sampler, ``--sample_sampler`` draws it. Where ``weighted``
+    is False, brackets in the texts are just brackets.
     """
 
     prompt: str
@@ -37,6 +38,7 @@ class SamplePrompt:
     scale: float = 7.5
     seed: int | None = None
     sampler: str | None = None
+    weighted: bool = True
 
 
 @dataclass(frozen=True)

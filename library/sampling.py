@@ -93,10 +93,10 @@ class SamplingPipeline:
 
     def _conditioning(self, batch: Sequence[SamplePrompt], guided: bool) -> Conditioning:
         """What the U-Net is told: of the negative prompts, if there is guidance, and then of the prompts."""
-        texts = [prompt.prompt for prompt in batch]
+        texts = [(prompt.prompt, prompt.weighted) for prompt in batch]
         if guided:
-            texts = [prompt.negative_prompt for prompt in batch] + texts
-        encoded = [self.prompts.encode_weighted(text) for text in texts]
+            texts = [(prompt.negative_prompt, prompt.weighted) for prompt in batch] + texts
+        encoded = [self.prompts.encode_weighted(text, weighted=weighted) for text, weighted in texts]
         ids = [torch.stack(each) for each in zip(*(ids for ids, _ in encoded), strict=True)]
         weights = torch.stack([weights[0] for _, weights in encoded])
         conditioning = self.prompt_encoder.encode(ids)

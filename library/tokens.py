@@ -57,13 +57,14 @@ class PromptTokenizer:
         """Whether a vector of the word is among the ids that :meth:`encode` gave, for any tokenizer."""
         return any(bool((ids >= self.first_new_id(i)).any()) for i, ids in enumerate(input_ids))
 
-    def encode_weighted(self, text: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def encode_weighted(self, text: str, *, weighted: bool = True) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Ids of one prompt with attention syntax, and their weights; int64 and float32 [chunks, 77] per tokenizer.
 
         The word is expanded here, so that ``(mychar:1.2)`` weighs all its vectors. BOS, EOS and padding weigh 1.
-        Without attention syntax the ids are those of :meth:`encode` for the expanded text.
+        Without attention syntax, or where it is not ``weighted``, the ids are those of :meth:`encode` for the expanded
+        text.
         """
-        parts = self.weighted_parts(text)
+        parts = self.weighted_parts(text) if weighted else [(text, 1.0)]
         ids, weights = [], []
         for index, tokenizer in enumerate(self.tokenizers):
             bodies = [(self.body_ids(self.placeholder.expand(part), index), weight) for part, weight in parts]

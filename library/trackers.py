@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 import toml
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 
-from library.errors import UserError
+from library.errors import UserError, survived
 from library.options import LoggingOptions, Options, as_dict, declared_options
 
 PROJECT = "textual_inversion"
@@ -77,8 +77,7 @@ class RunLog:
 
     def values(self, values: Mapping[str, float], step: int) -> None:
         """Log numbers by name, as they are after ``step`` optimizer steps."""
-        for tracker in self.trackers:
-            tracker.log(dict(values), step=step)
+        self._tell(lambda tracker: tracker.log(dict(values), step=step))
 
     def step(self, loss: float, rates: Mapping[str, float], step: int) -> None:
         """Log the loss of a step and its learning rates by name."""
@@ -93,16 +92,27 @@ class RunLog:
 
     def pictures(self, pictures: Mapping[int, np.ndarray], step: int) -> None:
         """Log sample pictures, uint8 [H, W, 3] by the number of their prompt (from 0)."""
-        for tracker in self.trackers:
+
+        def tell(tracker: GeneralTracker) -> None:
             shape = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             for number, picture in pictures.items():
                 tracker.log_images({f"sample_{number}": picture[None]}, step=step, **shape)
 
+        self._tell(tell)
+
     def finish(self) -> None:
         """Close the logs."""
-        for tracker in self.trackers:
-            tracker.finish()
+        self._tell(lambda tracker: tracker.finish())
         self.trackers = []
+
+    def _tell(self, tell: Callable[[GeneralTracker], None]) -> None:
+        """Tell every tracker; one that fails (a full disk, a lost connection) is told nothing more."""
+        told = []
+        for tracker in self.trackers:
+            with survived(f"The log of {tracker.name} ends here; the training goes on."):
+                tell(tracker)
+                told.append(tracker)
+        self.trackers = told
 
 
 def _log_folder(options: LoggingOptions) -> Path:

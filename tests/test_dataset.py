@@ -523,8 +523,7 @@ def test_fixed_batches_are_the_same_at_every_call(validation, tmp_path):
     table = _taught_folder(tmp_path) | {"validation_split": validation}
     data = data_of(tmp_path, table)
     first, second = (list(data.fixed_batches(13, held_out=validation > 0)) for _ in range(2))
-    teaching = 3 if not validation else len(data._teaching(data.validation_table))
-    assert sum(map(len, first)) == -(-13 // teaching) * teaching
+    assert 13 <= sum(map(len, first)) < 15
     assert all(batch.has_token.all() for batch in first)
     assert {len(re.findall("red|blue", caption)) for batch in first for caption in batch.captions} == {
         1
@@ -553,8 +552,26 @@ def test_a_word_that_a_wildcard_may_leave_out_is_searched_for(tmp_path):
     # From all over the pictures.
     assert captions == [f"mychar number {number * 40 // 16}" for number in range(16)]
     shares = [bool(held) for batch in data.fixed_batches(128, held_out=False) for held in batch.has_token]
-    assert len(shares) == 160
+    assert len(shares) == 128
     assert 0.2 < sum(shares) / len(shares) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("more", "wanted"),
+    [
+        ({"keep_tokens_separator": "|||", "shuffle_caption": True}, "mychar, small, red; blue"),
+        ({"caption_separator": ";", "shuffle_caption": True}, "mychar ||| small, red, blue"),
+        ({"caption_separator": ";", "caption_tag_dropout_rate": 1.0}, "mychar ||| small, red, blue"),
+        ({"caption_separator": ";"}, "mychar ||| small, red; blue"),
+    ],
+)
+def test_calm_captions_are_joined_as_in_the_training(more, wanted, tmp_path):
+    make_picture(tmp_path / "p" / "0.png", (64, 64), "mychar ||| small, red; blue")
+    subset = {"image_dir": str(tmp_path / "p"), "caption_extension": ".txt", **more}
+    data = data_of(tmp_path, {"resolution": 64, "subsets": [subset]})
+    (caption, _) = data.concept_captions(1)[0]
+    assert caption == wanted
+    assert [batch.captions for batch in data.fixed_batches(1, held_out=False)] == [[wanted]]
 
 
 def test_there_are_no_fixed_batches_without_the_word(tmp_path):

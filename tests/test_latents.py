@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL
 from golden_data import golden_cases
 from PIL import Image
 
+from library import latents
 from library.buckets import BucketChooser, BucketRules, size_conditioning_crop
 from library.errors import UserError
 from library.images import Framing, frame_image, to_tensor
@@ -440,6 +441,32 @@ def test_the_vae_works_elsewhere_for_a_while_and_comes_back():
             raise KeyError
     assert seen == [("meta", torch.float32), ("cpu", torch.float32)] * 2
     assert encoder.device == torch.device("cpu")
+
+
+def test_memory_that_runs_out_on_the_way_leaves_the_vae_where_it_was(monkeypatch):
+    """Weights move one by one: some have moved already."""
+    half = FrozenVae(_tiny_vae(0), "cpu", torch.bfloat16)
+    half.decoding_dtype = torch.float32
+    before = {name: value.clone() for name, value in half.vae.named_parameters()}
+    moved, moves = latents._moved, []
+
+    def full(vae, device, dtype):
+        moves.append(device)
+        if len(moves) == 1:
+            moved(vae.decoder, torch.device(device) if str(device) != "meta" else torch.device("cpu"), torch.float32)
+            raise torch.OutOfMemoryError
+        return moved(vae, device, dtype)
+
+    monkeypatch.setattr(latents, "_moved", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        half.decode(torch.zeros(1, 4, 4, 4))
+    assert all(torch.equal(value, before[name]) for name, value in half.vae.named_parameters())
+    moves.clear()
+    with pytest.raises(torch.OutOfMemoryError), half.on("meta"):
+        raise AssertionError
+    assert half.device == torch.device("cpu")
+    assert all(torch.equal(value, before[name]) for name, value in half.vae.named_parameters())
+    assert torch.isfinite(half.decode(torch.zeros(1, 4, 4, 4))).all()
 
 
 def test_decoding_is_the_vaes_own_and_survives_an_overflow(caplog):

@@ -70,10 +70,10 @@ def test_held_out_pictures_are_used_for_the_loss(tmp_path, tiny_sd1):
     assert reported("sd1", tmp_path, tiny_sd1, dataset="validation_split = 0.5")["loss_on_held_out_pictures"] is True
 
 
-def test_a_word_with_brackets_is_replaced_like_any_other(tmp_path, tiny_sd1):
+@pytest.mark.parametrize("strange", ["mychar_(x)", "[V", "my\\"])
+def test_a_word_with_brackets_is_replaced_like_any_other(strange, tmp_path, tiny_sd1):
     """What is drawn and measured with the init word does not depend on what the new word is called."""
     plain = reported("sd1", tmp_path, tiny_sd1, "--learning_rate=1")
-    strange = "mychar_(x)"
     more = (f"--token_string={strange}", f"--output_name={TOKEN}", "--learning_rate=1")
     found = reported("sd1", tmp_path, tiny_sd1, *more, caption=f"a photo of {strange} (new)")
     assert found["before"] == plain["before"]
@@ -120,6 +120,7 @@ def test_a_report_that_cannot_be_written_is_still_printed(tmp_path, tiny_sd1, ca
     assert run("sd1", arguments("sd1", tiny_sd1, data, tmp_path / "out", "--learning_report")) == 0
     said = capsys.readouterr()
     assert "What the word learned" in said.out
+    assert (tmp_path / "out" / f"{TOKEN}_report.json").is_file()
     assert f"{TOKEN}_report.png cannot be written" in said.err
 
 

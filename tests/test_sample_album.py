@@ -121,9 +121,9 @@ def test_a_decoder_that_overflows_changes_nothing(command, tmp_path, monkeypatch
 
 
 def test_a_picture_that_is_lost_costs_no_training(command, tmp_path, monkeypatch, capsys):
-    """Too little memory for one, a full disk for another, and the third is drawn and written."""
+    """Too little memory for one, a full disk for another, a surprise with the last; the third is drawn and written."""
     prompts = tmp_path / "three.txt"
-    prompts.write_text("".join(f"{TOKEN} --w {width} --h 64 --s 1 --d 7\n" for width in (256, 64, 72)))
+    prompts.write_text("".join(f"{TOKEN} --w {width} --h 64 --s 1 --d 7\n" for width in (256, 64, 72, 80)))
     assert run("sd1", command(folder="plain")) == 0
     decode, write = FrozenVae.decode, sample_album.write_png
 
@@ -133,6 +133,8 @@ def test_a_picture_that_is_lost_costs_no_training(command, tmp_path, monkeypatch
         return decode(vae, latents)
 
     def full_disk(path, picture, notes):
+        if picture.width == 80:
+            raise ValueError("odd")
         if picture.width == 64:
             raise UserError(f"{path.name} cannot be written: No space left on device.")
         write(path, picture, notes)
@@ -141,7 +143,10 @@ def test_a_picture_that_is_lost_costs_no_training(command, tmp_path, monkeypatch
     monkeypatch.setattr(sample_album, "write_png", full_disk)
     assert run("sd1", command(f"--sample_prompts={prompts}", "--sample_every_n_steps=3", folder="drawn")) == 0
     said = capsys.readouterr().err
-    assert said.count("A sample picture was lost; the training goes on without it. out of memory") == 1
+    assert (
+        said.count("A sample picture was lost; the training goes on without it. OutOfMemoryError: out of memory") == 1
+    )
+    assert said.count("the training goes on without it. ValueError: odd") == 1
     assert said.count("cannot be written: No space left on device.") == 1
     (kept,) = (tmp_path / "drawn" / "sample").iterdir()
     assert kept.name.startswith(f"{TOKEN}_000003_02_")
@@ -194,6 +199,8 @@ def test_weak_prompts_are_said(command, tmp_path, capsys):
         ("mychar_(x)", "a photo of mychar_(x)", True),
         ("[V]", "a photo of [V]", True),
         ("[V]", "a photo of [W]", False),
+        ("mychar", "1girl(mychar)", True),
+        ("mychar", "my(char:1.2)", False),
     ],
 )
 def test_where_a_prompt_holds_the_word(word, prompt, holds, tmp_path, caplog):

@@ -202,6 +202,20 @@ def test_a_run_that_is_stopped_closes_its_log(dataset, tmp_path, tiny_sd1, recor
     assert recorders[0].finished
 
 
+def test_a_log_that_fails_costs_no_training(dataset, tmp_path, tiny_sd1, recorders, monkeypatch):
+    def full(recorder, values, step):
+        recorder.calls.append(step)
+        if step == 2:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Recorder, "log", full)
+    argv = arguments("sd1", tiny_sd1, dataset, tmp_path / "out", "--max_train_steps=4")
+    outcome = train("sd1", [*argv, f"--logging_dir={tmp_path / 'logs'}"], tmp_path / "out")
+    assert outcome.said.count("The log of tensorboard ends here; the training goes on. OSError: [Errno 28]") == 1
+    assert recorders[0].calls[-1] == 2
+    assert outcome.files == [f"{TOKEN}.safetensors"]
+
+
 def test_loggable_options_are_plain_values():
     values = trackers.loggable(Options())
     json.dumps(values)
