@@ -1,8 +1,10 @@
 """What both scripts do around a training: parse, run, and turn a user's mistake into one sentence and an exit code."""
 
 import argparse
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 from library.arguments import parse
 from library.console import allow_any_text, hold_back, release, set_up_logging
@@ -10,7 +12,7 @@ from library.errors import UserError
 
 
 def run(parser: argparse.ArgumentParser, family: str, arguments: Sequence[str] | None = None) -> int:
-    """Parse the arguments and train; return 0, 1 for a user's mistake, or 130 when interrupted.
+    """Parse the arguments and train; return 0, 1 for a user's mistake, or 130 when interrupted (Ctrl-C, SIGTERM).
 
     Everything heavy is imported after the arguments are known to be good, so that ``--help`` and mistakes answer at
     once.
@@ -22,7 +24,8 @@ def run(parser: argparse.ArgumentParser, family: str, arguments: Sequence[str] |
         set_up_logging(options.runtime)
         from library.training import train
 
-        train(options, family)
+        with _ended_gently():
+            train(options, family)
     except UserError as error:
         release()
         print(f"error: {error}", file=sys.stderr)
@@ -31,3 +34,16 @@ def run(parser: argparse.ArgumentParser, family: str, arguments: Sequence[str] |
         print("Interrupted.", file=sys.stderr)
         return 130
     return 0
+
+
+@contextmanager
+def _ended_gently() -> Iterator[None]:
+    """Within a ``with``: a request to end (SIGTERM, as clusters send it) is treated like Ctrl-C."""
+    before = signal.getsignal(signal.SIGTERM)
+    with suppress(ValueError):  # only the main thread may set it
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        with suppress(ValueError):
+            signal.signal(signal.SIGTERM, before)

@@ -1,46 +1,21 @@
-"""What options must satisfy together: required ones, ranges, contradictions, and features that do not exist yet."""
+"""What options must satisfy together: required ones, ranges and contradictions."""
 
 import logging
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.errors import UserError
+from library.errors import UserError, did_you_mean
 from library.options import Options, as_dict, declared_options
+from library.output_options import REPO_TYPES, VISIBILITIES
 
 logger = logging.getLogger(__name__)
 
 
 # File systems take names of 255 bytes; "-step00001600-state" and the marks of an unfinished file come on top.
 LONGEST_NAME = 200
-
-
-@dataclass(frozen=True)
-class MissingFeature:
-    """A feature that this version lacks: the options that ask for it, and those that only describe it."""
-
-    name: str
-    asked_by: tuple[str, ...]
-    described_by: tuple[str, ...]
-
-
-# A feature that has been built is deleted from this table; nothing else needs to change here.
-MISSING_FEATURES = (
-    MissingFeature(
-        "files on the Hugging Face hub",
-        ("huggingface_repo_id", "save_state_to_huggingface", "resume_from_huggingface"),
-        (
-            "huggingface_repo_type",
-            "huggingface_path_in_repo",
-            "huggingface_token",
-            "huggingface_repo_visibility",
-            "async_upload",
-        ),
-    ),
-)
 
 
 def settle(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,7 +54,7 @@ def check(options: Options, family: str) -> None:
     check_combinations(options)
     _check_family(options, family)
     _check_samples(options)
-    check_features(options)
+    _check_hub(options)
     _check_required(options)
     _check_output(options)
 
@@ -170,18 +145,18 @@ def _check_samples(options: Options) -> None:
         )
 
 
-def check_features(options: Options) -> None:
-    """Stop where an option asks for a feature that this version lacks; warn where one only describes it."""
-    values, defaults = as_dict(options, secrets=True), as_dict(Options(), secrets=True)
-    for feature in MISSING_FEATURES:
-        asking = [f"--{name}" for name in feature.asked_by if values[name] != defaults[name]]
-        if asking:
-            raise UserError(
-                f"{asking[0]} is not available in this version yet ({feature.name}). Leave it out to train without it."
-            )
-        idle = [f"--{name}" for name in feature.described_by if values[name] != defaults[name]]
-        if idle:
-            logger.warning("Nothing to do for %s: %s is not asked for.", ", ".join(idle), feature.name)
+def _check_hub(options: Options) -> None:
+    hub = options.hub
+    if hub.resume_from_huggingface and options.save.resume is None:
+        raise UserError(
+            "--resume_from_huggingface says where --resume is to be found; give --resume user/name/path too."
+        )
+    if hub.save_state_to_huggingface and hub.huggingface_repo_id is None:
+        raise UserError("--save_state_to_huggingface needs --huggingface_repo_id, the repository to upload to.")
+    for name, known in (("huggingface_repo_type", REPO_TYPES), ("huggingface_repo_visibility", VISIBILITIES)):
+        value = getattr(hub, name)
+        if value is not None and value not in known:
+            raise UserError(f'--{name} is "{value}"; it must be one of {", ".join(known)}.{did_you_mean(value, known)}')
 
 
 def _check_required(options: Options) -> None:

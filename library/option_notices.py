@@ -25,7 +25,7 @@ SCHEDULES_THAT_READ = {
 
 def notices(options: Options) -> list[str]:
     """Return a sentence for each option that is given and changes nothing."""
-    rules = (_data, _caches, _noise, _loss, _schedule, _length, _runtime, _saving, _samples, _logs)
+    rules = (_data, _caches, _noise, _loss, _schedule, _length, _runtime, _saving, _hub, _samples, _logs)
     return [sentence for rule in rules for applies, sentence in rule(options, _given(options)) if applies]
 
 
@@ -154,6 +154,21 @@ def _saving(options: Options, given: set[str]) -> Iterator[Rule]:
             f"--{name} is not written: only safetensors files hold metadata, and --save_model_as is "
             f"{save.save_model_as}.",
         )
+
+
+def _hub(options: Options, given: set[str]) -> Iterator[Rule]:
+    hub = options.hub
+    upload = hub.huggingface_repo_id is not None
+    for name in ("huggingface_repo_type", "huggingface_path_in_repo", "huggingface_repo_visibility", "async_upload"):
+        yield name in given and not upload, f"--{name} has nothing to do without --huggingface_repo_id."
+    yield (
+        "huggingface_token" in given and not (upload or hub.resume_from_huggingface),
+        "--huggingface_token has nothing to do: nothing is uploaded (--huggingface_repo_id).",
+    )
+    yield (
+        hub.save_state_to_huggingface and not (options.save.save_state or options.save.save_state_on_train_end),
+        "--save_state_to_huggingface has nothing to do without --save_state or --save_state_on_train_end.",
+    )
 
 
 def _samples(options: Options, given: set[str]) -> Iterator[Rule]:

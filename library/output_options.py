@@ -9,6 +9,8 @@ from library.option_types import flag, option, text_or_boolean, whole_number
 
 SAMPLERS = ("ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++")
 SAMPLERS += ("dpmsingle", "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a")
+REPO_TYPES = ("model", "dataset", "space")
+VISIBILITIES = ("public", "private")
 
 
 def _count(help: str) -> int | None:

@@ -21,6 +21,7 @@ from library.denoising import DenoisingTask
 from library.diffusion import NoiseSchedule
 from library.errors import UserError, survived
 from library.frozen_layers import freeze_layers
+from library.hub import HubUpload
 from library.latents import FrozenVae, LatentCache
 from library.learner import Learner
 from library.learning_report import LearningMeasure
@@ -79,6 +80,7 @@ class Trainer:
     def run(self) -> Path:
         """Train and save; return the path of the embedding file."""
         self.check_optimizer()
+        self.hub = HubUpload.open(self.options.hub) if self.accelerator.is_main_process else None
         text_encoders = self.load_text_encoders()
         self.rows, self.starts = self.build_rows(text_encoders)
         self.choice, self.lr_schedule = self.build_optimizer(self.rows)
@@ -101,6 +103,8 @@ class Trainer:
             raise
         finally:
             self.log.finish()
+            if self.hub:
+                self.hub.finish()
         if self.options.sample.learning_report and self.accelerator.is_main_process:
             self.report_learning(path)
         self.accelerator.end_training()
@@ -362,8 +366,10 @@ class Trainer:
         for action in actions:
             if action.kind == "save":
                 self.save(action.name)
+                self.upload(action)
             elif action.kind == "state":
                 self.save_state(action.name)
+                self.upload(action)
             elif action.kind == "remove" and self.accelerator.is_main_process:
                 remove_checkpoint(self.results.path(action.name))
 
@@ -389,6 +395,11 @@ class Trainer:
         if self.accelerator.is_main_process:
             state.write(self.results.path(name))
 
+    def upload(self, action: Action) -> None:
+        """Bring what was saved to the hub, if that was asked for; only the main process has a ``hub``."""
+        if self.hub and (action.kind == "save" or self.options.hub.save_state_to_huggingface):
+            self.hub.upload(self.results.path(action.name))
+
     def rescue(self) -> None:
         """Keep what an interrupted run has learned so far, under the name of its step.
 
@@ -410,6 +421,7 @@ class Trainer:
         *before, result = self.saves.at_end()
         self.carry_out(before)
         rows = self.save(result.name)
+        self.upload(result)
         path = self.results.path(result.name)
         if self.accelerator.is_main_process:
             self.results.report(path, self.starts, rows, self.step, largest_rate(self.choice) or None)

@@ -14,6 +14,7 @@ from library.dataset import TrainingData
 from library.dataset_config import check_caching, load_dataset_configs
 from library.debug_dataset import show_batches, show_dataset
 from library.errors import UserError
+from library.hub import download_state
 from library.latent_files import refuse_shared_names
 from library.model_family import FAMILIES, ModelFamily
 from library.new_word import NewWord
@@ -21,6 +22,7 @@ from library.option_notices import notices
 from library.options import Options, TokenOptions
 from library.trackers import check_trackers
 from library.trainer import Trainer
+from library.training_state import FILE as STATE_FILE
 from library.training_state import TrainingState
 
 logger = logging.getLogger(__name__)
@@ -61,7 +63,10 @@ def find_state(options: Options) -> TrainingState | None:
     """The state that ``--resume`` names, if any; what differs from then is said. Raises UserError."""
     if options.save.resume is None:
         return None
-    state = TrainingState.read(Path(options.save.resume))
+    folder = Path(options.save.resume)
+    if options.hub.resume_from_huggingface:
+        folder = download_state(options.save.resume, STATE_FILE, options.hub.huggingface_token)
+    state = TrainingState.read(folder)
     if changes := state.check(options):
         logger.warning(
             "The run does not go on exactly as it would have, since options differ from those of the state: %s.",

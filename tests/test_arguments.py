@@ -11,7 +11,7 @@ from golden_data import golden_cases
 
 from library.arguments import build_parser, parse, read_values
 from library.errors import UserError
-from library.option_checks import MISSING_FEATURES, check_combinations, check_limits, safe_file_name, settle
+from library.option_checks import check_combinations, check_limits, safe_file_name, settle
 from library.option_notices import notices
 from library.options import Options, as_dict, declared_options
 
@@ -271,27 +271,20 @@ def test_likely_mistakes_are_warned_of(run, warnings, arguments, part):
     assert any(part in warning for warning in warnings())
 
 
-@pytest.mark.parametrize("name", [name for feature in MISSING_FEATURES for name in feature.asked_by])
-def test_a_feature_that_is_missing_stops_the_run(run, name):
-    option = dict(declared_options())[name]
-    value = "=true" if option.is_flag else f"={option.choices[0] if option.choices else 2}"
-    with pytest.raises(UserError, match=f"--{name} is not available in this version yet"):
-        run(f"--{name}{value}")
-
-
-@pytest.mark.parametrize("name", [name for feature in MISSING_FEATURES for name in feature.described_by])
-def test_what_only_describes_a_missing_feature_is_a_warning(run, warnings, name):
-    option = dict(declared_options())[name]
-    value = "=true" if option.is_flag else f"={option.choices[-1] if option.choices else 2}"
-    run(f"--{name}{value}")
-    assert any(f"Nothing to do for --{name}" in warning for warning in warnings())
-
-
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
         (["--sdpa"], "is the default anyway"),
         (["--sdpa", "--mem_eff_attn"], "--sdpa is not used"),
+        (["--save_last_n_steps_state=1"], "--save_last_n_steps_state has nothing to do without --save_state"),
+        (["--save_state", "--save_state_on_train_end"], "--save_state does so anyway"),
+        (["--huggingface_repo_type=model"], "--huggingface_repo_type has nothing to do without --huggingface_repo_id"),
+        (["--async_upload"], "--async_upload has nothing to do without --huggingface_repo_id"),
+        (["--huggingface_token=t"], "--huggingface_token has nothing to do: nothing is uploaded"),
+        (
+            ["--huggingface_repo_id=a/b", "--save_state_to_huggingface"],
+            "--save_state_to_huggingface has nothing to do without --save_state",
+        ),
         (["--xformers", "--mem_eff_attn"], "--xformers is not used"),
         (["--torch_compile", "--dynamo_backend=no"], "--torch_compile has nothing to do"),
         (["--dynamo_backend=eager"], "--dynamo_backend has nothing to do"),

@@ -17,8 +17,9 @@ from library.learning_report import comparison_sheet
 
 @pytest.fixture(autouse=True)
 def _few_sampling_steps(monkeypatch):
-    """The pictures of the tiny models say nothing anyway."""
+    """The pictures of the tiny models say nothing anyway, nor do many samples of their loss."""
     monkeypatch.setattr(learning_report, "_STEPS", 2)
+    monkeypatch.setattr(learning_report, "_LOSS_SAMPLES", 12)
 
 
 def reported(family, tmp_path, model, *more, dataset="", caption=f"a photo of {TOKEN} (new)"):

@@ -4,6 +4,7 @@ The tests themselves are in the other ``test_option_effects_*`` files and those 
 """
 
 import pytest
+import test_hub
 import test_learning_report
 import test_option_effects_data
 import test_option_effects_learning
@@ -15,10 +16,10 @@ import test_training_state
 from option_effects import Bench, plan, shows
 from runs import arguments, write_dataset
 
-from library.option_checks import MISSING_FEATURES
 from library.options import DeepSpeedOptions, declared_options
 
 MODULES = [
+    test_hub,
     test_option_effects_data,
     test_option_effects_learning,
     test_option_effects_model,
@@ -66,25 +67,6 @@ def test_every_option_is_shown():
 
 def given(name):
     return f"--{name}" if dict(declared_options())[name].is_flag else f"--{name}=something"
-
-
-ASKED = [(feature, name) for feature in MISSING_FEATURES for name in feature.asked_by]
-DESCRIBED = [(feature, name) for feature in MISSING_FEATURES for name in feature.described_by]
-
-
-@shows(*(name for _, name in ASKED))
-@pytest.mark.parametrize(("feature", "name"), ASKED, ids=[name for _, name in ASKED])
-def test_what_asks_for_a_missing_feature_stops_the_run(argv, feature, name):
-    said = plan("sd1", [*argv, given(name)], code=1).said
-    assert f"--{name} is not available in this version yet ({feature.name})" in said
-
-
-@shows(*(name for _, name in DESCRIBED))
-@pytest.mark.parametrize(("feature", "name"), DESCRIBED, ids=[name for _, name in DESCRIBED])
-def test_what_describes_a_missing_feature_is_named(argv, feature, name):
-    outcome = plan("sd1", [*argv, given(name)])
-    assert f"Nothing to do for --{name}: {feature.name} is not asked for" in outcome.said
-    assert "something" not in outcome.said  # a key or token must not be shown
 
 
 DEEPSPEED = {

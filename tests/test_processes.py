@@ -1,14 +1,18 @@
 """The scripts in processes of their own: through ``accelerate launch``, two at a time, with loader workers."""
 
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from runs import SCRIPTS, TOKEN, arguments, run, trainers, write_dataset  # noqa: F401  (a fixture)
 from safetensors.torch import load_file
+
+from library.training_state import TrainingState
 
 ROOT = Path(__file__).parents[1]
 
@@ -63,6 +67,41 @@ def test_two_processes_with_accumulation_and_every_ddp_option(dataset, tmp_path,
     assert done.returncode == 0, done.stderr
     one, two = (load_file(tmp_path / name / f"{TOKEN}.safetensors")["emb_params"] for name in ("one", "two"))
     assert_moved_alike([one], [two], trainers[0].starts)
+
+
+def test_two_processes_go_on_from_a_state(dataset, tmp_path, tiny_sd1):
+    more = ["--max_train_steps=5", "--save_every_n_steps=2", "--save_state", "--num_vectors_per_token=2"]
+
+    def launch(folder: str, *given: str) -> torch.Tensor:
+        argv = arguments("sd1", tiny_sd1, dataset, tmp_path / folder, *more, *given)
+        done = start("torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPTS["sd1"].__file__, *argv)
+        assert done.returncode == 0, done.stderr
+        return load_file(tmp_path / folder / f"{TOKEN}.safetensors")["emb_params"]
+
+    whole = launch("whole")
+    state = tmp_path / "whole" / f"{TOKEN}-step00000002-state"
+    assert len(TrainingState.read(state).random_states) == 2
+    assert torch.equal(launch("rest", f"--resume={state}"), whole)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signal")
+def test_a_run_that_is_told_to_end_keeps_what_it_learned(dataset, tmp_path, tiny_sd1):
+    argv = arguments("sd1", tiny_sd1, dataset, tmp_path / "out", "--max_train_steps=100000", "--save_every_n_steps=3")
+    command = [sys.executable, SCRIPTS["sd1"].__file__, *argv, "--max_data_loader_n_workers=1"]
+    process = subprocess.Popen(
+        [*map(str, command)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
+    )
+    for _ in range(1200):
+        if (tmp_path / "out" / f"{TOKEN}-step00000003.safetensors").exists() or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    kept = re.search(r"The vectors of step (\d+) are kept in (.+)\.$", said, re.MULTILINE)
+    assert int(kept[1]) >= 3
+    assert load_file(kept[2])["emb_params"].isfinite().all()
+    assert "Traceback" not in said
 
 
 def test_a_mistake_through_the_launcher_is_a_sentence(dataset, tmp_path, tiny_sd1):
