@@ -1,14 +1,13 @@
 """What both scripts do around a training: parse, run, and turn a user's mistake into one sentence and an exit code."""
 
 import argparse
-import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 
 from library.arguments import parse
 from library.console import allow_any_text, hold_back, release, set_up_logging
 from library.errors import UserError
+from library.interruptions import ended_gently
 
 
 def run(parser: argparse.ArgumentParser, family: str, arguments: Sequence[str] | None = None) -> int:
@@ -24,7 +23,7 @@ def run(parser: argparse.ArgumentParser, family: str, arguments: Sequence[str] |
         set_up_logging(options.runtime)
         from library.training import train
 
-        with _ended_gently():
+        with ended_gently():
             train(options, family)
     except UserError as error:
         release()
@@ -34,16 +33,3 @@ def run(parser: argparse.ArgumentParser, family: str, arguments: Sequence[str] |
         print("Interrupted.", file=sys.stderr)
         return 130
     return 0
-
-
-@contextmanager
-def _ended_gently() -> Iterator[None]:
-    """Within a ``with``: a request to end (SIGTERM, as clusters send it) is treated like Ctrl-C."""
-    before = signal.getsignal(signal.SIGTERM)
-    with suppress(ValueError):  # only the main thread may set it
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        with suppress(ValueError):
-            signal.signal(signal.SIGTERM, before)

@@ -57,6 +57,7 @@ class CustomData(BatchedData):
             count = len(self.dataset)
         except Exception as error:  # the user's class may fail in any way
             raise UserError(f"--dataset_class {self.name} cannot be used: {type(error).__name__}: {error}.") from error
+        self.fingerprint = f"{self.name} of {count} samples"
         if count == 0:
             raise UserError(f"--dataset_class {self.name} has no batches, so there is nothing to train on.")
         word = prompts.placeholder

@@ -4,12 +4,14 @@ All random choices for a sample derive from (seed, epoch, position of the sample
 with any number of loader workers and processes.
 """
 
+import hashlib
 import itertools
 import os
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -137,6 +139,8 @@ class BatchLoader:
 
     def __init__(self, source: Dataset, sampler: BatchSampler, *, workers: int, persistent: bool, pin_memory: bool):
         self.sampler = sampler
+        # torch draws a base seed for its workers; from its global generator that would disturb the training.
+        self._generator = torch.Generator()
         workers = min(workers, usable_cores(), len(sampler))
         self._loader = DataLoader(
             _Handing(source),
@@ -146,13 +150,13 @@ class BatchLoader:
             persistent_workers=persistent and workers > 0,
             pin_memory=pin_memory,
             collate_fn=_as_it_is,
-            # torch draws a base seed for its workers; from its global generator that would disturb the training.
-            generator=torch.Generator().manual_seed(0),
+            generator=self._generator,
         )
 
     def set_epoch(self, epoch: int, steps_done: int, skip: int = 0) -> None:
         """Choose the epoch (from 1), the optimizer steps done before it, and how many of its batches to leave out."""
         self.sampler.set_epoch(epoch, steps_done, skip)
+        self._generator.manual_seed(epoch)  # whatever epochs came before in this process
 
     def __len__(self) -> int:
         """Batches of this process in a whole epoch; the same number in every process."""
@@ -192,6 +196,7 @@ class BatchedData(ABC):
     """What a training asks of its data, wherever the batches come from."""
 
     order: EpochOrder
+    fingerprint: str
 
     @abstractmethod
     def source(self, max_steps: int) -> Dataset:
@@ -248,6 +253,18 @@ class TrainingData(BatchedData):
     def has_validation(self) -> bool:
         """Whether pictures are held out for a validation loss."""
         return self.validation_table is not None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Another one for other pictures, captions, repeats, sizes or rules; the folders they are in do not matter."""
+        digest = hashlib.sha256()
+        for found in self.table.sets:
+            rules = replace(found.subset, image_dir=None, metadata_file=None, conditioning_data_dir=None, place="")
+            names = [os.path.basename(path) for path in found.paths]  # noqa: PTH119 (of very many)
+            digest.update(repr((rules, names, list(found.captions), found.sizes.tolist())).encode())
+        for column in (self.table.repeats, self.table.bucket_of, self.table.resized, self.table.batch_sizes):
+            digest.update(column.tobytes())
+        return digest.hexdigest()
 
     def check(self) -> Report:
         """Look through captions, sizes and files; see ``preflight.check``. Raises UserError for a pointless run."""

@@ -54,8 +54,8 @@ class HubUpload:
 
         A failure is said and changes nothing else: the file is there.
         """
-        files = [path] if path.is_file() else sorted(path.iterdir())
         with survived(self._failure(path.name)):
+            files = [file for file in sorted(path.iterdir()) if file.is_file()] if path.is_dir() else [path]
             # Read now: a checkpoint may be removed again before the background comes to it.
             contents = [(file.relative_to(path.parent).as_posix(), file.read_bytes()) for file in files]
             done = self.api.create_commit(

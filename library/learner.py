@@ -1,5 +1,6 @@
 """Teaches the rows, one optimizer step at a time. All that a training changes is held here, and nowhere else."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,9 +13,11 @@ from torch import Tensor
 from library.batches import Batch
 from library.denoising import DenoisingTask
 from library.learning_watch import LearningWatch
-from library.lr_schedulers import LearningRateSchedule
-from library.optimizers import OptimizerChoice, averaged_values
+from library.lr_schedulers import LearningRateSchedule, build_lr_schedule
+from library.optimizers import OptimizerChoice, averaged_values, build_optimizer
+from library.options import Options
 from library.tokens import TrainableRows
+from library.training_state import packed
 
 
 class Learner:
@@ -129,3 +132,15 @@ class Learner:
         self.optimizer.step()
         if self.norms is not None:
             self.rows.rescale(self.norms)
+
+
+def check_learning(options: Options, total_steps: int) -> None:
+    """Find mistakes in the optimizer's and the schedule's options before anything is loaded. Raises UserError."""
+    logging.disable(logging.WARNING)  # they are said when the real ones are built
+    try:
+        choice = build_optimizer(options.optimizer, [torch.nn.Parameter(torch.zeros(1, 1))])
+        schedule = build_lr_schedule(options.schedule, choice, total_steps)
+        if options.save.save_state or options.save.save_state_on_train_end:
+            packed({"optimizer": choice.optimizer.state_dict(), "schedule": schedule.state_dict()})
+    finally:
+        logging.disable(logging.NOTSET)

@@ -89,8 +89,6 @@ def check_combinations(options: Options) -> None:
         )
     if model.v2 and model.clip_skip is not None:
         logger.warning("--clip_skip is unusual with --v2: those models use the second last layer already.")
-    if options.save.resume is not None and options.token.weights is not None:
-        raise UserError("--resume and --weights both say where the vectors begin. Leave one of the two out.")
     _check_timesteps(noise.min_timestep, noise.max_timestep)
     _check_precision(options)
     _check_optimizer(options)
@@ -153,6 +151,8 @@ def _check_hub(options: Options) -> None:
         )
     if hub.save_state_to_huggingface and hub.huggingface_repo_id is None:
         raise UserError("--save_state_to_huggingface needs --huggingface_repo_id, the repository to upload to.")
+    if hub.huggingface_repo_id is not None and not re.fullmatch(r"[^/\s]+/[^/\s]+", hub.huggingface_repo_id):
+        raise UserError(f'--huggingface_repo_id is "{hub.huggingface_repo_id}"; it must be user/name.')
     for name, known in (("huggingface_repo_type", REPO_TYPES), ("huggingface_repo_visibility", VISIBILITIES)):
         value = getattr(hub, name)
         if value is not None and value not in known:

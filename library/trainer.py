@@ -22,8 +22,9 @@ from library.diffusion import NoiseSchedule
 from library.errors import UserError, survived
 from library.frozen_layers import freeze_layers
 from library.hub import HubUpload
+from library.interruptions import undisturbed
 from library.latents import FrozenVae, LatentCache
-from library.learner import Learner
+from library.learner import Learner, check_learning
 from library.learning_report import LearningMeasure
 from library.learning_watch import LearningWatch
 from library.lr_schedulers import LearningRateSchedule, build_lr_schedule
@@ -59,7 +60,7 @@ class Trainer:
         data: TrainingData,
         state: TrainingState | None = None,
     ):
-        """``state`` is where to go on. Raises UserError where nothing is left to do from there."""
+        """``state`` is where to go on; what differs from then is said. Raises UserError where nothing is left to do."""
         self.options, self.family, self.model, self.word, self.data = options, family, model, word, data
         self.state = state
         self.accelerator, self.precision = machine.accelerator, machine.precision
@@ -76,10 +77,12 @@ class Trainer:
                 f"--resume: the state is of step {self.step}, and the run has {self.plan.total_steps} steps in all, so "
                 "nothing is left to do. Raise --max_train_steps or --max_train_epochs."
             )
+        if state and (changes := state.changes(options, self.plan.total_steps, data.fingerprint, processes)):
+            logger.warning("The run does not go on exactly as it would have: %s.", "; ".join(changes))
 
     def run(self) -> Path:
         """Train and save; return the path of the embedding file."""
-        self.check_optimizer()
+        check_learning(self.options, self.plan.total_steps)
         self.hub = HubUpload.open(self.options.hub) if self.accelerator.is_main_process else None
         text_encoders = self.load_text_encoders()
         self.rows, self.starts = self.build_rows(text_encoders)
@@ -99,7 +102,8 @@ class Trainer:
             self.fit()
             path = self.finish()
         except BaseException:
-            self.rescue()
+            with undisturbed():
+                self.rescue()
             raise
         finally:
             self.log.finish()
@@ -111,15 +115,6 @@ class Trainer:
         return path
 
     # ---- build steps
-
-    def check_optimizer(self) -> None:
-        """Find mistakes in the optimizer's and the schedule's options before anything is loaded."""
-        logging.disable(logging.WARNING)  # they are said when the real ones are built
-        try:
-            choice = build_optimizer(self.options.optimizer, [torch.nn.Parameter(torch.zeros(1, 1))])
-            build_lr_schedule(self.options.schedule, choice, self.plan.total_steps)
-        finally:
-            logging.disable(logging.NOTSET)
 
     def load_text_encoders(self) -> list[torch.nn.Module]:
         """The frozen text encoders in the run's precision, on the device."""
@@ -384,8 +379,10 @@ class Trainer:
         """Write the folder ``name`` for ``--resume``; all processes take part, one writes."""
         state = TrainingState(
             step=self.step,
+            total_steps=self.plan.total_steps,
             epoch_closed=self.epoch_closed,
             seed=self.data.seed,
+            data=self.data.fingerprint,
             options=recorded(self.options),
             starts=self.starts,
             learner=self.learner.state_dict(),
@@ -419,8 +416,10 @@ class Trainer:
     def finish(self) -> Path:
         """Save the result and say where it is, how far it moved and how to use it."""
         *before, result = self.saves.at_end()
-        self.carry_out(before)
-        rows = self.save(result.name)
+        try:
+            self.carry_out(before)
+        finally:  # the result does not wait for what else may fail
+            rows = self.save(result.name)
         self.upload(result)
         path = self.results.path(result.name)
         if self.accelerator.is_main_process:

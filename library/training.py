@@ -36,6 +36,7 @@ def train(options: Options, family_name: str) -> Path | None:
     for sentence in notices(options):
         logger.info(sentence)
     state = find_state(options)
+    options = state.begun_alike(options) if state else options
     model = BaseModel.open(options.model, family)
     if not options.dataset.debug_dataset:
         model.check_parts()
@@ -60,18 +61,14 @@ def train(options: Options, family_name: str) -> Path | None:
 
 
 def find_state(options: Options) -> TrainingState | None:
-    """The state that ``--resume`` names, if any; what differs from then is said. Raises UserError."""
+    """The state that ``--resume`` names, if any. Raises UserError."""
     if options.save.resume is None:
         return None
     folder = Path(options.save.resume)
     if options.hub.resume_from_huggingface:
         folder = download_state(options.save.resume, STATE_FILE, options.hub.huggingface_token)
     state = TrainingState.read(folder)
-    if changes := state.check(options):
-        logger.warning(
-            "The run does not go on exactly as it would have, since options differ from those of the state: %s.",
-            "; ".join(changes),
-        )
+    state.check(options)
     return state
 
 

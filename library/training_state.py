@@ -2,10 +2,10 @@
 
 import io
 import json
-import pickle
 import random
+import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from library.atomic_files import write_atomically
 from library.errors import UserError
-from library.options import Options, as_dict, option_groups
+from library.options import Options, as_dict
 from library.output_options import HubOptions, LoggingOptions, MetadataOptions, SampleOptions, SaveOptions
+from library.training_options import OptimizerOptions, ScheduleOptions
 
 FILE = "state.pt"
 _FORMAT = 1
@@ -26,10 +27,15 @@ Give it to --resume, with the command of the first run, to go on exactly where i
 The embedding of the same moment is the file beside it.
 """
 
-# A different optimizer or schedule could not make anything of what was saved.
-_MUST_AGREE = ("optimizer", "schedule")
-_WORD = ("token_string", "num_vectors_per_token")
-# Where the run's files go and how fast it is may change; so may its length.
+# A different optimizer or schedule could make nothing of what was saved, and the word is what the rows are of. What
+# the rows began with needs not be said again, but it is what it was.
+_MUST_AGREE = (
+    {"token_string", "num_vectors_per_token", "init_word", "weights"}
+    | set(OptimizerOptions.__dataclass_fields__)
+    | set(ScheduleOptions.__dataclass_fields__)
+) - {"max_grad_norm"}
+_START = ("init_word", "weights")
+# These change nothing in the vectors; the length is spoken of where it matters.
 _MAY_CHANGE = {
     name
     for group in (SaveOptions, MetadataOptions, HubOptions, SampleOptions, LoggingOptions)
@@ -37,20 +43,22 @@ _MAY_CHANGE = {
 } | {
     "max_train_steps",
     "max_train_epochs",
-    "init_word",
-    "weights",
-    "max_grad_norm",
     "config_file",
     "output_config",
+    "dataset_config",  # what is in it counts
     "max_data_loader_n_workers",
     "persistent_data_loader_workers",
     "cache_latents_to_disk",
     "skip_cache_check",
     "vae_batch_size",
+    "highvram",
+    "lowram",
     "console_log_file",
     "console_log_level",
     "console_log_simple",
     "ddp_timeout",
+    "ddp_gradient_as_bucket_view",
+    "ddp_static_graph",
     "seed",  # what a run without one has drawn is in the state
 }
 
@@ -59,15 +67,17 @@ _MAY_CHANGE = {
 class TrainingState:
     """A training after ``step`` optimizer steps.
 
-    ``epoch_closed`` tells whether all that is due at the end of an epoch was done, if the step ends one. ``starts``
-    [N, D] per text encoder are the rows that the training began with, ``learner`` is what ``Learner.state_dict`` gives,
-    ``epoch_losses`` are the losses of the epoch so far, ``random_states`` those of each process (see
-    :func:`random_states`).
+    ``total_steps`` were those of the whole run, ``data`` the fingerprint of its data. ``epoch_closed`` tells whether
+    all that is due at the end of an epoch was done, if the step ends one. ``starts`` [N, D] per text encoder are the
+    rows that the training began with, ``learner`` is what ``Learner.state_dict`` gives, ``epoch_losses`` are the losses
+    of the epoch so far, ``random_states`` those of each process (see :func:`random_states`).
     """
 
     step: int
+    total_steps: int
     epoch_closed: bool
     seed: int
+    data: str
     options: dict[str, Any]
     starts: list[Tensor]
     learner: dict[str, Any]
@@ -76,9 +86,8 @@ class TrainingState:
 
     def write(self, folder: Path) -> None:
         """Write the folder; an older state in it is replaced at once or not at all. Raises UserError."""
-        content = io.BytesIO()
-        torch.save({"format": _FORMAT, **{name: getattr(self, name) for name in self.__dataclass_fields__}}, content)
-        write_atomically(folder / FILE, content.getvalue())
+        content = {"format": _FORMAT, **{name: getattr(self, name) for name in self.__dataclass_fields__}}
+        write_atomically(folder / FILE, packed(content))
         write_atomically(folder / "README.txt", _NOTE.encode())
 
     @classmethod
@@ -88,41 +97,53 @@ class TrainingState:
         if not file.is_file():
             raise UserError(_no_state(folder))
         try:
-            content = torch.load(file, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, EOFError, RuntimeError, OSError, ValueError) as error:
+            with zipfile.ZipFile(file) as archive:
+                intact = archive.testzip() is None  # torch itself does not look at the sums
+            content = torch.load(file, map_location="cpu", weights_only=True) if intact else None
+        except Exception:  # whatever damaged or foreign content leads to
+            intact = False
+        if not intact:
             raise UserError(
                 f"--resume: {file} is damaged, or holds objects that cannot be read safely. "
                 "Use an older state, or start from an embedding file with --weights."
-            ) from error
-        if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
+            )
+        if not isinstance(content, dict) or content.pop("format", None) != _FORMAT or content.keys() != _FIELDS:
             raise UserError(f"--resume: {file} was written by another version. Start from a file with --weights.")
         return cls(**content)
 
-    def check(self, options: Options) -> list[str]:
-        """Compare with the options of a run that is to go on from here.
+    def check(self, options: Options) -> None:
+        """Raise UserError where a run with these options could not go on from here."""
+        now = recorded(options)
+        for name in sorted(_MUST_AGREE & self.options.keys()):
+            then = self.options[name]
+            if _alike(name, then, now[name]) or (name in _START and now[name] is None):
+                continue
+            raise UserError(
+                f"--{name} was {_shown(then)} when the state of --resume was saved, and is {_shown(now[name])}. Give "
+                "the same as then, or begin a new training from an embedding file with --weights."
+            )
 
-        Returns what differs in a way that makes the run another one. Raises UserError where it could not go on at all.
-        """
-        then, now = self.options, recorded(options)
-
-        def shown(value: Any) -> Any:
-            return "not given" if value in (None, "", []) else value
-
-        groups = option_groups()
-        needed = {*_WORD, *(name for group in _MUST_AGREE for name in groups[group].__dataclass_fields__)} - _MAY_CHANGE
-        different = [name for name in now if name in then and now[name] != then[name]]
-        for name in different:
-            if name in needed:
-                raise UserError(
-                    f"--{name} was {shown(then[name])} when the state of --resume was saved, and is "
-                    f"{shown(now[name])}. Give the same as then, or begin a new training from an embedding file "
-                    "with --weights."
-                )
-        found = [name for name in different if name not in _MAY_CHANGE]
-        changes = [f"--{name} was {shown(then[name])} and is {shown(now[name])}" for name in found]
+    def changes(self, options: Options, total_steps: int, data: str, processes: int) -> list[str]:
+        """What makes a run that goes on from here another one than it would have been, in words."""
+        now, then = recorded(options), self.options
+        found = [
+            f"--{name} was {_shown(then[name])} and is {_shown(now[name])}"
+            for name in now.keys() & then.keys() - _MAY_CHANGE - _MUST_AGREE
+            if now[name] != then[name]
+        ]
         if options.training.seed not in (None, self.seed):
-            changes.append(f"--seed was {self.seed} and is {options.training.seed}")
-        return changes
+            found.append(f"--seed was {self.seed} and is {options.training.seed}")
+        if data != self.data:
+            found.append("the pictures, their captions or their settings are not the same")
+        if processes != len(self.random_states):
+            found.append(f"there were {len(self.random_states)} processes and are {processes}")
+        if total_steps != self.total_steps and (options.schedule.lr_scheduler_type or _depends_on_length(options)):
+            found.append(f"the schedule was over {self.total_steps} steps and is over {total_steps}")
+        return sorted(found)
+
+    def begun_alike(self, options: Options) -> Options:
+        """The options with what the vectors really began with."""
+        return replace(options, token=replace(options.token, **{name: self.options[name] for name in _START}))
 
     def starts_for(self, tables: Sequence[nn.Embedding]) -> list[Tensor]:
         """The rows that the training began with. Raises UserError where they are no rows of these tables."""
@@ -133,6 +154,44 @@ class TrainingState:
                 f"model {' and '.join(str(table.embedding_dim) for table in tables)}. Give the model of the first run."
             )
         return [start.to(table.weight.device) for start, table in zip(self.starts, tables, strict=True)]
+
+
+_FIELDS = set(TrainingState.__dataclass_fields__)
+
+
+def packed(content: dict[str, Any]) -> bytes:
+    """The bytes of a state file. Raises UserError for what could not be read again."""
+    file = io.BytesIO()
+    try:
+        torch.save(content, file)
+        torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+    except Exception as error:  # whatever an optimizer or a schedule of the user's own may hold
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"The optimizer or the schedule keeps something that a state cannot hold ({reason}). Leave out "
+            "--save_state and --save_state_on_train_end, or use another --optimizer_type or --lr_scheduler_type."
+        ) from error
+    return file.getvalue()
+
+
+def _alike(name: str, then: Any, now: Any) -> bool:
+    if name == "optimizer_type":  # case does not matter, and AdamW is what none means
+        then, now = ((value or "AdamW").lower() for value in (then, now))
+    return then == now
+
+
+def _shown(value: Any) -> Any:
+    return "not given" if value in (None, "", []) else value
+
+
+def _depends_on_length(options: Options) -> bool:
+    schedule = options.schedule
+    return schedule.lr_scheduler not in (
+        "constant",
+        "constant_with_warmup",
+        "piecewise_constant",
+        "inverse_sqrt",
+    ) or any(isinstance(steps, float) for steps in (schedule.lr_warmup_steps, schedule.lr_decay_steps))
 
 
 def recorded(options: Options) -> dict[str, Any]:

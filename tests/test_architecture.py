@@ -12,8 +12,8 @@ MODULES = sorted((ROOT / "library").glob("*.py"))
 
 # Lower layers know nothing of higher ones; modules of one layer may use each other.
 LAYERS = [
-    "errors concept_distance option_types placeholder buckets resizing data_options training_options output_options "
-    "options",
+    "errors interruptions concept_distance",
+    "option_types placeholder buckets resizing data_options training_options output_options options",
     "atomic_files captions config_file console option_checks option_notices options_page arguments dataset_schema "
     "dataset_sources batch_order",
     "dataset_config images tokens diffusion named_classes optimizers lr_schedulers frozen_layers metadata "

@@ -9,6 +9,7 @@ from runs import TOKEN, arguments, run, trainers, write_dataset  # noqa: F401  (
 from safetensors.torch import load, load_file
 
 from library.base_model import BaseModel
+from library.hub import HubUpload
 from library.training_state import FILE, TrainingState
 
 REPO = "someone/words"
@@ -105,6 +106,18 @@ def test_an_upload_that_fails_costs_no_training(more, hub, command, tmp_path, ca
     assert hub.files == {}
 
 
+def test_a_file_that_is_gone_costs_no_training(hub, command, monkeypatch, capsys):
+    upload = HubUpload.upload
+
+    def late(uploads, path):
+        path.unlink()
+        upload(uploads, path)
+
+    monkeypatch.setattr(HubUpload, "upload", late)
+    assert run("sd1", command("--max_train_steps=1")) == 0
+    assert f"{RESULT} was not uploaded to {REPO}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("refused", ["/api/repos/create", f"/api/models/{REPO}/auth-check"])
 def test_what_the_hub_does_not_allow_is_found_before_a_model_is_loaded(refused, hub, command, monkeypatch, capsys):
     monkeypatch.setattr(BaseModel, "text_encoders", lambda *_: pytest.fail("a model was loaded"))
@@ -160,6 +173,7 @@ def test_places_that_are_none(place, sentence, hub, command, trainers, capsys): 
         (["--huggingface_repo_type=modle"], 'it must be one of model, dataset, space. Did you mean "model"?'),
         (["--huggingface_repo_visibility=secret"], "it must be one of public, private"),
         (["--huggingface_repo_id=", "--save_state_to_huggingface"], "needs --huggingface_repo_id"),
+        (["--huggingface_repo_id=words"], 'is "words"; it must be user/name'),
     ],
 )
 def test_mistakes(more, sentence, command, trainers, capsys):  # noqa: F811

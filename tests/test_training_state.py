@@ -2,15 +2,19 @@
 
 import json
 import random
+import signal
 
 import numpy as np
 import pytest
 import torch
 from option_effects import shows
 from runs import TOKEN, arguments, run, trainers, write_dataset  # noqa: F401  (a fixture)
+from safetensors import safe_open
 from safetensors.torch import load_file
 from test_trainer import model_of
+from torch.optim.lr_scheduler import LambdaLR
 
+from library.denoising import DenoisingTask
 from library.options import Options
 from library.trainer import Trainer
 from library.training_state import FILE, TrainingState, random_states, set_random_states
@@ -212,7 +216,8 @@ def state(command, tmp_path):
         (["--optimizer_type=Lion"], "--optimizer_type was not given when"),
         (["--learning_rate=0.5"], "--learning_rate was 0.01 when"),
         (["--lr_scheduler=cosine"], "--lr_scheduler was constant when"),
-        (["--weights=file.pt"], "--resume and --weights both say where the vectors begin"),
+        (["--weights=file.pt"], "--weights was not given when"),
+        (["--init_word=dog"], "--init_word was girl when"),
     ],
 )
 def test_what_must_be_as_it_was(more, sentence, state, command, trainers, capsys):  # noqa: F811
@@ -223,12 +228,74 @@ def test_what_must_be_as_it_was(more, sentence, state, command, trainers, capsys
 
 
 def test_what_makes_it_another_run_is_said(state, command, capsys):
-    assert run("sd1", command("out", f"--resume={state}", "--seed=2", "--noise_offset=0.1")) == 0
+    assert run("sd1", command("out", f"--resume={state}", "--seed=2", "--noise_offset=0.1", "--max_grad_norm=0.5")) == 0
     said = capsys.readouterr().err
     assert "does not go on exactly as it would have" in said
-    assert "--noise_offset was not given and is 0.1; --seed was 1 and is 2" in said
-    assert run("sd1", command("more", f"--resume={state}", "--sample_sampler=heun", "--save_every_n_steps=5")) == 0
+    assert "--max_grad_norm was 1.0 and is 0.5; --noise_offset was not given and is 0.1; --seed was 1 and is 2." in said
+    assert run("sd1", command("more", f"--resume={state}", "--optimizer_type=adamw", "--save_every_n_steps=5")) == 0
     assert "does not go on exactly" not in capsys.readouterr().err
+
+
+def test_other_pictures_and_another_length_are_said(command, dataset, tmp_path, capsys):
+    more = ["--save_state_on_train_end", "--lr_scheduler=cosine"]
+    assert run("sd1", command("first", *more, "--max_train_steps=2")) == 0
+    file = tmp_path / "other.toml"
+    file.write_text(dataset.read_text().replace("flip_aug = true", "flip_aug = false"))
+    state = tmp_path / "first" / f"{TOKEN}-state"
+    capsys.readouterr()
+    assert run("sd1", command("out", *more, f"--resume={state}", f"--dataset_config={file}")) == 0
+    said = capsys.readouterr().err
+    assert (
+        "the pictures, their captions or their settings are not the same; the schedule was over 2 steps and is" in said
+    )
+
+
+def test_what_the_vectors_began_with_is_remembered(command, tmp_path):
+    """The command of the first run goes on, and so does one that does not say it again."""
+    assert run("sd1", command("word", "--max_train_steps=1")) == 0
+    begun = [
+        a for a in command("first", f"--weights={tmp_path / 'word' / RESULT}", "--save_state") if "--init_word" not in a
+    ]
+    assert run("sd1", [*begun, "--max_train_steps=2"]) == 0
+    state = f"--resume={tmp_path / 'first' / f'{TOKEN}-state'}"
+    assert run("sd1", [*begun, state, f"--output_dir={tmp_path / 'a'}"]) == 0
+    assert run("sd1", [*(a for a in begun if "--weights" not in a), state, f"--output_dir={tmp_path / 'b'}"]) == 0
+    assert_same(tensors(tmp_path / "a"), tensors(tmp_path / "b"))
+    with safe_open(tmp_path / "b" / RESULT, "pt") as file:
+        assert "ti.init_word" not in file.metadata()
+
+
+class WithFunction(LambdaLR):
+    """A schedule whose state holds a function."""
+
+    def __init__(self, optimizer):
+        self.curve = lambda step: 1.0
+        super().__init__(optimizer, lambda step: 1.0)
+
+
+class WithArray(LambdaLR):
+    """A schedule whose state could be written, but not be read safely."""
+
+    def __init__(self, optimizer):
+        self.curve = np.ones(3)
+        super().__init__(optimizer, lambda step: 1.0)
+
+
+@pytest.mark.parametrize("kind", ["WithFunction", "WithArray"])
+def test_a_schedule_that_no_state_can_hold_is_found_at_the_start(kind, command, tmp_path, capsys):
+    more = [f"--lr_scheduler_type=test_training_state.{kind}", "--max_train_steps=1"]
+    assert run("sd1", command("without", *more)) == 0
+    assert run("sd1", command("with", *more, "--save_state")) == 1
+    assert "keeps something that a state cannot hold" in capsys.readouterr().err
+    assert not (tmp_path / "with").exists()
+
+
+def test_a_state_that_cannot_be_written_does_not_cost_the_result(command, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / f"{TOKEN}-state").write_text("a file")
+    assert run("sd1", command("out", "--save_state", "--max_train_steps=1")) == 1
+    assert f"{TOKEN}-state" in capsys.readouterr().err
+    assert (tmp_path / "out" / RESULT).is_file()
 
 
 def test_another_base_is_refused(state, command, tiny_sd2, capsys):
@@ -236,7 +303,7 @@ def test_another_base_is_refused(state, command, tiny_sd2, capsys):
     assert "Give the model of the first run" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("case", ["nothing", "file", "other", "cut", "code", "version"])
+@pytest.mark.parametrize("case", ["nothing", "file", "other", "cut", "flipped", "text", "code", "version", "fields"])
 def test_what_is_no_state(case, state, command, tmp_path, trainers, capsys):  # noqa: F811
     trainers.clear()
     folder, file = state, state / FILE
@@ -250,6 +317,17 @@ def test_what_is_no_state(case, state, command, tmp_path, trainers, capsys):  # 
     elif case == "cut":
         file.write_bytes(file.read_bytes()[:3000])
         sentence = f"{FILE} is damaged"
+    elif case == "flipped":
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+        sentence = f"{FILE} is damaged"
+    elif case == "text":
+        file.write_text("hello")
+        sentence = f"{FILE} is damaged"
+    elif case == "fields":
+        torch.save({"format": 1, "step": 1}, file)
+        sentence = "written by another version"
     elif case == "code":
         torch.save({"format": 1, "step": print}, file)
         sentence = "holds objects that cannot be read safely"
@@ -280,5 +358,30 @@ def test_random_states_come_back():
 
 
 def test_options_that_a_state_does_not_know_are_no_difference():
-    state = TrainingState(1, True, 1, {}, [], {}, [], [])
-    assert state.check(Options()) == []
+    state = TrainingState(1, 9, True, 1, "d", {}, [], {}, [], [{}])
+    state.check(Options())
+    assert state.changes(Options(), 9, "d", 1) == []
+    assert state.changes(Options(), 10, "e", 2) == [
+        "the pictures, their captions or their settings are not the same",
+        "there were 1 processes and are 2",
+    ]
+
+
+def test_a_second_interruption_does_not_stop_the_rescue(command, tmp_path, monkeypatch, capsys):
+    losses, save = DenoisingTask.losses, Trainer.save
+
+    def interrupted(task, batch):
+        if len(list((tmp_path / "out").glob("*step00000002*"))):
+            raise KeyboardInterrupt
+        return losses(task, batch)
+
+    def again(trainer, name):
+        path = save(trainer, name)
+        signal.raise_signal(signal.SIGINT) if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else None
+        return path
+
+    monkeypatch.setattr(DenoisingTask, "losses", interrupted)
+    monkeypatch.setattr(Trainer, "save", again)
+    assert run("sd1", command("out", "--save_every_n_steps=2")) == 130
+    assert "The vectors of step 2 are kept in" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
