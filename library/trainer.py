@@ -111,6 +111,7 @@ class Trainer:
                 self.hub.finish()
         if self.options.sample.learning_report and self.accelerator.is_main_process:
             self.report_learning(path)
+        self.accelerator.wait_for_everyone()  # a process that is left alone may not come to its end
         self.accelerator.end_training()
         return path
 
