@@ -232,7 +232,7 @@ def _variants(text: str) -> Iterator[str]:
 def _arrange_tags(
     text: str, rules: CaptionRules, placeholder: Placeholder, rng: random.Random, moment: CaptionMoment
 ) -> str:
-    """Warm up, shuffle and drop tags; without any of the three the text stays as it is, spaces included."""
+    """Warm up, shuffle and drop tags; where nothing rearranges them the text stays as it is, spaces included."""
     if not rules.rearranges:
         return text
     fixed, flexible, final = _split_tags(text, rules)

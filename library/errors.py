@@ -32,6 +32,11 @@ def survived(what_happened: str) -> Iterator[None]:
         logger.debug("Where it happened:", exc_info=True)
 
 
+def first_line(error: Exception) -> str:
+    """The first line of another library's error that says something, or what kind of error it is."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def closest(name: str, known: Iterable[str]) -> str | None:
     """Return the known name that looks most like ``name``, or None when nothing is similar.
 

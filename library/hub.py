@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
 
-from library.errors import UserError, survived
+from library.errors import UserError, first_line, survived
 from library.options import HubOptions
 from library.output_options import REPO_TYPES
 
@@ -114,8 +114,8 @@ def _ask(asking: str, question: Callable[[], Found]) -> Found:
     try:
         return question()
     except Exception as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = first_line(error).rstrip(".")
         raise UserError(
-            f"{asking}: the Hugging Face hub does not agree ({reason.rstrip('.')}). Check the name, the access token "
+            f"{asking}: the Hugging Face hub does not agree ({reason}). Check the name, the access token "
             "(HF_TOKEN) and the connection."
         ) from error

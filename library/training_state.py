@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from library.atomic_files import write_atomically
-from library.errors import UserError
+from library.errors import UserError, first_line
 from library.options import Options, as_dict
 from library.output_options import HubOptions, LoggingOptions, MetadataOptions, SampleOptions, SaveOptions
 from library.training_options import OptimizerOptions, ScheduleOptions
@@ -137,7 +137,7 @@ class TrainingState:
             found.append("the pictures, their captions or their settings are not the same")
         if processes != len(self.random_states):
             found.append(f"there were {len(self.random_states)} processes and are {processes}")
-        if total_steps != self.total_steps and (options.schedule.lr_scheduler_type or _depends_on_length(options)):
+        if total_steps != self.total_steps and _depends_on_length(options.schedule):
             found.append(f"the schedule was over {self.total_steps} steps and is over {total_steps}")
         return sorted(found)
 
@@ -166,9 +166,8 @@ def packed(content: dict[str, Any]) -> bytes:
         torch.save(content, file)
         torch.load(io.BytesIO(file.getvalue()), weights_only=True)
     except Exception as error:  # whatever an optimizer or a schedule of the user's own may hold
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"The optimizer or the schedule keeps something that a state cannot hold ({reason}). Leave out "
+            f"The optimizer or the schedule keeps something that a state cannot hold ({first_line(error)}). Leave out "
             "--save_state and --save_state_on_train_end, or use another --optimizer_type or --lr_scheduler_type."
         ) from error
     return file.getvalue()
@@ -184,14 +183,13 @@ def _shown(value: Any) -> Any:
     return "not given" if value in (None, "", []) else value
 
 
-def _depends_on_length(options: Options) -> bool:
-    schedule = options.schedule
-    return schedule.lr_scheduler not in (
-        "constant",
-        "constant_with_warmup",
-        "piecewise_constant",
-        "inverse_sqrt",
-    ) or any(isinstance(steps, float) for steps in (schedule.lr_warmup_steps, schedule.lr_decay_steps))
+def _depends_on_length(schedule: ScheduleOptions) -> bool:
+    """Whether the rates depend on how many steps the run has; a class of the user's choice may."""
+    if schedule.lr_scheduler_type:
+        return True
+    if any(isinstance(steps, float) for steps in (schedule.lr_warmup_steps, schedule.lr_decay_steps)):
+        return True
+    return schedule.lr_scheduler not in ("constant", "constant_with_warmup", "piecewise_constant", "inverse_sqrt")
 
 
 def recorded(options: Options) -> dict[str, Any]:
