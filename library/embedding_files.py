@@ -7,19 +7,18 @@ embeddings bundled in a LoRA file (``bundle_emb.<word>.<key>``); a single vector
 
 import hashlib
 import io
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from library.atomic_files import write_atomically
 from library.errors import UserError
 from library.metadata import TrainingRecord, file_metadata
+from library.weight_files import open_weights
 
 SINGLE, PAIR = ("emb_params",), ("clip_l", "clip_g")
 SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -60,15 +59,18 @@ def write_embedding(
 def read_embedding(path: Path | str) -> dict[str, Tensor]:
     """Read the rows of an embedding file of any known layout, as float32 [N, width] on the CPU.
 
-    The keys are ``emb_params``, or those of ``clip_l`` and ``clip_g`` that the file has. Pickled files are read without
-    running code from them. Raises :class:`UserError` for a file that is missing, damaged, not finite, unsafe or not an
+    The keys are ``emb_params``, or those of ``clip_l`` and ``clip_g`` that the file has. Nothing in them is
+    run. Raises :class:`UserError` for a file that is missing, damaged, not finite, unsafe or not an
     embedding.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"The embedding file {path} does not exist." if not path.exists() else f"{path} is not a file.")
-    content = _read_safetensors(path) if path.suffix.lower() == ".safetensors" else _read_pickled(path)
-    return {key: _as_rows(rows, key, path) for key, rows in content.items()}
+    weights = open_weights(path, mmap=False)
+    names = [name for name in weights.shapes if not name.startswith("string_to_token.")]  # the id of a token
+    chosen = _choose(names, path)
+    tensors = weights.read(chosen.values())
+    return {key: _as_rows(tensors[name], key, path) for key, name in chosen.items()}
 
 
 def rows_from_file(path: Path | str, keys: Sequence[str], widths: Sequence[int], count: int) -> list[Tensor | None]:
@@ -130,38 +132,6 @@ def _torch_content(tensors: dict[str, Tensor], record: TrainingRecord) -> bytes:
     buffer = io.BytesIO()
     torch.save(content, buffer, _use_new_zipfile_serialization=False)
     return buffer.getvalue()
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            chosen = _choose(list(file.keys()), path)
-            return {key: file.get_tensor(name) for key, name in chosen.items()}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged or is not a .safetensors file ({error}).") from error
-
-
-def _read_pickled(path: Path) -> dict[str, Tensor]:
-    try:
-        # Old AUTOMATIC1111 and original textual-inversion files keep their rows in a ParameterDict.
-        with torch.serialization.safe_globals([torch.nn.ParameterDict]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} is damaged, or holds more than tensors and was refused because reading it could run code from it. "
-            "If you trust the file, convert it to .safetensors with the program that made it."
-        ) from error
-    except Exception as error:  # torch raises many kinds for bytes that are not a torch file
-        raise UserError(f"{path} is damaged or is not a file saved by torch ({error}).") from error
-    if not isinstance(content, Mapping):
-        raise UserError(
-            f"{path} is not an embedding: it holds a {type(content).__name__}, not a dictionary of tensors."
-        )
-    params = content.get("string_to_param")
-    params = getattr(params, "_parameters", params)
-    flat = {f"string_to_param.{name}": rows for name, rows in params.items()} if isinstance(params, Mapping) else {}
-    tensors = {str(name): rows for name, rows in {**content, **flat}.items() if isinstance(rows, Tensor)}
-    return {key: tensors[name].detach() for key, name in _choose(list(tensors), path).items()}
 
 
 def _choose(names: Sequence[str], path: Path) -> dict[str, str]:

@@ -3,7 +3,6 @@
 import io
 import json
 import random
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,8 @@ from library.atomic_files import write_atomically
 from library.errors import UserError, first_line
 from library.options import Options, as_dict
 from library.output_options import HubOptions, LoggingOptions, MetadataOptions, SampleOptions, SaveOptions
+from library.torch_files import load_torch
+from library.torch_pickle import DamagedError, RefusedError
 from library.training_options import OptimizerOptions, ScheduleOptions
 
 FILE = "state.pt"
@@ -97,16 +98,13 @@ class TrainingState:
         if not file.is_file():
             raise UserError(_no_state(folder))
         try:
-            with zipfile.ZipFile(file) as archive:
-                intact = archive.testzip() is None  # torch itself does not look at the sums
-            content = torch.load(file, map_location="cpu", weights_only=True) if intact else None
-        except Exception:  # whatever damaged or foreign content leads to
-            intact = False
-        if not intact:
+            with file.open("rb") as opened:
+                content = load_torch(opened)
+        except (DamagedError, RefusedError) as error:
             raise UserError(
                 f"--resume: {file} is damaged, or holds objects that cannot be read safely. "
                 "Use an older state, or start from an embedding file with --weights."
-            )
+            ) from error
         if not isinstance(content, dict) or content.pop("format", None) != _FORMAT or content.keys() != _FIELDS:
             raise UserError(f"--resume: {file} was written by another version. Start from a file with --weights.")
         return cls(**content)
@@ -164,7 +162,7 @@ def packed(content: dict[str, Any]) -> bytes:
     file = io.BytesIO()
     try:
         torch.save(content, file)
-        torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+        load_torch(file)
     except Exception as error:  # whatever an optimizer or a schedule of the user's own may hold
         raise UserError(
             f"The optimizer or the schedule keeps something that a state cannot hold ({first_line(error)}). Leave out "

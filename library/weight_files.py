@@ -1,27 +1,23 @@
 """Files of weights: what they hold is known from the header, tensors are read when they are asked for.
 
 Both kinds of file are recognised by their content, since links into a download cache have no suffix: safetensors, and
-what ``torch.save`` wrote (``.ckpt``, ``.pt``, ``.bin``), which is only ever read with ``weights_only``.
+what ``torch.save`` wrote (``.ckpt``, ``.pt``, ``.bin``), of which nothing is ever run.
 """
 
-import json
-import pickle
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-
-import torch
-from safetensors import safe_open
+from typing import Any
 
 from library.errors import UserError
+from library.safetensors_header import read_safetensors_header
+from library.stored_tensors import Place, Tensors, read_places
+from library.torch_files import torch_content
+from library.torch_pickle import StoredTensor
 
-Tensors = dict[str, torch.Tensor]
-
-# What torch's reader of pickles runs into, depending on where a file is damaged.
-_DAMAGE = (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError)
 _DOWNLOAD_AGAIN = "Download or copy it again."
+_MOST_WRAPPERS = 4  # a "state_dict" in a "state_dict": some programs save a checkpoint as a part of theirs
 
 
 @dataclass(frozen=True)
@@ -54,19 +50,22 @@ def open_weights(path: Path, *, mmap: bool = True) -> Weights:
             raise UserError(f"{path} is cut off: the end of the file is missing. {_DOWNLOAD_AGAIN}")
         return _open_pickle(path, mmap)
     if head[:1] == b"\x80":
-        return _open_pickle(path, mmap=False)
-    raise UserError(f"{path} is not a file of model weights: {_nature(head)}.")
+        return _open_pickle(path, mmap)
+    raise UserError(f"{path} cannot be read as a file of weights: {_nature(head)}.")
 
 
-def join_weights(paths: Iterable[Path], *, mmap: bool = True) -> Weights:
-    """Open the shards of one model as if they were one file."""
+def join_weights(paths: Sequence[Path], *, mmap: bool = True) -> Weights:
+    """Open the shards of one model as if they were one file. Raises UserError if one is missing or unreadable."""
     shards = [open_weights(path, mmap=mmap) for path in paths]
 
     def read(names: Iterable[str]) -> Tensors:
         names = set(names)
         return {name: t for shard in shards for name, t in shard.read(names & shard.shapes.keys()).items()}
 
-    return Weights({name: shape for shard in shards for name, shape in shard.shapes.items()}, read)
+    shapes = {name: shape for shard in shards for name, shape in shard.shapes.items()}
+    if len(shapes) < sum(len(shard.shapes) for shard in shards):
+        raise UserError(f"{paths[0]} and the other parts of this model hold some tensors twice. {_DOWNLOAD_AGAIN}")
+    return Weights(shapes, read)
 
 
 def _nature(head: bytes) -> str:
@@ -80,66 +79,32 @@ def _nature(head: bytes) -> str:
 
 
 def _open_safetensors(path: Path, mmap: bool) -> Weights:
-    header = _safetensors_header(path)
-    metadata = header.pop("__metadata__", {})
-    shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
-    return Weights(shapes, partial(_read_safetensors, path, "mmap" if mmap else "pread"), metadata)
+    places, metadata = read_safetensors_header(path)
+    return _weights(path, mmap, places, metadata)
 
 
-def _safetensors_header(path: Path) -> dict:
-    """The parsed header: per tensor its dtype, shape and place. Read here so that a cut-off file is told as one."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-        text = file.read(start - 8) if start <= size else b""
-    if start > size:
-        raise UserError(f"{path} is cut off inside its header. {_DOWNLOAD_AGAIN}")
-    try:
-        header = json.loads(text)
-        end = start + max((entry["data_offsets"][1] for name, entry in header.items() if name[:2] != "__"), default=0)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged: its header cannot be read. {_DOWNLOAD_AGAIN}") from error
-    if end > size:
-        raise UserError(f"{path} is cut off: {size:,} of {end:,} bytes are there. {_DOWNLOAD_AGAIN}")
-    return header
+def _weights(path: Path, mmap: bool, places: dict[str, Place], metadata: Mapping[str, str]) -> Weights:
+    def read(names: Iterable[str]) -> Tensors:
+        return read_places(path, mmap, {name: places[name] for name in names})
 
-
-def _read_safetensors(path: Path, backend: str, names: Iterable[str]) -> Tensors:
-    with safe_open(path, framework="pt", backend=backend) as file:
-        return {name: file.get_tensor(name) for name in names}
+    return Weights({name: place.shape for name, place in places.items()}, read, metadata)
 
 
 def _open_pickle(path: Path, mmap: bool) -> Weights:
-    tensors = _load_pickle(path, mmap)
-    return Weights({name: tuple(t.shape) for name, t in tensors.items()}, lambda names: {n: tensors[n] for n in names})
-
-
-def _load_pickle(path: Path, mmap: bool) -> Tensors:
     """The tensors of a torch file, out of its "state_dict" if it has one."""
-    try:
-        if mmap and path.suffix != ".safetensors":  # by that suffix torch.load expects safetensors
-            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        else:
-            with path.open("rb") as file:
-                content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} holds Python objects besides tensors and could run code when read, so it is refused. Convert it "
-            "to .safetensors with a tool you trust, or use a .safetensors copy."
-        ) from error
-    except _DAMAGE as error:
-        raise UserError(f"{path} is damaged or cut off: torch cannot read it. {_DOWNLOAD_AGAIN}") from error
-    while isinstance(content, dict) and "state_dict" in content:
-        content = content["state_dict"]
+    content = torch_content(path)
+    for _ in range(_MOST_WRAPPERS):
+        if isinstance(content, dict) and "state_dict" in content:
+            content = content["state_dict"]
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no named tensors, so it is not a file of model weights.")
-    return dict(_named_tensors(content))
+        raise UserError(f"{path} holds no named tensors, so it is neither a model nor an embedding.")
+    return _weights(path, mmap, {name: tensor.place for name, tensor in _named_tensors(content)}, {})
 
 
-def _named_tensors(content: dict) -> Iterable[tuple[str, torch.Tensor]]:
+def _named_tensors(content: dict[Any, Any]) -> Iterable[tuple[str, StoredTensor]]:
     """Tensors of a dict, and of dicts in it one level down (``string_to_param`` of old embeddings)."""
     for name, value in content.items():
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, StoredTensor):
             yield str(name), value
         elif isinstance(value, dict):
-            yield from ((f"{name}.{key}", inner) for key, inner in value.items() if isinstance(inner, torch.Tensor))
+            yield from ((f"{name}.{key}", inner) for key, inner in value.items() if isinstance(inner, StoredTensor))

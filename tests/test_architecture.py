@@ -18,6 +18,7 @@ LAYERS = [
     "dataset_sources batch_order",
     "dataset_config images tokens diffusion named_classes optimizers lr_schedulers frozen_layers metadata "
     "metadata_files caption_files embedding_files report runtime trackers architectures weight_files latent_files "
+    "stored_tensors safetensors_header torch_pickle torch_files "
     "batches prompt_weights samplers sample_prompts",
     "latents learning_watch model_identity single_file model_folder model_family base_model "
     "checkpoints text_encoding new_word image_sets image_table",

@@ -530,8 +530,8 @@ class NotATensor:
     [
         ({"a": "text"}, "holds 0 tensors"),
         ({}, "holds 0 tensors"),
-        ([ROWS], "holds a list"),
-        (ROWS, "holds a Tensor"),
+        ([ROWS], "holds no named tensors"),
+        (ROWS, "holds no named tensors"),
         ({"a": ROWS, "b": ROWS}, r"holds 2 tensors \(a, b\)"),
         ({f"layer.{i}": ROWS for i in range(9)}, r"9 tensors \(layer.0, layer.1, layer.2, layer.3, layer.4, …\)"),
         ({"string_to_param": {"a": ROWS, "b": ROWS}}, "several embeddings"),
@@ -566,7 +566,7 @@ def test_several_bundled_embeddings_are_too_many(tmp_path):
 def test_garbage_is_named_as_such(tmp_path, suffix, content):
     path = tmp_path / f"x{suffix}"
     path.write_bytes(content)
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match=r"damaged|cut off|cannot be read as a file of weights"):
         read_embedding(path)
 
 
@@ -576,7 +576,7 @@ def test_a_truncated_pickled_file(tmp_path, share, zipped):
     path = tmp_path / "x.pt"
     torch.save({"emb_params": ROWS}, path, _use_new_zipfile_serialization=zipped)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match=r"damaged|cut off"):
         read_embedding(path)
 
 
@@ -585,7 +585,7 @@ def test_a_truncated_safetensors_file(tmp_path, share):
     path = tmp_path / "x.safetensors"
     write_embedding(path, some_rows(), RECORD, metadata={})
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match=r"damaged|cut off"):
         read_embedding(path)
 
 
