@@ -12,6 +12,7 @@ from torch import Tensor
 
 from library.batches import Batch
 from library.denoising import DenoisingTask
+from library.errors import UserError, first_line
 from library.learning_watch import LearningWatch
 from library.lr_schedulers import LearningRateSchedule, build_lr_schedule
 from library.optimizers import OptimizerChoice, averaged_values, build_optimizer
@@ -106,12 +107,18 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state`` was taken, with an optimizer and a schedule of the same kind."""
-        self.rows.assign(state["rows"])
-        self.choice.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        if self.accelerator.scaler is not None and state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
+        """Go on where ``state`` was taken, with an optimizer and a schedule of the same kind. Raises UserError."""
+        try:
+            self.rows.assign(state["rows"])
+            self.choice.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            if self.accelerator.scaler is not None and state["scaler"]:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+        except Exception as error:  # whatever an optimizer or a schedule says of values that are not its own
+            raise UserError(
+                f"--resume: the state does not fit this optimizer, schedule or model ({first_line(error)}). Use "
+                "another state, or start from an embedding file with --weights."
+            ) from error
         self.watch.taught = state["taught"]
 
     def _batch_loss(self, batch: Batch, task: DenoisingTask) -> Tensor:

@@ -77,12 +77,22 @@ def find_weights(folder: Path, *, mmap: bool) -> Weights:
                 # Both spellings exist: model.safetensors.index.fp16.json and model.fp16.safetensors.index.json.
                 for index in (f"{stem}{suffix}.index{variant}.json", f"{stem}{variant}{suffix}.index.json"):
                     if (shards := read_config(folder / index)) is not None:
-                        names = sorted(set(shards["weight_map"].values()))
-                        return join_weights((folder / name for name in names), mmap=mmap)
+                        return join_weights([folder / name for name in _shards(folder / index, shards)], mmap=mmap)
     raise UserError(
         f"{folder} holds no weights (no {_STEMS[0]}.safetensors or {_STEMS[1]}.safetensors). The model folder is "
         "incomplete; download or copy it again."
     )
+
+
+def _shards(index: Path, content: dict) -> list[str]:
+    """The files, beside it, that an index names. Raises UserError if it names none, or some elsewhere."""
+    places = content.get("weight_map")
+    names = set(map(str, places.values())) if isinstance(places, dict) else set()
+    if not names or any(Path(name).name != name for name in names):
+        raise UserError(
+            f'{index} is damaged: its "weight_map" does not name files of this folder. Download or copy it again.'
+        )
+    return sorted(names)
 
 
 def looks_like_hub_id(name: str) -> bool:

@@ -26,6 +26,12 @@ class Identity:
     advice: str = ""
 
 
+def size_of(shapes: Shapes, name: str, axis: int) -> int:
+    """The length of one axis of a tensor, or 0 where there is no such tensor or axis."""
+    shape = shapes.get(name, ())
+    return shape[axis] if axis < len(shape) else 0
+
+
 # Parts of tensor names that give a kind of file away, the most telling first.
 _MARKS = (
     (("lora_down", "lora_up", "lora_A.", "lora_B.", "lora.up.", "hada_w1", "lokr_w"), "a LoRA file", _PLAIN_MODEL),
@@ -77,7 +83,7 @@ def _looks_like_embedding(shapes: Shapes) -> bool:
 
 
 def _identify_unet_file(shapes: Shapes) -> Identity:
-    channels = shapes["model.diffusion_model.input_blocks.0.0.weight"][1]
+    channels = size_of(shapes, "model.diffusion_model.input_blocks.0.0.weight", 1)
     slots = {slot for slot in ("cond_stage_model", "conditioner.embedders.0", "conditioner.embedders.1")
              if any(name.startswith(f"{slot}.") for name in shapes)}  # fmt: skip
     if channels != 4:
@@ -91,7 +97,7 @@ def _identify_unet_file(shapes: Shapes) -> Identity:
     if any(name.startswith("model.diffusion_model.label_emb.") for name in shapes):
         return _UNCLIP
     # SD 2 has OpenCLIP's encoder, whose tensors are named otherwise; converted files tell by the width.
-    width = shapes.get("model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", (0, 0))[1]
+    width = size_of(shapes, "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", 1)
     is_sd2 = width == 1024 or any(name.startswith("cond_stage_model.model.") for name in shapes)
     architecture = SD2 if is_sd2 else SD1
     return Identity(f"a {architecture.title} checkpoint", architecture)

@@ -4,7 +4,8 @@ A file does not say how its model is built. The bundled configurations do, and t
 shapes of the tensors, so that unusual widths load as well.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,11 +17,12 @@ from diffusers.loaders.single_file_utils import (
 )
 
 from library.architectures import Architecture, TextEncoderLayout
-from library.errors import UserError
-from library.model_identity import read_config
+from library.errors import UserError, first_line
+from library.model_identity import read_config, size_of
 from library.weight_files import Tensors, Weights
 
 HEAD_WIDTH = 64  # of every attention in OpenCLIP, SD 2 and SDXL, and in CLIP-L
+_MOST_LAYERS = 100  # of one text encoder or transformer; real ones have up to 32
 _VAE_PREFIXES = ("first_stage_model.", "vae.", "")
 _VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 
@@ -41,7 +43,7 @@ class SingleFile:
         names = [name for name in self.weights.shapes if name.startswith("model.diffusion_model.")]
         config = self.config("unet")
         tensors = _converted(convert_ldm_unet_checkpoint, self.weights.read(names), config, self.path)
-        pooled = self.weights.shapes.get(f"{self.architecture.text_encoders[-1].slot}.model.text_projection", (0, 0))[1]
+        pooled = size_of(self.weights.shapes, f"{self.architecture.text_encoders[-1].slot}.model.text_projection", 1)
         return unet_sizes(config, tensors, pooled), tensors
 
     def vae(self) -> tuple[dict, Tensors]:
@@ -51,7 +53,8 @@ class SingleFile:
         config = self.config(layout.component)
         clip, open_clip = f"{layout.slot}.transformer.", f"{layout.slot}.model."
         if names := [name for name in self.weights.shapes if name.startswith(open_clip)]:
-            tensors = _from_open_clip(self.weights.read(names), open_clip)
+            with _conversion(self.path):
+                tensors = _from_open_clip(self.weights.read(names), open_clip)
             config = text_sizes(config, tensors, spare_layers=0 if layout.with_projection else 1)
             return config, without_spare_layers(tensors, config["num_hidden_layers"])
         names = [name for name in self.weights.shapes if name.startswith(clip)]
@@ -64,9 +67,10 @@ class SingleFile:
         """How many tokens the text encoder knows, from the header alone."""
         start, end = f"{layout.slot}.", "token_embedding.weight"
         names = (name for name in self.weights.shapes if name.startswith(start) and name.endswith(end))
-        if (name := next(names, None)) is None:
+        size = size_of(self.weights.shapes, next(names, ""), 0)
+        if not size:
             raise UserError(f"{self.path} is incomplete: the text encoder's token table is missing.")
-        return self.weights.shapes[name][0]
+        return size
 
     def check(self, with_vae: bool) -> None:
         """Raise UserError if the VAE is missing; the other parts made the file known."""
@@ -108,17 +112,28 @@ def modern_vae_names(tensors: Tensors) -> Tensors:
 
 def _converted(convert, tensors: Tensors, config: dict, path: Path) -> Tensors:
     """Call one of diffusers' conversions, which stop at some missing tensors and put None for others."""
-    try:
+    with _conversion(path):
         converted = convert(tensors, config)
-    except KeyError as error:
-        raise UserError(f"{path} is incomplete: the tensor {error} is missing.") from error
     return {name: tensor for name, tensor in converted.items() if tensor is not None}
 
 
+@contextmanager
+def _conversion(path: Path) -> Iterator[None]:
+    """Within a ``with``: what diffusers runs into when it renames the tensors of a damaged file is a UserError."""
+    try:
+        yield
+    except KeyError as error:
+        raise UserError(f"{path} is incomplete: the tensor {error} is missing.") from error
+    except (IndexError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(
+            f"{path} is damaged or of an unknown layout: its tensors cannot be converted ({first_line(error)}). "
+            "Download or copy it again, or use another copy."
+        ) from error
+
+
 def _from_open_clip(tensors: Tensors, prefix: str) -> Tensors:
-    width = (
-        tensors[f"{prefix}token_embedding.weight"].shape[1] if f"{prefix}token_embedding.weight" in tensors else None
-    )
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    width = size_of(shapes, f"{prefix}token_embedding.weight", 1) or None
     model = SimpleNamespace(config=SimpleNamespace(hidden_size=width))
     converted = convert_open_clip_checkpoint(model, tensors, prefix=prefix)
     return {name.removeprefix("text_model."): tensor for name, tensor in converted.items()}
@@ -209,11 +224,14 @@ class _Shapes:
     """Sizes of tensors by name, with a fallback: what is missing is reported once all names are compared."""
 
     def __init__(self, tensors: Tensors):
-        self.tensors = tensors
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
     def __call__(self, name: str, axis: int, fallback: int) -> int:
-        return self.tensors[name].shape[axis] if name in self.tensors else fallback
+        return size_of(self.shapes, name, axis) or fallback
 
 
 def _count(tensors: Tensors, prefix: str) -> int:
-    return len({name.removeprefix(prefix).split(".")[0] for name in tensors if name.startswith(prefix)})
+    """How many layers there are under a name; what has more than any model is found when all names are compared."""
+    return min(
+        _MOST_LAYERS, len({name.removeprefix(prefix).split(".")[0] for name in tensors if name.startswith(prefix)})
+    )

@@ -236,8 +236,10 @@ class TrainableRows(nn.Module):
             self.assign(before)
 
     def assign(self, values: Sequence[torch.Tensor]) -> None:
-        """Take on ``values``, [N, D] per text encoder."""
+        """Take on ``values``, [N, D] per text encoder. Raises ValueError for values of another shape."""
         for rows, value in zip(self.rows, values, strict=True):
+            if rows.shape != value.shape:
+                raise ValueError(f"vectors of shape {list(value.shape)} for {list(rows.shape)}")
             rows.data.copy_(value)
 
     @torch.no_grad()

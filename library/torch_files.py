@@ -37,8 +37,9 @@ def torch_content(path: Path) -> Any:
 
 
 def load_torch(file: BinaryIO) -> Any:
-    """What a file holds, its tensors read and the zip archive's check sums compared. Raises DamagedError, RefusedError."""
-    if zipfile.is_zipfile(file):
+    """What a file holds, its tensors read and a zip's check sums compared. Raises DamagedError or RefusedError."""
+    file.seek(0)
+    if file.read(2) == b"PK":
         try:
             with zipfile.ZipFile(file) as archive:
                 _check_members(archive, _length(file))
@@ -46,9 +47,15 @@ def load_torch(file: BinaryIO) -> Any:
                     raise DamagedError(f"{broken} is not what was written")
         except _ODD_ZIP as error:
             raise DamagedError("its list of parts cannot be read") from error
-    file.seek(0)
-    filler = _Filler(file)
-    return filler.filled(_content(file))
+    return _Filler(file).filled(_content(file))
+
+
+def is_whole_zip(path: Path) -> bool:
+    """Whether a zip archive has its end, which a download that was cut off lacks."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # it has one, but a damaged one
+        return True
 
 
 def _refusal(path: Path, what: str) -> str:
@@ -65,6 +72,7 @@ def _length(file: BinaryIO) -> int:
 
 
 def _content(file: BinaryIO) -> Any:
+    file.seek(0)
     is_zip = file.read(2) == b"PK"
     length = _length(file)
     file.seek(0)
@@ -145,7 +153,6 @@ class _Filler:
         self.left = _MOST_SHARED * _length(file)
         self.done: dict[int, Any] = {}
         self.kept: list[Any] = []  # what ids stand for must stay alive
-        file.seek(0)
 
     def filled(self, value: Any, depth: int = 0) -> Any:
         """The same value with tensors. Raises DamagedError where it holds itself, RefusedError for other objects."""

@@ -16,6 +16,7 @@ from library.atomic_files import write_atomically
 from library.errors import UserError, first_line
 from library.options import Options, as_dict
 from library.output_options import HubOptions, LoggingOptions, MetadataOptions, SampleOptions, SaveOptions
+from library.state_fields import malformed_field
 from library.torch_files import load_torch
 from library.torch_pickle import DamagedError, RefusedError
 from library.training_options import OptimizerOptions, ScheduleOptions
@@ -107,6 +108,11 @@ class TrainingState:
             ) from error
         if not isinstance(content, dict) or content.pop("format", None) != _FORMAT or content.keys() != _FIELDS:
             raise UserError(f"--resume: {file} was written by another version. Start from a file with --weights.")
+        if (field := malformed_field(content)) is not None:
+            raise UserError(
+                f'--resume: {file} is damaged: its field "{field}" is not what a training writes. '
+                "Use an older state, or start from an embedding file with --weights."
+            )
         return cls(**content)
 
     def check(self, options: Options) -> None:

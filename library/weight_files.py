@@ -4,7 +4,6 @@ Both kinds of file are recognised by their content, since links into a download 
 what ``torch.save`` wrote (``.ckpt``, ``.pt``, ``.bin``), of which nothing is ever run.
 """
 
-import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 from library.errors import UserError
 from library.safetensors_header import read_safetensors_header
 from library.stored_tensors import Place, Tensors, read_places
-from library.torch_files import torch_content
+from library.torch_files import is_whole_zip, torch_content
 from library.torch_pickle import StoredTensor
 
 _DOWNLOAD_AGAIN = "Download or copy it again."
@@ -46,7 +45,7 @@ def open_weights(path: Path, *, mmap: bool = True) -> Weights:
     if head[8:9] == b"{":
         return _open_safetensors(path, mmap)
     if head[:2] == b"PK":
-        if not zipfile.is_zipfile(path):
+        if not is_whole_zip(path):
             raise UserError(f"{path} is cut off: the end of the file is missing. {_DOWNLOAD_AGAIN}")
         return _open_pickle(path, mmap)
     if head[:1] == b"\x80":

@@ -23,7 +23,7 @@ LAYERS = [
     "latents learning_watch model_identity single_file model_folder model_family base_model "
     "checkpoints text_encoding new_word image_sets image_table",
     "hub preflight dataset sampling custom_dataset debug_dataset denoising results",
-    "learning_report learner training_state sample_album",
+    "learning_report learner training_state state_fields sample_album",
     "trainer training",
     "command_line",
 ]
