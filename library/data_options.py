@@ -99,7 +99,7 @@ class DatasetOptions:
     caption_extension: str | None = option(
         None,
         "Ending of the caption files beside the pictures, for example .txt. Unset: .caption is looked for first, "
-        "then .txt.",
+        "then .txt; beside class tokens (also those of a folder such as 10_girl) .caption only.",
         metavar="EXT",
     )
     caption_extention: str | None = option(None, "Old spelling of --caption_extension; wins over it.", metavar="EXT")

@@ -36,7 +36,8 @@ class SubsetConfig:
     """One folder or metadata file of pictures, everything inherited filled in.
 
     ``kind`` is "dreambooth" (a folder), "finetuning" (a metadata file) or "mask" (a folder with masks).
-    ``caption_extension`` None means ``.caption``, then ``.txt``. ``place`` says for messages where it was asked for.
+    ``caption_extension`` None means ``.caption``, then (without ``class_tokens``) ``.txt``. ``place`` says for messages
+    where it was asked for.
     """
 
     kind: str

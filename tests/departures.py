@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ftfy import fix_text
 from golden_data import golden_arrays
 
 from library.dataset_schema import DREAMBOOTH, GENERAL, known_keys
@@ -43,6 +44,11 @@ def _names_are_found_elsewhere(case: dict) -> bool:
     names = sorted(case["added_tokens"], key=len, reverse=True)
     whole_words = rf"(?<![A-Za-z0-9])({'|'.join(map(re.escape, names))})(?![A-Za-z0-9])"
     return re.split(whole_words, case["caption"], flags=re.IGNORECASE) != _pieces_where_sd_scripts_finds_the_names(case)
+
+
+def _text_is_read_in_our_way(case: dict) -> bool:
+    control = re.search(r"<\|(startoftext|endoftext)\|>", case["caption"], re.IGNORECASE)
+    return control is not None or fix_text(case["caption"]) != case["caption"]
 
 
 @functools.cache
@@ -131,9 +137,10 @@ def _cache_lacks_what_fits(case: dict) -> bool:
 
 
 def _caption_is_found_or_read_in_our_way(case: dict) -> bool:
-    """A .txt file where no extension is given, or a file that is empty or begins with a blank line or a BOM."""
+    """A .txt file without extension and class tokens, or a file that is empty or begins with a blank line or a BOM."""
     firsts = [text.split("\n")[0].strip() for text in case["files"].values()]
-    txt = "caption_extension" not in case["subset"] and any(name.endswith(".txt") for name in case["files"])
+    unset = "caption_extension" not in case["subset"] and not case["subset"].get("class_tokens")
+    txt = unset and any(name.endswith(".txt") for name in case["files"])
     return txt or any(not first or first.startswith(("\ufeff", "efbbbf")) for first in firsts)
 
 
@@ -293,6 +300,21 @@ DEPARTURES: list[Departure] = [
         "tokenize", "Q29", "the word is matched in any case and only as a whole word", _names_are_found_elsewhere
     ),
     Departure(
+        "tokenize", "D8", "texts are repaired first, and control tokens in them are text", _text_is_read_in_our_way
+    ),
+    Departure(
+        "weighted_tokens",
+        "D8",
+        "texts are repaired first, and control tokens in them are text",
+        lambda case: _text_is_read_in_our_way({"caption": case["prompt"]}),
+    ),
+    Departure(
+        "add_tokens",
+        "D8",
+        "a token that text repair changes is refused",
+        lambda case: fix_text(case["token_string"]) != case["token_string"],
+    ),
+    Departure(
         "add_tokens",
         "Q45",
         "a name that already is a whole word of the vocabulary is refused",
@@ -324,7 +346,7 @@ DEPARTURES: list[Departure] = [
     Departure(
         "caption_files",
         "D6",
-        "an unset extension finds .txt too; blank lines and a byte order mark are skipped",
+        "an unset extension finds .txt too, unless class tokens are set; blank lines and a byte order mark are skipped",
         _caption_is_found_or_read_in_our_way,
     ),
     Departure(
