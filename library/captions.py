@@ -256,8 +256,7 @@ def _arrange_tags(
         rng.shuffle(flexible)
     if rules.tag_dropout_rate > 0:
         flexible = [tag for tag in flexible if rng.random() >= rules.tag_dropout_rate or holds_word(tag)]
-    # Always a comma and a space, whatever the separator was: sd-scripts' captions look like this.
-    return ", ".join(fixed + flexible + final)
+    return f"{rules.separator} ".join(fixed + flexible + final)
 
 
 def _warmup_steps(rules: CaptionRules, moment: CaptionMoment) -> float:

@@ -14,7 +14,7 @@ _WHERE = {
     "SwarmUI": "put the file into Models/Embeddings/",
     "diffusers": "load the file as shown below",
 }
-_NOT_FOR_INVOKEAI = re.compile(r"[^a-zA-Z0-9., _-]+")
+_NOT_FOR_INVOKEAI = re.compile(r"_*[^a-zA-Z0-9., _-]+_*")
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ def diffusers_token(token: str, num_vectors: int) -> str:
 
 def invokeai_name(stem: str) -> str:
     """The file's stem as a name that InvokeAI finds in a prompt."""
+    if not _NOT_FOR_INVOKEAI.search(stem):
+        return stem
     return _NOT_FOR_INVOKEAI.sub("_", stem).strip("_ ") or "embedding"
 
 
@@ -81,7 +83,7 @@ def name_warnings(name: str) -> list[str]:
 
 
 def _plain(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", name).strip("_.-") or "embedding"
+    return re.sub(r"_*[^\w.-]+_*", "_", name).strip("_.-") or "embedding"
 
 
 def _escaped(stem: str) -> str:
@@ -93,7 +95,7 @@ def _refusals(stem: str, suffix: str, *, pair: bool) -> dict[str, str]:
     if suffix == ".ckpt":
         refusals = dict.fromkeys(("AUTOMATIC1111, Forge", "SD.Next"), "does not read .ckpt files: save as safetensors")
     elif suffix == ".pt" and pair:
-        refusals = {"SD.Next": "does not read SDXL embeddings in .pt files: save as safetensors"}
+        refusals = {"SD.Next": "does not read both encoders' vectors from .pt files: save as safetensors"}
     if " " in stem:
         refusals |= dict.fromkeys(("ComfyUI", "SwarmUI"), "does not find names with spaces: rename the file")
     return refusals

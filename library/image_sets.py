@@ -81,7 +81,28 @@ def load_image_sets(config: DatasetConfig) -> list[ImageSet]:
         sets.append(found)
     sets = _without_repeated_paths(sets)
     _match_masks([found for found in sets if found.subset.conditioning_data_dir])
-    return sets
+    return _without_small_images(sets, config)
+
+
+def _without_small_images(sets: list[ImageSet], config: DatasetConfig) -> list[ImageSet]:
+    if config.skip_image_resolution is None:
+        return sets
+    width, height = config.skip_image_resolution
+    kept, skipped = [], []
+    for found in sets:
+        large = found.sizes.prod(axis=1, dtype=np.int64) > width * height
+        skipped += [path for path, stays in zip(found.paths, large, strict=True) if not stays]
+        kept.append(select(found, np.flatnonzero(large).tolist()))
+    if skipped:
+        logger.warning(
+            "%s: skip_image_resolution leaves out %d of %d images, whose area is at most %dx%d: %s.",
+            *(config.place, len(skipped), sum(map(len, sets)), width, height, _some(skipped)),
+        )
+    if not any(map(len, kept)):
+        raise UserError(
+            f"{config.place}: skip_image_resolution leaves out every image, so there is nothing to train on. Lower it."
+        )
+    return [found for found in kept if len(found)]
 
 
 def _empty_message(subset: SubsetConfig) -> str:

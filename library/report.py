@@ -146,6 +146,8 @@ def _notes(path: Path, token: str, keys: Sequence[str], num_vectors: int) -> lis
     if diffusers_token(token, num_vectors) != token:
         notes.append(f"In diffusers type {token.lower()} in lower case: with capitals, only the first vector is found.")
     if len(keys) > 1:
-        notes.append("InvokeAI may pool SDXL's prompt at the new token, so that its images differ slightly.")
+        notes.append(
+            "InvokeAI may pool the prompt at the new token and not at its end, so that its images differ slightly."
+        )
     notes.append(f"AUTOMATIC1111 and Forge show {path.stem}.preview.png beside the file as its preview.")
     return notes

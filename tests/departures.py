@@ -1,4 +1,4 @@
-"""The one list of places where this project departs from a golden case, each with its Q- or D-number.
+"""The one list of places where this project departs from a golden case, with the numbers of docs/decisions.md.
 
 A departure is a rule about a case's inputs, so that it also covers cases that are not in our copy. The golden tests
 ask ``departure(file, case)``; where it answers, they assert our behaviour instead of the measured one.
@@ -26,7 +26,7 @@ from library.samplers import SAMPLER_NAMES
 
 @dataclass(frozen=True)
 class Departure:
-    """One documented difference: the golden file, its number in the decisions, why, and which cases it concerns."""
+    """One documented difference: the golden file, its number in docs/decisions.md, why, and which cases it concerns."""
 
     file: str
     number: str
@@ -63,6 +63,12 @@ def _is_multi_line_in_our_way(case: dict) -> bool:
     blank = [not line.strip() for line in lines]
     skipped = any(blank) if case["subset"].get("enable_wildcard") else blank[0]
     return bool(decorated or (skipped and not all(blank)))
+
+
+def _is_joined_with_another_separator(case: dict) -> bool:
+    subset = case["subset"]
+    rearranged = any(subset.get(key) for key in ("shuffle_caption", "caption_tag_dropout_rate", "token_warmup_step"))
+    return bool(rearranged and subset.get("caption_separator", ",") != ",")
 
 
 def _naive_expansion_differs(case: dict) -> bool:
@@ -294,6 +300,9 @@ DEPARTURES: list[Departure] = [
     Departure(
         "captions", "D6", "prefix and suffix go to the chosen line, which is not blank", _is_multi_line_in_our_way
     ),
+    Departure(
+        "captions", "D10", "tags are joined with the separator in force and a space", _is_joined_with_another_separator
+    ),
     Departure("captions", "D5", "dropping a caption or its tags never drops the word", _dropping_could_lose_the_word),
     Departure("captions", "Q27", "the word is expanded in any case and only as a whole word", _naive_expansion_differs),
     Departure(
@@ -355,7 +364,7 @@ DEPARTURES: list[Departure] = [
         "a dataset with nothing in it is an error",
         lambda case: case["subset"].get("num_repeats", 1) < 1,
     ),
-    Departure("finetune_metadata", "decisions, Data", "tags are never lost", _tags_would_be_lost),
+    Departure("finetune_metadata", "D6", "tags are never lost", _tags_would_be_lost),
     Departure("latents_validity", "D6", "shapes and keys are always checked", _cache_lacks_what_fits),
     Departure(
         "loss_weights",

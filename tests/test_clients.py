@@ -15,7 +15,7 @@ def test_good_names_need_no_warning(name):
     ("name", "told", "better"),
     [
         ("my char v1.2", ["ComfyUI and SwarmUI cannot use"], "my_char_v1.2"),
-        ("mychar_(x)", [r"must be written mychar_\\(x\\)", "leave a space before the comma"], "mychar_x"),
+        ("mychar_(x)", [r"must be written mychar_\(x\)", "leave a space before the comma"], "mychar_x"),
         ("<my-style>", ["leave a space before the comma"], "my-style"),
         ("mychar_", ["leave a space before the comma"], "mychar"),
         ("!!", ["leave a space before the comma"], "embedding"),
