@@ -15,10 +15,14 @@ DEFAULT_EXTENSIONS = (".caption", ".txt")
 _FACE_PIECES = 4
 
 
-def caption_extensions(extension: str | None) -> tuple[str, ...]:
-    """The file extensions to look for: the given one, with a dot before it, or both usual ones when it is unset."""
+def caption_extensions(extension: str | None, class_tokens: str | None = None) -> tuple[str, ...]:
+    """The file extensions to look for: the given one, with a dot before it, or both usual ones when it is unset.
+
+    Where class tokens stand in for captions, only ``.caption`` is, as in sd-scripts: .txt files that happen to lie
+    there (tags of a regularisation set, licences) never outvote what was asked for.
+    """
     if not extension:
-        return DEFAULT_EXTENSIONS
+        return DEFAULT_EXTENSIONS[:1] if class_tokens else DEFAULT_EXTENSIONS
     return (extension if extension.startswith(".") else f".{extension}",)
 
 

@@ -9,8 +9,8 @@ import itertools
 import math
 import random
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from library.placeholder import Placeholder
 
@@ -107,6 +107,13 @@ class CaptionRules:
     def rearranges(self) -> bool:
         """Whether captions are cut into tags and joined again."""
         return self.rejoin or self.shuffle or self.warmup_step > 0 or self.tag_dropout_rate > 0
+
+    def rewritten(self, rewrite: Callable[[str], str]) -> "CaptionRules":
+        """The same rules, ``rewrite`` applied to every text in them, so that they fit captions rewritten likewise."""
+        names = ("prefix", "suffix", "separator", "keep_tokens_separator", "secondary_separator")
+        given = {name: text for name in names if (text := getattr(self, name))}
+        # A separator must not become empty.
+        return replace(self, **{name: rewrite(text) or text for name, text in given.items()})
 
 
 @dataclass(frozen=True)
@@ -249,8 +256,7 @@ def _arrange_tags(
         rng.shuffle(flexible)
     if rules.tag_dropout_rate > 0:
         flexible = [tag for tag in flexible if rng.random() >= rules.tag_dropout_rate or holds_word(tag)]
-    # Always a comma and a space, whatever the separator was: sd-scripts' captions look like this.
-    return ", ".join(fixed + flexible + final)
+    return f"{rules.separator} ".join(fixed + flexible + final)
 
 
 def _warmup_steps(rules: CaptionRules, moment: CaptionMoment) -> float:

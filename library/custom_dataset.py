@@ -196,7 +196,7 @@ class _Reader:
             return [""] * count
         if isinstance(captions, str) or len(captions) != count or not all(isinstance(one, str) for one in captions):
             raise self._error(f'gives "captions" that are not a list of {count} texts')
-        return list(captions)
+        return list(map(self.data.prompts.repaired, captions))
 
     def _input_ids(self, values: dict, captions: list[str], count: int) -> list[torch.Tensor]:
         prompts, given = self.data.prompts, values.get("input_ids_list")

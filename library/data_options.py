@@ -6,7 +6,8 @@ With ``--dataset_config`` most of them only fill gaps: a key of the file wins ov
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.option_types import face_crop_range, flag, number, option, path, resolution, whole_number
+from library.option_types import face_crop_range, flag, number, option, path, whole_number
+from library.option_types import resolution as size
 
 INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area")
 
@@ -48,7 +49,7 @@ class DatasetOptions:
         None,
         "Training size in pixels: one number for a square, or width,height. Typical: 512 (SD 1), 512 or 768 (SD 2), "
         "1024 (SDXL). Needed here or in the dataset file.",
-        read=resolution,
+        read=size,
     )
     train_batch_size: int = option(
         1,
@@ -83,6 +84,11 @@ class DatasetOptions:
         at_least=1,
     )
     bucket_no_upscale: bool = flag("Never enlarge a small picture: it gets a bucket of its own size.")
+    skip_image_resolution: tuple[int, int] | None = option(
+        None,
+        "Leave out images whose area is no larger than that of this size: one number for a square, or width,height.",
+        read=size,
+    )
     resize_interpolation: str | None = option(
         None,
         "How pictures are resized. Unset: area for shrinking, lanczos for enlarging, which suits nearly everything.",
@@ -99,7 +105,7 @@ class DatasetOptions:
     caption_extension: str | None = option(
         None,
         "Ending of the caption files beside the pictures, for example .txt. Unset: .caption is looked for first, "
-        "then .txt.",
+        "then .txt; beside class tokens (also those of a folder such as 10_girl) .caption only.",
         metavar="EXT",
     )
     caption_extention: str | None = option(None, "Old spelling of --caption_extension; wins over it.", metavar="EXT")

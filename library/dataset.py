@@ -240,7 +240,10 @@ class TrainingData(BatchedData):
         self.prompts = prompts
         self.templates = templates
         self.seed = seed
-        self.table, self.validation_table = load_tables(configs, seed)
+        table, validation_table = load_tables(configs, seed)
+        # Before anything is looked for in a caption: the word, tags, wildcards.
+        self.table = table.with_rewritten_captions(prompts.repaired)
+        self.validation_table = validation_table and validation_table.with_rewritten_captions(prompts.repaired)
         self.order = self._order(self.table)
         self.cache: LatentCache | None = None
 

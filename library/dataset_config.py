@@ -6,11 +6,11 @@ the disk but the file itself and the sub-folders of ``--train_data_dir`` and ``-
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from library.buckets import BucketRules, adjusted_limits
+from library.buckets import BucketRules, Size, adjusted_limits
 from library.captions import CaptionRules
 from library.dataset_schema import (
     DATASET,
@@ -36,7 +36,8 @@ class SubsetConfig:
     """One folder or metadata file of pictures, everything inherited filled in.
 
     ``kind`` is "dreambooth" (a folder), "finetuning" (a metadata file) or "mask" (a folder with masks).
-    ``caption_extension`` None means ``.caption``, then ``.txt``. ``place`` says for messages where it was asked for.
+    ``caption_extension`` None means ``.caption``, then (without ``class_tokens``) ``.txt``. ``place`` says for messages
+    where it was asked for.
     """
 
     kind: str
@@ -66,7 +67,10 @@ class SubsetConfig:
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """Pictures that are trained at one resolution and batch size."""
+    """Pictures that are trained at one resolution and batch size.
+
+    Those whose area is at most that of ``skip_image_resolution`` (width, height) are left out.
+    """
 
     kind: str
     batch_size: int
@@ -77,6 +81,7 @@ class DatasetConfig:
     network_multiplier: float = 1.0
     prior_loss_weight: float = 1.0
     resize_interpolation: str | None = None
+    skip_image_resolution: Size | None = None
     place: str = ""
 
 
@@ -102,8 +107,9 @@ def load_dataset_configs(options: DatasetOptions, *, bucket_step: int) -> tuple[
     """
     if options.caption_extention:
         options = replace(options, caption_extension=options.caption_extention)
-    if options.resolution is not None:
-        check_value(DATASET_KEYS["resolution"], "resolution", list(options.resolution), "The command line")
+    for name in ("resolution", "skip_image_resolution"):
+        if (size := getattr(options, name)) is not None:
+            check_value(DATASET_KEYS[name], name, list(size), "The command line")
     source = find_source(options)
     datasets = tuple(_dataset(table, source, options, bucket_step) for table in source.datasets)
     _check_masks(datasets, options)
@@ -149,8 +155,14 @@ def _dataset(table: Table, source: Source, options: DatasetOptions, bucket_step:
         network_multiplier=chain.get("network_multiplier", 1.0),
         prior_loss_weight=options.prior_loss_weight,
         resize_interpolation=chain.get("resize_interpolation"),
+        skip_image_resolution=_as_size(chain.get("skip_image_resolution")),
         place=table.place,
     )
+
+
+def _as_size(value: int | Sequence[int] | None) -> Size | None:
+    """(width, height) of a size as a file has it: one side of a square, or both sides."""
+    return value and ((value, value) if isinstance(value, int) else (value[0], value[1]))
 
 
 def _kinds(table: Table, options: DatasetOptions) -> list[str]:
@@ -232,14 +244,14 @@ def _usable(subsets: list[SubsetConfig], place: str) -> tuple[SubsetConfig, ...]
 
 def _buckets(chain: _Chain, place: str, bucket_step: int) -> BucketRules:
     """The dataset's bucket rules, the limits adjusted to the steps where buckets are on."""
-    size = chain.get("resolution")
+    size = _as_size(chain.get("resolution"))
     if size is None:
         raise UserError(
             f"{place}: there is no resolution. Write resolution = 512 (1024 for SDXL) in [general] or [[datasets]], or "
             "give --resolution."
         )
     rules = BucketRules(
-        resolution=(size, size) if isinstance(size, int) else (size[0], size[1]),
+        resolution=size,
         enabled=chain.get("enable_bucket"),
         min_reso=chain.get("min_bucket_reso"),
         max_reso=chain.get("max_bucket_reso"),

@@ -101,6 +101,7 @@ DATASET_KEYS = {
     "bucket_reso_steps": _whole(1),
     "min_bucket_reso": _whole(1),
     "max_bucket_reso": _whole(1),
+    "skip_image_resolution": _SIZE,
     "validation_seed": _whole(),
     "validation_split": _SPLIT,
     "network_multiplier": _MULTIPLIER,

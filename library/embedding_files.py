@@ -25,6 +25,8 @@ SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bflo
 
 _BASE_OF_WIDTH = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "Stable Diffusion XL"}
 _BUNDLED = re.compile(r"bundle_emb\.(?P<word>.+)\.(?P<key>string_to_param\.\*|clip_l|clip_g|emb_params|emp_params)")
+# OneTrainer's output embeddings: vectors for what the text encoder gives, not for what it reads.
+_OUTPUT_KEYS = frozenset({"emp_params_out", "clip_l_out", "clip_g_out"})
 # AUTOMATIC1111 writes this id ("*" in CLIP's vocabulary) whatever the embedding is called.
 _WEBUI_TOKEN_ID = 265
 
@@ -154,6 +156,12 @@ def _choose(names: Sequence[str], path: Path) -> dict[str, str]:
     for name in ("emb_params", "emp_params"):
         if name in names:
             return {"emb_params": name}
+    if names and set(names) <= _OUTPUT_KEYS:
+        raise UserError(
+            f"{path} holds only OneTrainer's output embedding ({', '.join(sorted(names))}): vectors that are added "
+            "behind the text encoder. Training starts from vectors that go into it: switch off OneTrainer's output "
+            "embedding, and use a file that was trained so."
+        )
     if len(names) == 1:
         return {"emb_params": names[0]}
     some = ", ".join(list(names)[:5]) or "none"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from library.caption_files import caption_extensions, caption_name, read_caption
+from library.caption_files import DEFAULT_EXTENSIONS, caption_extensions, caption_name, read_caption
 from library.dataset_config import DatasetConfig, SubsetConfig
 from library.errors import UserError
 from library.images import IMAGE_EXTENSIONS, check_mask_size, image_size
@@ -81,7 +81,28 @@ def load_image_sets(config: DatasetConfig) -> list[ImageSet]:
         sets.append(found)
     sets = _without_repeated_paths(sets)
     _match_masks([found for found in sets if found.subset.conditioning_data_dir])
-    return sets
+    return _without_small_images(sets, config)
+
+
+def _without_small_images(sets: list[ImageSet], config: DatasetConfig) -> list[ImageSet]:
+    if config.skip_image_resolution is None:
+        return sets
+    width, height = config.skip_image_resolution
+    kept, skipped = [], []
+    for found in sets:
+        large = found.sizes.prod(axis=1, dtype=np.int64) > width * height
+        skipped += [path for path, stays in zip(found.paths, large, strict=True) if not stays]
+        kept.append(select(found, np.flatnonzero(large).tolist()))
+    if skipped:
+        logger.warning(
+            "%s: skip_image_resolution leaves out %d of %d images, whose area is at most %dx%d: %s.",
+            *(config.place, len(skipped), sum(map(len, sets)), width, height, _some(skipped)),
+        )
+    if not any(map(len, kept)):
+        raise UserError(
+            f"{config.place}: skip_image_resolution leaves out every image, so there is nothing to train on. Lower it."
+        )
+    return [found for found in kept if len(found)]
 
 
 def _empty_message(subset: SubsetConfig) -> str:
@@ -105,7 +126,7 @@ def _load_folder(subset: SubsetConfig) -> ImageSet:
     folder, all_lines = subset.image_dir, subset.captions.wildcard
     present = _file_names(folder, "image_dir")
     names = sorted(name for name in present if _is_image(name))
-    extensions = caption_extensions(subset.caption_extension)
+    extensions = caption_extensions(subset.caption_extension, subset.class_tokens)
     caption_names = [caption_name(name, extensions, present) for name in names]
     paths = [os.path.join(folder, name) for name in names]
     caption_paths = [name and os.path.join(folder, name) for name in caption_names]
@@ -115,8 +136,26 @@ def _load_folder(subset: SubsetConfig) -> ImageSet:
         captions = [read_caption(path, all_lines=all_lines) if path else "" for path in caption_paths]
         sizes = [image_size(path) for path in paths]
     if subset.class_tokens is not None:
+        _tell_of_unread_captions(subset, names, present, extensions)
         return ImageSet(subset, paths, [caption or subset.class_tokens for caption in captions], _size_array(sizes))
     return ImageSet(subset, paths, captions, _size_array(sizes), _without_caption(paths, captions))
+
+
+def _tell_of_unread_captions(
+    subset: SubsetConfig, names: Sequence[str], present: set[str], extensions: Sequence[str]
+) -> None:
+    """Say which files would be captions if ``caption_extension`` were given."""
+    others = [extension for extension in DEFAULT_EXTENSIONS if extension not in extensions]
+    if subset.caption_extension or not others:
+        return
+    unread = [found for name in names if (found := caption_name(name, others, present))]
+    if unread:
+        logger.warning(
+            '"%s": the class tokens "%s" are the caption, and %d %s beside the images %s not read: %s. To read them, '
+            'set caption_extension = "%s" (or --caption_extension).',
+            *(subset.image_dir, subset.class_tokens, len(unread), "file" if len(unread) == 1 else "files"),
+            *("is" if len(unread) == 1 else "are", _some(unread), others[0]),
+        )
 
 
 def _read_through_cache(

@@ -5,7 +5,7 @@ a hundred thousand pictures stay small.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -116,10 +116,19 @@ class ImageTable:
 
     def with_calm_captions(self) -> "ImageTable":
         """The same table, with captions in which nothing is shuffled, dropped or held back."""
+        return self._with_captions(calm_rules, lambda caption: caption)
+
+    def with_rewritten_captions(self, rewrite: Callable[[str], str]) -> "ImageTable":
+        """The same table, ``rewrite`` applied to its captions and to all texts that are added or looked for in them."""
+        return self._with_captions(lambda rules: rules.rewritten(rewrite), rewrite)
+
+    def _with_captions(
+        self, change: Callable[[CaptionRules], CaptionRules], rewrite: Callable[[str], str]
+    ) -> "ImageTable":
         sets = []
         for found in self.sets:
-            subset = replace(found.subset, captions=calm_rules(found.subset.captions))
-            sets.append(replace(found, subset=subset))
+            subset = replace(found.subset, captions=change(found.subset.captions))
+            sets.append(replace(found, subset=subset, captions=list(map(rewrite, found.captions))))
         return replace(self, sets=sets)
 
     @property

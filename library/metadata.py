@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
 
+from library.clients import client_words
 from library.errors import UserError
 from library.options import MetadataOptions
 
@@ -100,21 +101,11 @@ def file_metadata(run_metadata: Mapping[str, str], record: TrainingRecord, stem:
     Adds the date (local, to the second), the record, and, unless the user gave their own, the trigger phrase (the
     file's stem: what most clients listen to) and a hint that says what to write in which client.
     """
-    hint = "; ".join(f"{client}: {word}" for client, word in client_words(stem, record.token).items())
+    words = client_words(stem, record.token, record.num_vectors)
+    hint = "; ".join(f"{client}: {word}" for client, word in words.items())
     own = {"modelspec.trigger_phrase": stem, "modelspec.usage_hint": hint}
     date = {"modelspec.date": datetime.now().isoformat(timespec="seconds")}
     return {**own, **run_metadata, **date, **record.as_metadata()}
-
-
-def client_words(stem: str, token: str) -> dict[str, str]:
-    """What to write in a prompt, by client: most go by the file's stem, diffusers by the token that it is given."""
-    return {
-        "AUTOMATIC1111, Forge, SD.Next": stem,
-        "ComfyUI": f"embedding:{stem}",
-        "InvokeAI": f"<{stem}>",
-        "SwarmUI": f"<embed:{stem}>",
-        "diffusers": token,
-    }
 
 
 def _version() -> str:

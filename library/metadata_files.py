@@ -100,11 +100,14 @@ def _text(values: dict, key: str, place: str) -> str:
 
 
 def _size(values: dict, place: str) -> tuple[int, int] | None:
-    size = values.get("image_size")
-    if size is None:
+    """What is noted as ``image_size``, or as ``width`` and ``height``."""
+    name, size = "image_size", values.get("image_size")
+    if size is None and ("width" in values or "height" in values):
+        name, size = "width and height", [values.get("width"), values.get("height")]
+    if size is None or size == [None, None]:
         return None
     if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)):
-        raise UserError(f'{place} has "image_size": {size!r:.80}. It must be [width, height] in pixels.')
+        raise UserError(f'{place} has "{name}": {size!r:.80}. It must be [width, height] in pixels.')
     return (size[0], size[1])
 
 

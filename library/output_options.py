@@ -35,7 +35,8 @@ class SaveOptions:
     )
     save_precision: str | None = option(
         None,
-        "Number format in the file. Unset: float (32 bits); the file is a few kilobytes either way.",
+        "Number format in the file. Unset: float (32 bits), the only one that stable-diffusion.cpp reads; the file has "
+        "a few kilobytes either way.",
         choices=("float", "fp16", "bf16"),
     )
     save_every_n_epochs: int | None = _count("Also save after every n-th epoch.")

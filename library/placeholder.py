@@ -5,6 +5,7 @@ word means the same everywhere. Ids and vectors are the business of ``tokens.py`
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -64,6 +65,15 @@ class Placeholder:
     def replace(self, text: str, word: str) -> str:
         """Write ``word`` in place of each occurrence of this one, expanded or not, and of each single vector's name."""
         return self._any_name.sub(lambda _: word, self._run_or_word.sub(lambda _: word, text))
+
+    def rewrite_between(self, text: str, rewrite: Callable[[str], str]) -> str:
+        """Apply ``rewrite`` to what stands before, between and behind the names, which stay as they are."""
+        pieces: list[str] = []
+        end = 0
+        for found in self._any_name.finditer(text):
+            pieces += [rewrite(text[end : found.start()]), found[0]]
+            end = found.end()
+        return "".join([*pieces, rewrite(text[end:])])
 
     def split(self, text: str) -> list[str | int]:
         """Cut ``text`` into plain pieces (str) and vector numbers (int), in order; empty pieces are left out.

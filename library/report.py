@@ -11,7 +11,7 @@ from textwrap import indent
 import torch
 from torch import Tensor
 
-from library.metadata import client_words
+from library.clients import diffusers_token, invokeai_name, usages
 
 # Below this share of its start norm a row still means what it meant at the start.
 BARELY_MOVED_PERCENT = 1.0
@@ -19,14 +19,6 @@ PROMPT_TOKENS = 75
 # What trainings that work are run with (AdamW, and the like).
 USUAL_RATES, USUAL_STEPS = (3e-4, 5e-3), (500, 2000)
 
-_WHERE = {
-    "AUTOMATIC1111, Forge, SD.Next": "put the file into embeddings/ (SD.Next: models/embeddings/)",
-    "ComfyUI": "put the file into models/embeddings/",
-    "InvokeAI": "add the file in the model manager",
-    "SwarmUI": "put the file into Models/Embeddings/",
-    "diffusers": "load the file as shown below",
-}
-_INVOKEAI_LETTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789., _-")
 _NOT_IN_FILE_NAMES = frozenset('<>:"/\\|?*')
 
 _DIFFUSERS_ONE_ENCODER = "pipe.load_textual_inversion({path!r}, token={token!r})\n"
@@ -105,15 +97,15 @@ def usage_card(path: Path | str, token: str, keys: Sequence[str], num_vectors: i
     ``keys`` are the tensors in the file, ``base`` is the base model in words ("Stable Diffusion 1.x").
     """
     path = Path(path)
-    words = client_words(path.stem, token)
-    clients, columns = max(map(len, words)), max(map(len, words.values()))
+    rows = usages(path.stem, path.suffix, token, num_vectors, pair=len(keys) > 1)
+    clients, columns = max(len(row.client) for row in rows), max(len(row.word or "-") for row in rows)
     plural = "s" if num_vectors > 1 else ""
     lines = [
         f"How to use {path} ({base}; {num_vectors} vector{plural}, {num_vectors} of a prompt's {PROMPT_TOKENS} tokens)",
-        *(f"  {client:<{clients}}  {word:<{columns}}  {_WHERE[client]}" for client, word in words.items()),
-        *_notes(path, token),
+        *(f"  {row.client:<{clients}}  {row.word or '-':<{columns}}  {row.how}" for row in rows),
+        *_notes(path, token, keys, num_vectors),
         "In diffusers, with a pipeline `pipe` of the same base:",
-        indent(diffusers_snippet(path, token, keys), "    ").rstrip(),
+        indent(diffusers_snippet(path, diffusers_token(token, num_vectors), keys), "    ").rstrip(),
     ]
     return "\n".join(lines)
 
@@ -130,8 +122,8 @@ def diffusers_snippet(path: Path | str, token: str, keys: Sequence[str]) -> str:
     return _DIFFUSERS_TWO_ENCODERS.format(imports=imports, load=load, token=token)
 
 
-def _notes(path: Path, token: str) -> list[str]:
-    """What is worth knowing about this file's name."""
+def _notes(path: Path, token: str, keys: Sequence[str], num_vectors: int) -> list[str]:
+    """What is worth knowing about this file and its name."""
     notes = []
     if path.stem.lower() != token.lower():
         note = (
@@ -144,8 +136,18 @@ def _notes(path: Path, token: str) -> list[str]:
         notes.append(
             "All but diffusers know the embedding by the name of its file: rename it, and the word changes too."
         )
-    if not set(path.stem) <= _INVOKEAI_LETTERS:
+    if invokeai_name(path.stem) != path.stem:
         notes.append(
-            "InvokeAI reads only the letters a-z, digits and . , _ - in a name: give the model such a name there."
+            "InvokeAI reads only the letters a-z, digits and . , _ - in a name: give the model the name "
+            f"{invokeai_name(path.stem)} there."
         )
+    if not path.stem[-1:].isalnum():
+        notes.append(f"In AUTOMATIC1111 and Forge leave a space between {path.stem} and a comma.")
+    if diffusers_token(token, num_vectors) != token:
+        notes.append(f"In diffusers type {token.lower()} in lower case: with capitals, only the first vector is found.")
+    if len(keys) > 1:
+        notes.append(
+            "InvokeAI may pool the prompt at the new token and not at its end, so that its images differ slightly."
+        )
+    notes.append(f"AUTOMATIC1111 and Forge show {path.stem}.preview.png beside the file as its preview.")
     return notes

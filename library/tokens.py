@@ -5,6 +5,7 @@ CLIP); ``MergedEmbedding`` looks ids of the vocabulary up in the frozen table an
 """
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -15,10 +16,13 @@ from torch.nn import functional
 from library.errors import UserError
 from library.placeholder import Placeholder
 from library.prompt_weights import escape, parse_weights
+from library.text_repair import repair
 
 logger = logging.getLogger(__name__)
 
 BODY = 75  # of CLIP's 77 positions; the others are BOS and EOS
+# In a caption these are text: as control tokens they would end it, and move what SDXL pools. Spaces are no tokens.
+_CONTROL = re.compile(r"<\|(startoftext|endoftext)\|>", re.IGNORECASE)
 
 
 class PromptTokenizer:
@@ -34,6 +38,13 @@ class PromptTokenizer:
         """The id of the word's first vector in tokenizer ``index``: the next one behind its vocabulary."""
         return len(self.tokenizers[index])
 
+    def repaired(self, text: str) -> str:
+        """Return ``text`` as it is read: repaired around the word's names, which then may be found in more places.
+
+        Around them, for so sd-scripts does: a ``<`` in the word itself does not tell ftfy that this is HTML.
+        """
+        return self.placeholder.rewrite_between(text, repair)
+
     def body_ids(self, text: str, index: int = 0) -> list[int]:
         """Ids of ``text`` without BOS and EOS, not cut, the word's names as new ids; the text is not expanded."""
         tokenizer, first = self.tokenizers[index], self.first_new_id(index)
@@ -42,15 +53,19 @@ class PromptTokenizer:
             if isinstance(piece, int):
                 ids.append(first + piece)
             else:
-                ids.extend(tokenizer.encode(piece, add_special_tokens=False))
+                ids.extend(tokenizer.encode(_CONTROL.sub(r"<| \1 |>", piece), add_special_tokens=False))
         return ids
+
+    def _expanded_ids(self, text: str) -> list[int]:
+        return self.body_ids(self.placeholder.expand(self.repaired(text)))
 
     def encode(self, text: str) -> list[torch.Tensor]:
         """Ids of one text per tokenizer, each int64 [chunks, 77].
 
-        The text is taken as it stands: ``process_caption`` and ``Placeholder.expand`` have expanded the word already.
+        The text is repaired, but the word is not expanded: ``process_caption`` or ``Placeholder.expand`` have done it.
         Longer windows than 77 are cut into chunks of BOS, 75 body tokens and the sequence's last token.
         """
+        text = self.repaired(text)
         return [self._windows(self.body_ids(text, i), tokenizer) for i, tokenizer in enumerate(self.tokenizers)]
 
     def hold_word(self, input_ids: Sequence[torch.Tensor]) -> bool:
@@ -64,7 +79,7 @@ class PromptTokenizer:
         Without attention syntax, or where it is not ``weighted``, the ids are those of :meth:`encode` for the expanded
         text.
         """
-        parts = self.weighted_parts(text) if weighted else [(text, 1.0)]
+        parts = self.weighted_parts(text) if weighted else [(self.repaired(text), 1.0)]
         ids, weights = [], []
         for index, tokenizer in enumerate(self.tokenizers):
             bodies = [(self.body_ids(self.placeholder.expand(part), index), weight) for part, weight in parts]
@@ -75,11 +90,12 @@ class PromptTokenizer:
     def weighted_parts(self, text: str) -> list[tuple[str, float]]:
         """The parts of a prompt and their weights; brackets that belong to the word (``[V]``) are no attention syntax.
 
-        The word is not expanded.
+        The word is not expanded. Parts are repaired once they are cut: full-width brackets are text, as in sd-scripts.
         """
         names = self.placeholder.names
         pieces = self.placeholder.split(text)
-        return parse_weights("".join(piece if isinstance(piece, str) else escape(names[piece]) for piece in pieces))
+        parts = parse_weights("".join(piece if isinstance(piece, str) else escape(names[piece]) for piece in pieces))
+        return [(self.repaired(part), weight) for part, weight in parts]
 
     def _windows(self, body: list[int], tokenizer) -> torch.Tensor:
         bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -100,12 +116,12 @@ class PromptTokenizer:
 
     def length(self, text: str) -> int:
         """How many body tokens ``text`` needs once the word in it is expanded."""
-        return len(self.body_ids(self.placeholder.expand(text)))
+        return len(self._expanded_ids(text))
 
     def lost_rows(self, text: str) -> set[int]:
         """Vectors (0 to N-1) that stand in the expanded ``text`` but only behind the length limit."""
         first = self.first_new_id()
-        ids = self.body_ids(self.placeholder.expand(text))
+        ids = self._expanded_ids(text)
         kept = {i - first for i in ids[: self.capacity] if i >= first}
         return {i - first for i in ids[self.capacity :] if i >= first} - kept
 
@@ -121,6 +137,11 @@ def check_token_string(placeholder: Placeholder, tokenizers: Sequence) -> None:
         raise UserError(
             f"--token_string {text!r} cannot be a word: it must not be empty, begin or end with a space, or hold a "
             'line break. Give a made-up word such as "mychar".'
+        )
+    if (read := repair(text)) != text:
+        raise UserError(
+            f'--token_string "{text}" would never be found: text is repaired before it is read, and this becomes '
+            f'"{read}" in every caption. Give --token_string="{read}", or another made-up token.'
         )
     if not any(ids := [tok.encode(text.lower(), add_special_tokens=False) for tok in tokenizers]):
         raise UserError(
@@ -153,7 +174,7 @@ def init_word_ids(init_word: str, count: int, tokenizer) -> list[int]:
 
     One token serves all vectors; exactly ``count`` tokens are used one each. Raises UserError for anything else.
     """
-    ids = tokenizer.encode(init_word, add_special_tokens=False)
+    ids = tokenizer.encode(repair(init_word), add_special_tokens=False)
     if not ids:
         raise UserError(
             "--init_word is empty. Give one known word close to the concept, such as girl, dog or painting."

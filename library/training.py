@@ -9,6 +9,7 @@ from library import runtime
 from library.base_model import BaseModel
 from library.captions import OBJECT_TEMPLATES, STYLE_TEMPLATES
 from library.checkpoints import RunPlan
+from library.clients import name_warnings
 from library.custom_dataset import CustomData
 from library.dataset import TrainingData
 from library.dataset_config import check_caching, load_dataset_configs
@@ -35,6 +36,8 @@ def train(options: Options, family_name: str) -> Path | None:
     check_trackers(options.logging)
     for sentence in notices(options):
         logger.info(sentence)
+    if sentences := name_warnings(options.save.output_name or ""):
+        logger.warning(" ".join(sentences))
     state = find_state(options)
     options = state.begun_alike(options) if state else options
     model = BaseModel.open(options.model, family)

@@ -1,4 +1,4 @@
-"""The one list of places where this project departs from a golden case, each with its Q- or D-number.
+"""The one list of places where this project departs from a golden case, with the numbers of docs/decisions.md.
 
 A departure is a rule about a case's inputs, so that it also covers cases that are not in our copy. The golden tests
 ask ``departure(file, case)``; where it answers, they assert our behaviour instead of the measured one.
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ftfy import fix_text
 from golden_data import golden_arrays
 
 from library.dataset_schema import DREAMBOOTH, GENERAL, known_keys
@@ -25,7 +26,7 @@ from library.samplers import SAMPLER_NAMES
 
 @dataclass(frozen=True)
 class Departure:
-    """One documented difference: the golden file, its number in the decisions, why, and which cases it concerns."""
+    """One documented difference: the golden file, its number in docs/decisions.md, why, and which cases it concerns."""
 
     file: str
     number: str
@@ -45,6 +46,11 @@ def _names_are_found_elsewhere(case: dict) -> bool:
     return re.split(whole_words, case["caption"], flags=re.IGNORECASE) != _pieces_where_sd_scripts_finds_the_names(case)
 
 
+def _text_is_read_in_our_way(case: dict) -> bool:
+    control = re.search(r"<\|(startoftext|endoftext)\|>", case["caption"], re.IGNORECASE)
+    return control is not None or fix_text(case["caption"]) != case["caption"]
+
+
 @functools.cache
 def _whole_words() -> frozenset[str]:
     vocabulary = json.loads((Path(__file__).parents[1] / "configs/tokenizer/vocab.json").read_text(encoding="utf-8"))
@@ -57,6 +63,12 @@ def _is_multi_line_in_our_way(case: dict) -> bool:
     blank = [not line.strip() for line in lines]
     skipped = any(blank) if case["subset"].get("enable_wildcard") else blank[0]
     return bool(decorated or (skipped and not all(blank)))
+
+
+def _is_joined_with_another_separator(case: dict) -> bool:
+    subset = case["subset"]
+    rearranged = any(subset.get(key) for key in ("shuffle_caption", "caption_tag_dropout_rate", "token_warmup_step"))
+    return bool(rearranged and subset.get("caption_separator", ",") != ",")
 
 
 def _naive_expansion_differs(case: dict) -> bool:
@@ -131,9 +143,10 @@ def _cache_lacks_what_fits(case: dict) -> bool:
 
 
 def _caption_is_found_or_read_in_our_way(case: dict) -> bool:
-    """A .txt file where no extension is given, or a file that is empty or begins with a blank line or a BOM."""
+    """A .txt file without extension and class tokens, or a file that is empty or begins with a blank line or a BOM."""
     firsts = [text.split("\n")[0].strip() for text in case["files"].values()]
-    txt = "caption_extension" not in case["subset"] and any(name.endswith(".txt") for name in case["files"])
+    unset = "caption_extension" not in case["subset"] and not case["subset"].get("class_tokens")
+    txt = unset and any(name.endswith(".txt") for name in case["files"])
     return txt or any(not first or first.startswith(("\ufeff", "efbbbf")) for first in firsts)
 
 
@@ -287,10 +300,28 @@ DEPARTURES: list[Departure] = [
     Departure(
         "captions", "D6", "prefix and suffix go to the chosen line, which is not blank", _is_multi_line_in_our_way
     ),
+    Departure(
+        "captions", "D10", "tags are joined with the separator in force and a space", _is_joined_with_another_separator
+    ),
     Departure("captions", "D5", "dropping a caption or its tags never drops the word", _dropping_could_lose_the_word),
     Departure("captions", "Q27", "the word is expanded in any case and only as a whole word", _naive_expansion_differs),
     Departure(
         "tokenize", "Q29", "the word is matched in any case and only as a whole word", _names_are_found_elsewhere
+    ),
+    Departure(
+        "tokenize", "D8", "texts are repaired first, and control tokens in them are text", _text_is_read_in_our_way
+    ),
+    Departure(
+        "weighted_tokens",
+        "D8",
+        "texts are repaired first, and control tokens in them are text",
+        lambda case: _text_is_read_in_our_way({"caption": case["prompt"]}),
+    ),
+    Departure(
+        "add_tokens",
+        "D8",
+        "a token that text repair changes is refused",
+        lambda case: fix_text(case["token_string"]) != case["token_string"],
     ),
     Departure(
         "add_tokens",
@@ -324,7 +355,7 @@ DEPARTURES: list[Departure] = [
     Departure(
         "caption_files",
         "D6",
-        "an unset extension finds .txt too; blank lines and a byte order mark are skipped",
+        "an unset extension finds .txt too, unless class tokens are set; blank lines and a byte order mark are skipped",
         _caption_is_found_or_read_in_our_way,
     ),
     Departure(
@@ -333,7 +364,7 @@ DEPARTURES: list[Departure] = [
         "a dataset with nothing in it is an error",
         lambda case: case["subset"].get("num_repeats", 1) < 1,
     ),
-    Departure("finetune_metadata", "decisions, Data", "tags are never lost", _tags_would_be_lost),
+    Departure("finetune_metadata", "D6", "tags are never lost", _tags_would_be_lost),
     Departure("latents_validity", "D6", "shapes and keys are always checked", _cache_lacks_what_fits),
     Departure(
         "loss_weights",

@@ -13,9 +13,9 @@ MODULES = sorted((ROOT / "library").glob("*.py"))
 # Lower layers know nothing of higher ones; modules of one layer may use each other.
 LAYERS = [
     "errors interruptions concept_distance",
-    "option_types placeholder buckets resizing data_options training_options output_options options",
-    "atomic_files captions config_file console option_checks option_notices options_page arguments dataset_schema "
-    "dataset_sources batch_order",
+    "option_types placeholder text_repair buckets resizing data_options training_options output_options options",
+    "atomic_files captions clients config_file console option_checks option_notices options_page arguments "
+    "dataset_schema dataset_sources batch_order",
     "dataset_config images tokens diffusion named_classes optimizers lr_schedulers frozen_layers metadata "
     "metadata_files caption_files embedding_files report runtime trackers architectures weight_files latent_files "
     "stored_tensors safetensors_header torch_pickle torch_files "
@@ -87,7 +87,7 @@ def test_help_imports_nothing_heavy():
     for script in ("train_textual_inversion", "sdxl_train_textual_inversion"):
         code = (
             f"import sys, {script} as s\ntry: s.main(['--help'])\nexcept SystemExit as e: assert e.code == 0\n"
-            "assert not {'torch', 'transformers', 'diffusers', 'numpy', 'PIL'} & set(sys.modules)"
+            "assert not {'torch', 'transformers', 'diffusers', 'numpy', 'PIL', 'ftfy'} & set(sys.modules)"
         )
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

@@ -23,7 +23,8 @@ def _our_caption(case: dict, image: str) -> str:
     """Our rules in plain words: own name, then the face detector's; .caption, then .txt; lines that are not blank."""
     subset, stem = case["subset"], image.rpartition(".")[0]
     extension = subset.get("caption_extension")
-    extensions = ["." + extension.lstrip(".")] if extension else [".caption", ".txt"]
+    extensions = [".caption"] if subset.get("class_tokens") else [".caption", ".txt"]
+    extensions = ["." + extension.lstrip(".")] if extension else extensions
     stems = [stem, "_".join(stem.split("_")[:-4])] if stem.count("_") >= 4 else [stem]
     found = [name + ext for name in stems for ext in extensions if name + ext in case["files"]]
     text = _bytes(case, found[0]).decode("utf-8-sig") if found else ""
@@ -58,6 +59,25 @@ def test_golden_caption_files(case, tmp_path):
 @pytest.mark.parametrize(("given", "tried"), [("txt", (".txt",)), (".cap", (".cap",)), (None, (".caption", ".txt"))])
 def test_extensions(given, tried):
     assert caption_extensions(given) == tried
+
+
+def test_txt_files_do_not_outvote_class_tokens(tmp_path, caplog):
+    """A regularisation folder "girl" whose images have tags beside them, which happen to hold the token."""
+    for name in "ab":
+        make_picture(tmp_path / "images" / f"{name}.png", caption="mychar, girl")
+    make_picture(tmp_path / "images" / "c.png").with_suffix(".caption").write_text("own")
+    subset = {"image_dir": str(tmp_path / "images"), "class_tokens": "girl", "is_reg": True}
+    assert load_image_set(subset_of(tmp_path, subset)).captions == ["girl", "girl", "own"]
+    assert 'the class tokens "girl" are the caption, and 2 files beside the images are not read' in caplog.text
+    assert "a.txt, b.txt" in caplog.text
+    caplog.clear()
+    assert load_image_set(subset_of(tmp_path, {**subset, "cache_info": True})).captions == ["girl", "girl", "own"]
+    read = load_image_set(subset_of(tmp_path, {**subset, "caption_extension": ".txt"}))
+    assert read.captions == ["mychar, girl", "mychar, girl", "girl"]
+    caplog.clear()
+    load_image_set(subset_of(tmp_path, {**subset, "caption_extension": ".txt"}))
+    assert load_image_set(subset_of(tmp_path, {**subset, "class_tokens": ""})).captions[0] == "mychar, girl"
+    assert "not read" not in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,10 @@ def test_golden_captions(case):
         assert ours == measured
     elif found.number == "D6":
         assert ours == set().union(*(golden_outcomes(case, line) for line in candidate_lines(case)))
+    elif found.number == "D10":
+        separator = case["subset"]["caption_separator"]
+        joined = {text.replace(f"{separator} ", ", ") for text in ours}
+        assert joined == {text.replace(f"{separator} ", ", ") for text in measured}
     elif found.number == "Q27":
         placeholder = placeholder_of(case)
         assert ours == {placeholder.expand(text) for text in golden_outcomes(case | {"replacements": {}})}
@@ -163,6 +167,13 @@ def test_warmup_spares_the_word():
         process_caption("a, b, c, d, mychar", rules, WORD, random.Random(0), CaptionMoment(s)) for s in (0, 25, 100)
     ]
     assert tags == [f"a, {EXPANDED}", f"a, b, {EXPANDED}", f"a, b, c, d, {EXPANDED}"]
+
+
+@pytest.mark.parametrize(("separator", "joined"), [(",", "a, mychar"), (";", "a; mychar"), ("|", "a| mychar")])
+def test_tags_are_joined_with_the_separator_in_force(separator, joined):
+    """What is cut at a separator holds it again, so that the encoder reads the captions as they were written."""
+    rules = CaptionRules(separator=separator, shuffle=True, keep_tokens=2)
+    assert outcomes(f"a {separator}mychar", rules, placeholder=Placeholder("mychar"), draws=3) == {joined}
 
 
 def test_warmup_as_a_share_of_all_steps():

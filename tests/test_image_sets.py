@@ -196,3 +196,27 @@ def test_held_out_pictures_are_those_of_sd_scripts():
 @pytest.mark.parametrize(("count", "share", "held"), [(10, 0.15, 2), (3, 0.5, 2), (4, 1.0, 4), (5, 0.01, 0)])
 def test_as_many_are_held_out_as_the_share_says(count, share, held):
     assert len(held_out(count, share, 1)) == held
+
+
+@pytest.mark.parametrize("limit", [[100, 80], 90])
+def test_images_up_to_an_area_are_left_out_with_their_captions_and_masks(tmp_path, caplog, limit):
+    for name, size in {"a": (100, 80), "b": (120, 80), "c": (80, 100)}.items():
+        make_picture(tmp_path / "images" / f"{name}.png", size, caption=name)
+        make_picture(tmp_path / "masks" / f"{name}.png", size)
+    subset = {"image_dir": str(tmp_path / "images"), "conditioning_data_dir": str(tmp_path / "masks")}
+    dataset = {"resolution": 64, "skip_image_resolution": limit, "subsets": [subset]}
+    (found,) = load_image_sets(configs_of(tmp_path, dataset, masked_loss=True)[0])
+    assert (found.captions, found.sizes.tolist()) == (["b"], [[120, 80]])
+    assert found.masks == [str(tmp_path / "masks" / "b.png")]
+    assert "leaves out 2 of 3 images" in caplog.text
+    assert "a.png, " in caplog.text
+    with pytest.raises(UserError, match="skip_image_resolution leaves out every image"):
+        load_image_sets(configs_of(tmp_path, dataset | {"skip_image_resolution": [120, 80]}, masked_loss=True)[0])
+
+
+def test_a_subset_whose_images_are_all_left_out_is_no_error_while_another_has_some(tmp_path):
+    for folder, size in {"small": (32, 32), "large": (64, 64)}.items():
+        make_picture(tmp_path / folder / "a.png", size)
+    subsets = [{"image_dir": str(tmp_path / folder)} for folder in ("small", "large")]
+    config = configs_of(tmp_path, {"resolution": 64, "subsets": subsets}, skip_image_resolution=(32, 32))[0]
+    assert [found.sizes.tolist() for found in load_image_sets(config)] == [[[64, 64]]]

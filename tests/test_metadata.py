@@ -146,7 +146,7 @@ def test_the_record_as_strings_without_what_is_unknown():
 
 def test_the_words_of_the_clients():
     words = client_words("my_file", "mychar")
-    assert words["AUTOMATIC1111, Forge, SD.Next"] == "my_file"
+    assert words["AUTOMATIC1111, Forge"] == words["SD.Next"] == "my_file"
     assert words["ComfyUI"] == "embedding:my_file"
     assert words["InvokeAI"] == "<my_file>"
     assert words["SwarmUI"] == "<embed:my_file>"

@@ -83,6 +83,21 @@ def test_the_file_knows_its_size_better(tmp_path, caplog):
     assert "a.png" in caplog.text
 
 
+@pytest.mark.parametrize("size", ['"width": 300, "height": 200', '"image_size": [300, 200], "width": 40, "height": 20'])
+def test_width_and_height_are_a_noted_size(tmp_path, caplog, size):
+    make_picture(tmp_path / "a.png", (40, 20))
+    line = '{"image_path": "a.png", "caption": "x", %s}' % size  # noqa: UP031 - braces
+    assert _metadata_set(tmp_path, line, name="meta.jsonl").sizes.tolist() == [[40, 20]]
+    assert "another size" in caplog.text
+    (entry,) = read_metadata(str(tmp_path / "meta.jsonl"), separator=",", all_lines=False)
+    assert entry.image_size == (300, 200)
+
+
+def test_tags_alone_are_the_caption_with_wildcards_too(tmp_path):
+    make_picture(tmp_path / "a.png")
+    assert _metadata_set(tmp_path, {"a.png": {"tags": "red, mychar"}}, enable_wildcard=True).captions == ["red, mychar"]
+
+
 @pytest.mark.parametrize(
     ("content", "phrases"),
     [
@@ -92,6 +107,7 @@ def test_the_file_knows_its_size_better(tmp_path, caplog):
         ({"a.png": {"caption": ["x"]}}, ['"a.png"', '"caption"', "['x']"]),
         ({"a.png": {"tags": 3}}, ['"a.png"', '"tags"', "3"]),
         ({"a.png": {"image_size": [3]}}, ['"a.png"', '"image_size"', "[3]", "[width, height]"]),
+        ({"a.png": {"width": 3}}, ['"a.png"', '"width and height"', "[3, None]", "[width, height]"]),
         ({"gone.png": {"caption": "x"}}, ["1 of 1", "gone.png", "image_dir"]),
     ],
 )

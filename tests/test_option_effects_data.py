@@ -239,6 +239,19 @@ def test_small_pictures_are_not_enlarged(scene):
     assert np.array_equal(image, np.asarray(Image.open(file))[8:72, 18:82])
 
 
+@shows("skip_image_resolution")
+def test_small_images_are_left_out(scene):
+    scene.picture("a.png", (100, 80))
+    scene.picture("b.png", (120, 80))
+    scene.picture("c.png", (81, 100))
+    for flag, kept in [("100,80", 2), ("90", 1), ("96,100", 0), ("50", 3)]:
+        outcome = scene.plan(f"--skip_image_resolution={flag}", code=0 if kept else 1)
+        if kept:
+            assert len(outcome.trainer.data.table) == kept
+        else:
+            assert "skip_image_resolution leaves out every image" in outcome.said
+
+
 @shows("resize_interpolation")
 def test_interpolation(scene):
     chessboard = Image.fromarray(np.indices((64, 64)).sum(axis=0).astype(np.uint8) // 7 % 2 * 255).convert("RGB")

@@ -1,4 +1,4 @@
-"""Every command of README.md runs: on tiny models, few steps, and with this environment in place of a new one."""
+"""Every command of README.md and docs/ runs: on tiny models, few steps, with this environment in place of a new one."""
 
 import os
 import re
@@ -8,16 +8,25 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from departures import DEPARTURES
 from runs import run, write_dataset
 from safetensors.torch import load_file
 
 from library.data_options import DatasetOptions
 from library.dataset_config import load_dataset_configs
+from library.embedding_files import write_embedding
+from library.metadata import TrainingRecord
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
 BLOCKS = {
-    language: [match[1] for match in re.finditer(rf"^ *```{language}\n(.*?)^ *```$", README, re.MULTILINE | re.DOTALL)]
+    language: [
+        match[1]
+        for text in TEXTS.values()
+        for match in re.finditer(rf"^ *```{language}\n(.*?)^ *```$", text, re.MULTILINE | re.DOTALL)
+    ]
     for language in ("bash", "toml")
 }
 SET_UP = "python3 -m venv .venv && .venv/bin/pip install -q "
@@ -34,12 +43,12 @@ def set_ups() -> list[str]:
 
 
 def trainings() -> list[list[str]]:
-    """The commands that start a script, in the README's order."""
+    """The commands that start a script, in the pages' order."""
     words = [command for block in BLOCKS["bash"] for command in commands(block)]
     return [command for command in words if any(word.endswith("train_textual_inversion.py") for word in command)]
 
 
-def test_the_readme_holds_the_commands_it_should():
+def test_the_pages_hold_the_commands_they_should():
     assert len(set_ups()) == 2
     assert len(trainings()) >= 4
     others = [command for block in BLOCKS["bash"] for command in commands(block) if command not in trainings()]
@@ -57,6 +66,15 @@ def test_set_up(line):
     extras = re.fullmatch(r"\.\[(.+)\]", wanted[1])[1].split(",")
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert all(re.search(rf"^{extra} = \[", project, re.MULTILINE) for extra in extras)
+
+
+def embedding_for(script: str, given: list[str], folder: Path) -> Path:
+    """An embedding of the miniature models' widths with as many vectors as a command asks for."""
+    count = int(next(word.partition("=")[2] for word in given if word.startswith("--num_vectors_per_token=")))
+    widths = {"clip_l": 32, "clip_g": 64} if script.startswith("sdxl") else {"emb_params": 32}
+    tensors = {key: torch.randn(count, width) for key, width in widths.items()}
+    write_embedding(folder / "before.safetensors", tensors, TrainingRecord("mychar", count))
+    return folder / "before.safetensors"
 
 
 @pytest.mark.parametrize("command", trainings(), ids=lambda command: Path(command[-1]).name)
@@ -82,6 +100,9 @@ def test_training_commands(command, tmp_path, request):
             patch.chdir(ROOT)
             assert run(family, [*before, "--learning_report=false"]) == 0
         given.append(f"--resume={tmp_path / 'before' / 'mychar-state'}")
+    if weights := [word for word in given if word.startswith("--weights=")]:
+        given.remove(*weights)
+        given.append(f"--weights={embedding_for(script, given, tmp_path)}")
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", *command[2:place]]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -106,6 +127,18 @@ def test_dataset_files(number, tmp_path):
     assert config.subsets[0].num_repeats == 10
 
 
-def test_links():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", TEXTS[page]):
+        assert (page.parent / target).exists(), target
+
+
+def test_every_departure_is_a_decision_with_its_reason():
+    """Numbers that the list of departures and the tests cite stand in docs/decisions.md, once each."""
+    explained = re.findall(r"\*\*([QD]\d+)\*\*", TEXTS[ROOT / "docs" / "decisions.md"])
+    assert len(explained) == len(set(explained))
+    assert {departure.number for departure in DEPARTURES} <= set(explained)
+
+
+def test_the_readme_names_every_page():
+    assert all(f"(docs/{page.name})" in TEXTS[PAGES[0]] for page in PAGES[1:])

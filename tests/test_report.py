@@ -95,7 +95,8 @@ def test_the_card_says_the_word_of_every_client():
     assert words["ComfyUI"] == "embedding:mychar"
     assert words["InvokeAI"] == "<mychar>"
     assert words["SwarmUI"] == "<embed:mychar>"
-    assert words["AUTOMATIC1111, Forge, SD.Next"] == words["diffusers"] == "mychar"
+    assert words["AUTOMATIC1111, Forge"] == words["SD.Next"] == words["diffusers"] == "mychar"
+    assert "mychar.preview.png" in card
     assert "not mychar" not in card
 
 
@@ -117,6 +118,68 @@ def test_the_card_proposes_no_name_that_a_file_cannot_have():
 def test_the_card_notes_a_name_that_invokeai_cannot_read(stem, noted):
     card = usage_card(f"out/{stem}.safetensors", stem, SINGLE, 1, "Stable Diffusion 1.x")
     assert ("InvokeAI reads only" in card) is noted
+
+
+def card_rows(file, token, keys=SINGLE, count=1):
+    """The card's table: word (or None) and the rest of its line, by client."""
+    lines = usage_card(f"out/{file}", token, keys, count, "Stable Diffusion").splitlines()
+    rows = [re.split(r"\s{2,}", line.strip()) for line in lines if line.startswith("  ")]
+    return {row[0]: (None if row[1] == "-" else row[1], row[2]) for row in rows if len(row) == 3}
+
+
+def test_round_brackets_are_escaped_where_they_weigh():
+    rows = card_rows("mychar_(x).safetensors", "mychar_(x)")
+    assert rows["AUTOMATIC1111, Forge"][0] == r"mychar_\(x\)"
+    assert rows["ComfyUI"][0] == r"embedding:mychar_\(x\)"
+    assert rows["SD.Next"][0] == "mychar_(x)"
+    assert rows["InvokeAI"][0] == "<mychar_x>"
+
+
+def test_sd_next_minds_case():
+    assert "mind upper and lower case" in card_rows("MyChar.safetensors", "MyChar")["SD.Next"][1]
+
+
+@pytest.mark.parametrize(("count", "word"), [(1, "MyChar"), (4, "mychar")])
+def test_diffusers_gets_many_vectors_in_lower_case(count, word):
+    assert card_rows("MyChar.safetensors", "MyChar", count=count)["diffusers"][0] == word
+    card = usage_card("out/MyChar.safetensors", "MyChar", SINGLE, count, "Stable Diffusion")
+    assert f"token='{word}'" in card
+    assert ("type mychar in lower case" in card) is (count > 1)
+
+
+def test_angle_brackets_are_not_doubled_for_invokeai():
+    assert card_rows("<my-style>.safetensors", "<my-style>")["InvokeAI"][0] == "<my-style>"
+    card = usage_card("out/<my-style>.safetensors", "<my-style>", SINGLE, 1, "Stable Diffusion")
+    assert "give the model the name my-style there" in card
+    assert "leave a space between <my-style> and a comma" in card
+
+
+@pytest.mark.parametrize(
+    ("file", "keys", "without"),
+    [
+        ("mychar.safetensors", SINGLE, set()),
+        ("mychar.pt", SINGLE, set()),
+        ("mychar.ckpt", SINGLE, {"AUTOMATIC1111, Forge", "SD.Next"}),
+        ("mychar.safetensors", PAIR, set()),
+        ("mychar.pt", PAIR, {"SD.Next"}),
+        ("mychar.ckpt", PAIR, {"AUTOMATIC1111, Forge", "SD.Next"}),
+        ("my char v1.2.safetensors", SINGLE, {"ComfyUI", "SwarmUI"}),
+    ],
+)
+def test_the_card_says_who_cannot_use_the_file(file, keys, without):
+    rows = card_rows(file, "mychar", keys)
+    assert len(rows) == 6
+    assert {client for client, (word, _) in rows.items() if word is None} == without
+    assert all("does not" in rows[client][1] for client in without)
+
+
+def test_comfyui_finds_a_ckpt_by_its_ending_only():
+    assert card_rows("mychar.ckpt", "mychar")["ComfyUI"][0] == "embedding:mychar.ckpt"
+
+
+def test_the_card_of_two_encoders_warns_of_invokeai_s_pooling():
+    assert "InvokeAI may pool" in usage_card("out/a.safetensors", "a", PAIR, 1, "Stable Diffusion XL")
+    assert "InvokeAI may pool" not in usage_card("out/a.safetensors", "a", SINGLE, 1, "Stable Diffusion 1.x")
 
 
 def recording_pipe(eos_token_id=2):

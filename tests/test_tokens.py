@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from departures import departure
+from ftfy import fix_text
 from golden_data import golden_cases
 from torch import nn
 from transformers import CLIPTokenizer
 
 from library.errors import UserError
 from library.placeholder import Placeholder
+from library.prompt_weights import parse_weights
 from library.tokens import (
     MergedEmbedding,
     PromptTokenizer,
@@ -38,6 +40,20 @@ def tokenizers():
     return {model: [by_pad[pad] for pad in pads] for model, pads in PADS.items()}
 
 
+def body_by_our_rules(caption: str, names: list[str], tokenizer) -> list[int]:
+    """What is around the names is repaired; then whole words in any case become new ids, and control tokens text."""
+    pattern = rf"(?<![A-Za-z0-9])({'|'.join(map(re.escape, names))})(?![A-Za-z0-9])"
+    pieces = re.split(pattern, caption, flags=re.IGNORECASE)
+    text = "".join(piece if i % 2 else " ".join(fix_text(piece).split("\n")) for i, piece in enumerate(pieces))
+    body = []
+    for i, piece in enumerate(re.split(pattern, text, flags=re.IGNORECASE)):
+        plain = (
+            piece.lower().replace("<|startoftext|>", "<| startoftext |>").replace("<|endoftext|>", "<| endoftext |>")
+        )
+        body += [49408 + names.index(piece.lower())] if i % 2 else tokenizer.encode(plain, add_special_tokens=False)
+    return body
+
+
 @pytest.mark.parametrize("case", golden_cases("tokenize"))
 def test_golden_tokenize(case, tokenizers):
     names = case["added_tokens"]
@@ -46,14 +62,8 @@ def test_golden_tokenize(case, tokenizers):
     prompts = PromptTokenizer(tokenizers[case["model"]], placeholder, case["max_token_length"])
     encoded = prompts.encode(case["caption"])
     if departure("tokenize", case):
-        # Whole words in any case become new ids; everything between them is what the plain tokenizer says.
-        pattern = rf"(?<![A-Za-z0-9])({'|'.join(map(re.escape, names))})(?![A-Za-z0-9])"
-        pieces = re.split(pattern, case["caption"], flags=re.IGNORECASE)
         for ids, tokenizer in zip(encoded, tokenizers[case["model"]], strict=True):
-            body = []
-            for i, piece in enumerate(pieces):
-                new = [49408 + names.index(piece.lower())] if i % 2 else None
-                body += new or tokenizer.encode(piece, add_special_tokens=False)
+            body = body_by_our_rules(case["caption"], names, tokenizer)
             assert ids[0, 1 : 1 + len(body)].tolist() == body[:75]
             assert ids[0, 0] == tokenizer.bos_token_id
         return
@@ -65,6 +75,12 @@ def test_golden_tokenize(case, tokenizers):
 def test_golden_weighted_tokens(case, tokenizers):
     prompts = PromptTokenizer(tokenizers[case["model"]], Placeholder("mychar"), case["max_token_length"])
     ids, weights = prompts.encode_weighted(case["prompt"])
+    if departure("weighted_tokens", case):
+        parts = [part for part, _ in parse_weights(case["prompt"])]
+        for each, tokenizer in zip(ids, prompts.tokenizers, strict=True):
+            body = [i for part in parts for i in body_by_our_rules(part, ["mychar"], tokenizer)]
+            assert each[0, 1 : 1 + len(body)].tolist() == body[:75]
+        return
     assert [each.tolist() for each in ids] == [batch[0] for batch in case["input_ids"]]
     for found, expected in zip(weights, case["weights"], strict=True):
         torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-6, atol=0)

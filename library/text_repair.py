@@ -1,0 +1,25 @@
+"""Text as CLIP's own tokenizer reads it: repaired by ftfy before anything is looked for in it.
+
+CLIP was trained on text that ftfy had repaired, and sd-scripts' tokenizer repairs with it too: curly quotes become
+straight, full-width letters and signs plain, ligatures letters, HTML entities signs, and mojibake what was meant.
+"""
+
+import re
+from functools import lru_cache
+
+import ftfy
+
+# Of plain ASCII, only entities and control characters are ever changed.
+_PLAIN = re.compile(r"[\t\n -%'-~]*")
+
+
+def repair(text: str) -> str:
+    """Return ``text`` with each of its lines repaired; no line is added, whatever ftfy takes for a line break."""
+    if _PLAIN.fullmatch(text):
+        return text
+    return "\n".join(map(_repaired_line, text.split("\n")))
+
+
+@lru_cache(maxsize=20_000)  # captions come again in every epoch; ftfy takes as long as the tokenizer
+def _repaired_line(line: str) -> str:
+    return ftfy.fix_text(line).replace("\n", " ")
