@@ -21,9 +21,10 @@ from library.denoising import DenoisingTask
 from library.diffusion import NoiseSchedule
 from library.errors import UserError, survived
 from library.frozen_layers import freeze_layers
+from library.frozen_vae import FrozenVae
 from library.hub import HubUpload
 from library.interruptions import undisturbed
-from library.latents import FrozenVae, LatentCache
+from library.latents import LatentCache
 from library.learner import Learner, check_learning
 from library.learning_report import LearningMeasure
 from library.learning_watch import LearningWatch
@@ -93,6 +94,7 @@ class Trainer:
         )
         self.check_text_encoders()
         self.vae = self.prepare_latents()
+        self.contents = self.note_contents()
         self.task = self.build_task(self.load_unet(), self.vae)
         runtime.set_attention(self.options.runtime, self.task.unet, self.vae and self.vae.vae)
         runtime.compile_modules(self.options.runtime, [self.task.unet, *text_encoders])
@@ -185,7 +187,7 @@ class Trainer:
         """
         cache = self.options.cache
         dtype = torch.float32 if self.options.model.no_half_vae else self.precision.dtype
-        vae = FrozenVae(self.model.vae(dtype, self.device), self.device, dtype)
+        vae = FrozenVae(self.model.vae(dtype, self.device), self.device, dtype, load=self.model.vae)
         if not cache.cache_latents:
             return vae
         runtime.set_attention(self.options.runtime, None, vae.vae)
@@ -196,19 +198,33 @@ class Trainer:
             skip_check=cache.skip_cache_check,
             highvram=self.options.runtime.highvram,
         )
+        entries = self.data.latent_entries()
         latents.fill(
-            self.data.latent_entries(),
+            entries,
             vae,
             batch_size=cache.vae_batch_size,
             process_index=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
         )
         self.accelerator.wait_for_everyone()
+        latents.confirm(entries, vae)
         self.data.use_cache(latents)
         if not self.options.sample.draws_pictures:
             return None
         vae.move("cpu")
         return vae
+
+    def note_contents(self) -> str:
+        """What states say of the images as they are now; a warning where the state of ``--resume`` says otherwise."""
+        save = self.options.save
+        needed = self.state or save.save_state or save.save_state_on_train_end
+        if not (needed and self.accelerator.is_main_process):  # it may take reading every file
+            return ""
+        contents = self.data.contents
+        if self.state and contents != self.state.contents:
+            what = "cached latents or masks" if self.options.cache.cache_latents else "images or masks"
+            logger.warning("The run will not reproduce the original run exactly: the %s are not the same.", what)
+        return contents
 
     def load_unet(self) -> torch.nn.Module:
         """The frozen U-Net in the run's precision (or float8), on the device, in eval mode."""
@@ -384,6 +400,7 @@ class Trainer:
             epoch_closed=self.epoch_closed,
             seed=self.data.seed,
             data=self.data.fingerprint,
+            contents=self.contents,
             options=recorded(self.options),
             starts=self.starts,
             learner=self.learner.state_dict(),

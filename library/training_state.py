@@ -67,10 +67,11 @@ _MAY_CHANGE = {
 class TrainingState:
     """A training after ``step`` optimizer steps.
 
-    ``total_steps`` were those of the whole run, ``data`` the fingerprint of its data. ``epoch_closed`` tells whether
-    all that is due at the end of an epoch was done, if the step ends one. ``starts`` [N, D] per text encoder are the
-    rows that the training began with, ``learner`` is what ``Learner.state_dict`` gives, ``epoch_losses`` are the losses
-    of the epoch so far, ``random_states`` those of each process (see :func:`random_states`).
+    ``total_steps`` were those of the whole run, ``data`` the fingerprint of its captions and settings, ``contents``
+    that of its latents, or of its images where none were cached. ``epoch_closed`` tells whether all that is due at the
+    end of an epoch was done, if the step ends one. ``starts`` [N, D] per text encoder are the rows that the training
+    began with, ``learner`` is what ``Learner.state_dict`` gives, ``epoch_losses`` are the losses of the epoch so far,
+    ``random_states`` those of each process (see :func:`random_states`).
     """
 
     step: int
@@ -78,6 +79,7 @@ class TrainingState:
     epoch_closed: bool
     seed: int
     data: str
+    contents: str
     options: dict[str, Any]
     starts: list[Tensor]
     learner: dict[str, Any]

@@ -21,8 +21,9 @@ from library.captions import OBJECT_TEMPLATES, CaptionMoment
 from library.dataset import BatchLoader, SampleSource, TrainingData, sample_seeds
 from library.dataset_config import load_dataset_configs
 from library.errors import UserError
+from library.frozen_vae import FrozenVae
 from library.images import read_image
-from library.latents import FrozenVae, LatentCache
+from library.latents import LatentCache
 from library.options import DatasetOptions
 
 

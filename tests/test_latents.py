@@ -10,11 +10,12 @@ from diffusers import AutoencoderKL
 from golden_data import golden_cases
 from PIL import Image
 
-from library import latents
+from library import frozen_vae
 from library.buckets import BucketChooser, BucketRules, size_conditioning_crop
 from library.errors import UserError
+from library.frozen_vae import FrozenVae, vae_fingerprint
 from library.images import Framing, frame_image, to_tensor
-from library.latents import FrozenVae, LatentCache, LatentEntry, vae_fingerprint
+from library.latents import LatentCache, LatentEntry
 
 
 class PoolingVae(torch.nn.Module):
@@ -432,7 +433,7 @@ def test_a_change_of_the_decoder_alone_leaves_the_fingerprint():
 def test_the_vae_works_elsewhere_for_a_while_and_comes_back():
     encoder, seen = _encoder(), []
     encoder.vae = SimpleNamespace(device=lambda: None)
-    with patch("library.latents._moved", lambda vae, device, dtype: seen.append((str(device), dtype))):
+    with patch("library.frozen_vae._moved", lambda vae, device, dtype: seen.append((str(device), dtype))):
         with encoder.on("meta"):
             assert encoder.device == torch.device("meta")
             with encoder.on("meta"):
@@ -448,7 +449,7 @@ def test_memory_that_runs_out_on_the_way_leaves_the_vae_where_it_was(monkeypatch
     half = FrozenVae(_tiny_vae(0), "cpu", torch.bfloat16)
     half.decoding_dtype = torch.float32
     before = {name: value.clone() for name, value in half.vae.named_parameters()}
-    moved, moves = latents._moved, []
+    moved, moves = frozen_vae._moved, []
 
     def full(vae, device, dtype):
         moves.append(device)
@@ -457,7 +458,7 @@ def test_memory_that_runs_out_on_the_way_leaves_the_vae_where_it_was(monkeypatch
             raise torch.OutOfMemoryError
         return moved(vae, device, dtype)
 
-    monkeypatch.setattr(latents, "_moved", full)
+    monkeypatch.setattr(frozen_vae, "_moved", full)
     with pytest.raises(torch.OutOfMemoryError):
         half.decode(torch.zeros(1, 4, 4, 4))
     assert all(torch.equal(value, before[name]) for name, value in half.vae.named_parameters())

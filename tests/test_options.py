@@ -30,6 +30,7 @@ from library.options_page import page
 SD_SCRIPTS = json.loads((Path(__file__).parent / "sd_scripts_options.json").read_text(encoding="utf-8"))
 DECLARED = dict(declared_options()) | FILE_OPTIONS
 ADDED = {
+    "allow_outside_images",
     "cache_text_encoder_outputs",
     "caption_dropout_rate",
     "caption_dropout_every_n_epochs",
@@ -55,7 +56,7 @@ READ_AS = {
 }
 
 
-def test_the_options_are_those_of_sd_scripts_and_six_more():
+def test_the_options_are_those_of_sd_scripts_and_seven_more():
     names = [name for name, _ in declared_options()] + list(FILE_OPTIONS)
     assert len(names) == len(set(names))
     assert set(names) == {row["dest"] for row in SD_SCRIPTS} | ADDED
