@@ -108,10 +108,7 @@ def image_size(path: Path | str) -> Size:
     with _opened(path) as image:
         if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: a photo with its preview
             logger.warning(f"{path} is animated; only its first frame is used.")
-        size = _upright_size(image)
-        if 0 in size:
-            raise ValueError(f"it has {size[0]}x{size[1]} pixels")
-        return size
+        return _upright_size(image)
 
 
 def _upright_size(image: Image.Image) -> Size:

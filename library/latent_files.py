@@ -288,12 +288,17 @@ def _kept(path: Path, wanted: Wanted, shared: bool) -> tuple[str, dict[str, byte
     try:
         with open_archive(path) as held:
             ending = wanted.own_ending if shared else _ending(held, wanted)
-            if not ending and "latents" in held and held.shape("latents") != wanted.shapes["latents"]:
+            if not ending and "latents" in held and _are_of_another_size(held.shape("latents"), wanted):
                 ending = wanted.own_ending
             written = {name + ending for name in _SLOT_KEYS}
             return ending, {key: held.raw(key) for key in held if key not in written}
     except (FileNotFoundError, ArchiveError):
         return wanted.own_ending if shared else "", {}
+
+
+def _are_of_another_size(shape: tuple[int, ...], wanted: Wanted) -> bool:
+    """Whether a shape is that of latents, and other ones."""
+    return len(shape) == 3 and shape[0] == 4 and shape[1:] != wanted.latent_size
 
 
 @contextmanager

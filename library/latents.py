@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import logging
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -115,8 +115,8 @@ class _Task:
 class LatentCache:
     """The latents of all images, kept in memory, or ``to_disk`` beside the images.
 
-    Fill it once (every process its share, then each confirms the others'), then load as often as wanted, from any
-    worker. What is loaded from disk is what was found or made then, or an error.
+    Fill it once (every process its share), then load as often as wanted, from any worker. What is loaded from disk is
+    what was found or made then, or an error.
     """
 
     def __init__(self, *, suffix: str, to_disk: bool, seed: int, skip_check: bool = False, highvram: bool = False):
@@ -133,11 +133,13 @@ class LatentCache:
         batch_size: int = 1,
         process_index: int = 0,
         num_processes: int = 1,
+        wait: Callable[[], None] | None = None,
     ) -> CacheReport:
         """Encode what is not cached yet, ``batch_size`` images of one bucket at a time.
 
-        On disk, file i of the list is process i mod n's business; in memory each process encodes everything. Raises
-        UserError for images that cannot be read or cannot share a cache file, and for folders that cannot be written.
+        On disk, file i of the list is process i mod n's business, and after having had a ``wait`` for all each looks at
+        what the others have made; in memory each process encodes everything. Raises UserError for images that cannot be
+        read or cannot share a cache file, and for folders that cannot be written.
         """
         # Stable, so that shares and batches do not depend on where an interrupted run stopped.
         entries = sorted(dict.fromkeys(entries), key=_bucket_order)
@@ -157,9 +159,12 @@ class LatentCache:
         reasons = dict(Counter(task.reason for task in pending))
         report = CacheReport(len(tasks) - len(pending), len(pending), reasons, unrecorded)
         logger.info(str(report))
+        if wait:
+            wait()
+            self._confirm(entries, encoder)
         return report
 
-    def confirm(self, entries: Iterable[LatentEntry], encoder: FrozenVae) -> None:
+    def _confirm(self, entries: list[LatentEntry], encoder: FrozenVae) -> None:
         """Look at what other processes have cached on disk, after all have filled their share. Raises UserError."""
         if not self.to_disk:
             return
@@ -167,6 +172,7 @@ class LatentCache:
             if _place(entry) not in self.slots:
                 slot, reason = find_slot(self.file(entry), self._wanted(entry, encoder), self.skip_check)
                 if slot is None:
+                    reason = "missing" if reason == "new" else reason
                     raise UserError(
                         f"The latent cache {self.file(entry)}, which another process has made, is {reason}. All "
                         "machines must see the same image folders, or leave out --cache_latents_to_disk."

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 # No cache of one image comes near: it would be dozens of masks of 1024 x 1024 pixels.
-LARGEST_FILE = 2**28
+LARGEST_FILE = 2**27
 # A header's longest text, as numpy has it, and what stands before it.
 _LONGEST_HEADER = 10_000 + 12
 _LONGEST_TEXT = 4096

@@ -39,7 +39,7 @@ from library.sampling import SamplingPipeline
 from library.text_encoding import PromptEncoder
 from library.tokens import TrainableRows, table_spread, typical_norm
 from library.trackers import RunLog
-from library.training_state import TrainingState, random_states, recorded, set_random_states
+from library.training_state import TrainingState, note_contents, random_states, recorded, set_random_states
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class Trainer:
         )
         self.check_text_encoders()
         self.vae = self.prepare_latents()
-        self.contents = self.note_contents()
+        self.contents = note_contents(self.data, self.options, self.state) if self.accelerator.is_main_process else ""
         self.task = self.build_task(self.load_unet(), self.vae)
         runtime.set_attention(self.options.runtime, self.task.unet, self.vae and self.vae.vae)
         runtime.compile_modules(self.options.runtime, [self.task.unet, *text_encoders])
@@ -166,15 +166,9 @@ class Trainer:
         watch = LearningWatch(
             self.word.placeholder.names, self.plan.total_steps, scales_loss=self.accelerator.scaler is not None
         )
-        limit = self.options.optimizer.max_grad_norm
+        limit, norms = self.options.optimizer.max_grad_norm, self.usual_norms
         learner = Learner(
-            self.accelerator,
-            self.rows,
-            self.choice,
-            self.lr_schedule,
-            watch,
-            max_grad_norm=limit,
-            norms=self.usual_norms,
+            self.accelerator, self.rows, self.choice, self.lr_schedule, watch, max_grad_norm=limit, norms=norms
         )
         if self.state:
             learner.load_state_dict(self.state.learner)
@@ -198,33 +192,19 @@ class Trainer:
             skip_check=cache.skip_cache_check,
             highvram=self.options.runtime.highvram,
         )
-        entries = self.data.latent_entries()
         latents.fill(
-            entries,
+            self.data.latent_entries(),
             vae,
             batch_size=cache.vae_batch_size,
             process_index=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
+            wait=self.accelerator.wait_for_everyone,
         )
-        self.accelerator.wait_for_everyone()
-        latents.confirm(entries, vae)
         self.data.use_cache(latents)
         if not self.options.sample.draws_pictures:
             return None
         vae.move("cpu")
         return vae
-
-    def note_contents(self) -> str:
-        """What states say of the images as they are now; a warning where the state of ``--resume`` says otherwise."""
-        save = self.options.save
-        needed = self.state or save.save_state or save.save_state_on_train_end
-        if not (needed and self.accelerator.is_main_process):  # it may take reading every file
-            return ""
-        contents = self.data.contents
-        if self.state and contents != self.state.contents:
-            what = "cached latents or masks" if self.options.cache.cache_latents else "images or masks"
-            logger.warning("The run will not reproduce the original run exactly: the %s are not the same.", what)
-        return contents
 
     def load_unet(self) -> torch.nn.Module:
         """The frozen U-Net in the run's precision (or float8), on the device, in eval mode."""

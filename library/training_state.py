@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import random
 import zipfile
 from collections.abc import Sequence
@@ -14,10 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from library.atomic_files import write_atomically
+from library.dataset import BatchedData
 from library.errors import UserError, first_line
 from library.options import Options, as_dict
 from library.output_options import HubOptions, LoggingOptions, MetadataOptions, SampleOptions, SaveOptions
 from library.training_options import OptimizerOptions, ScheduleOptions
+
+logger = logging.getLogger(__name__)
 
 FILE = "state.pt"
 _FORMAT = 1
@@ -197,6 +201,19 @@ def _depends_on_length(schedule: ScheduleOptions) -> bool:
 def recorded(options: Options) -> dict[str, Any]:
     """The options as they are kept in a state: no secrets, and only what JSON knows."""
     return json.loads(json.dumps(as_dict(options), default=str))
+
+
+def note_contents(data: BatchedData, options: Options, state: TrainingState | None) -> str:
+    """What states say of images and latents, if any are saved; a warning where that of ``--resume`` says otherwise.
+
+    It may take reading every file, so one process does.
+    """
+    if not (state or options.save.save_state or options.save.save_state_on_train_end):
+        return ""
+    if state and data.contents != state.contents:
+        what = "cached latents or masks" if options.cache.cache_latents else "images or masks"
+        logger.warning("The run will not reproduce the original run exactly: the %s are not the same.", what)
+    return data.contents
 
 
 def _no_state(folder: Path) -> str:

@@ -152,7 +152,7 @@ def test_shapes_are_always_checked(tmp_path):
 def test_a_missing_variant_or_one_of_another_size_is_noticed(tmp_path, key):
     file, wanted = tmp_path / "image.npz", replace(WANTED, flip=True, alpha_mask=True)
     arrays = _arrays(wanted)
-    write_slot(file, wanted, {name: array for name, array in arrays.items() if name != key})
+    np.savez(file, **{name: array for name, array in arrays.items() if name != key})
     assert why_unusable(file, wanted) == why_unusable(file, wanted, skip_check=True) == "incomplete"
     np.savez(file, **arrays | {key: arrays[key][..., 1:]})
     assert why_unusable(file, wanted) == why_unusable(file, wanted, skip_check=True) == "of another size"
@@ -360,16 +360,16 @@ def _header(shape: str, dtype: str = "<f4") -> bytes:
 
 
 @pytest.mark.parametrize("name", ["latents", "vae_fingerprint", "made_from", "original_size"])
-@pytest.mark.parametrize("shape", ["(4, 12, 20)", "(4000000, 1200000)", "(10000000000,)", "()"])
+@pytest.mark.parametrize("shape", ["(4, 12, 20)", "(4000000, 1200000)", "()"])
 def test_sizes_are_known_before_anything_is_unpacked(tmp_path, name, shape):
-    """Three hundred megabytes that take 300 kB on the disk, under each of the names."""
+    """Thirty megabytes that take 30 kB on the disk, under each of the names."""
     file = tmp_path / "image.npz"
-    _member(file, name, _header(shape) + bytes(300 * 10**6))
+    _member(file, name, _header(shape) + bytes(30 * 10**6))
     tracemalloc.start()
     try:
         assert why_unusable(file, WANTED) in ("unreadable", "of another size", "of another VAE")
         write_slot(file, WANTED, _arrays())
-        assert tracemalloc.get_traced_memory()[1] < 20 * 10**6
+        assert tracemalloc.get_traced_memory()[1] < 5 * 10**6
     finally:
         tracemalloc.stop()
     assert why_unusable(file, WANTED) == ""
