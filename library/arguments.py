@@ -1,6 +1,7 @@
 """From the command line and ``--config_file`` to checked, frozen ``Options``."""
 
 import argparse
+import logging
 from argparse import SUPPRESS
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -11,6 +12,8 @@ from library.errors import UserError, did_you_mean
 from library.option_checks import check, settle
 from library.option_types import Option, option_of, text
 from library.options import Options, declared_options, option_groups
+
+logger = logging.getLogger(__name__)
 
 USAGE = """\
 %(prog)s --pretrained_model_name_or_path MODEL --token_string WORD [--init_word WORD]
@@ -105,9 +108,21 @@ def parse(parser: OptionParser, arguments: Sequence[str] | None = None) -> Optio
     if given.output_config:
         _write_config(given)
         raise SystemExit(0)
+    _warn_of_secrets(given)
     options = Options.from_values(settle(read_values(parser, arguments)))
     check(options, parser.family)
     return options
+
+
+def _warn_of_secrets(given: argparse.Namespace) -> None:
+    """Warn of keys on the command line, which every user of the machine and every history and crash report sees."""
+    for name, declared in declared_options():
+        if declared.secret and getattr(given, name):
+            logger.warning(
+                "--%s stands on the command line, where other users, shell histories and logs can see it. Set the "
+                "environment variable %s instead.",
+                *(name, declared.secret),
+            )
 
 
 def read_values(parser: OptionParser, arguments: Sequence[str] | None = None) -> dict[str, Any]:

@@ -1,8 +1,13 @@
 """Files that appear whole or not at all."""
 
+import errno
 import io
 import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL.Image import Image
 from PIL.PngImagePlugin import PngInfo
@@ -42,3 +47,21 @@ def _remove_quietly(path: Path) -> None:
     except OSError:
         # The folder itself could not be made or entered; that has been reported already.
         return
+
+
+@contextmanager
+def replacement(path: Path) -> Iterator[BinaryIO]:
+    """Within a ``with``: a new file that takes the place of ``path`` at its end, if all went well.
+
+    Raises OSError, also where ``path`` is a symbolic link: what is behind one is not the caller's to write.
+    """
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "it is a symbolic link, and nothing is written through one", str(path))
+    # Unforeseeable, and new ("x"): a link that waits under the name is not followed.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("x+b") as file:
+            yield file
+        temporary.replace(path)
+    finally:
+        _remove_quietly(temporary)

@@ -40,9 +40,14 @@ class DatasetOptions:
         "JSON or JSONL file with the captions and tags of the pictures in --train_data_dir, in place of caption files.",
         metavar="FILE",
     )
+    allow_outside_images: bool = flag(
+        "Use images that a metadata file (--in_json, metadata_file) lists outside its image folder. Caches are written "
+        "beside them, so only for files that you trust."
+    )
     dataset_class: str | None = option(
         None,
-        "Dotted path of your own Python dataset class, used instead of all folders and files.",
+        "Dotted path of your own Python dataset class, used instead of all folders and files. Its module is imported: "
+        "the code in it runs.",
         metavar="PKG.CLASS",
     )
     resolution: tuple[int, int] | None = option(

@@ -10,6 +10,7 @@ import os
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
 
@@ -25,6 +26,7 @@ from library.dataset_config import DatasetConfig
 from library.errors import UserError
 from library.image_table import ImageTable, calm_rules, load_tables
 from library.images import Cut, color_augment, flip, frame_image, frame_mask, to_tensor
+from library.latent_files import content_hash
 from library.latents import LatentCache, LatentEntry
 from library.preflight import Report, check
 from library.tokens import PromptTokenizer
@@ -111,7 +113,8 @@ class SampleSource(Dataset):
             cut = self.table.framing(index).centre
             return latents, None, self._mask(index, flipped, cached.alpha_mask, cut), cut
         subset = self.table.subset(index)
-        picture = frame_image(self.table.path(index), self.table.framing(index), alpha=subset.alpha_mask, rng=rng)
+        path, framing, size = self.table.path(index), self.table.framing(index), self.table.image_size(index)
+        picture = frame_image(path, framing, alpha=subset.alpha_mask, rng=rng, size=size)
         pixels = color_augment(picture.pixels, rng) if subset.color_aug else picture.pixels
         image = to_tensor(flip(pixels) if flipped else pixels)
         return None, image, self._mask(index, flipped, picture.alpha, picture.cut), picture.cut
@@ -197,6 +200,7 @@ class BatchedData(ABC):
 
     order: EpochOrder
     fingerprint: str
+    contents = ""
 
     @abstractmethod
     def source(self, max_steps: int) -> Dataset:
@@ -259,15 +263,34 @@ class TrainingData(BatchedData):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Another one for other pictures, captions, repeats, sizes or rules; the folders they are in do not matter."""
+        """Another one for other captions, repeats, sizes or rules; names and folders do not matter."""
         digest = hashlib.sha256()
         for found in self.table.sets:
             rules = replace(found.subset, image_dir=None, metadata_file=None, conditioning_data_dir=None, place="")
-            names = [os.path.basename(path) for path in found.paths]  # noqa: PTH119 (of very many)
-            digest.update(repr((rules, names, list(found.captions), found.sizes.tolist())).encode())
+            digest.update(repr((rules, list(found.captions), found.sizes.tolist())).encode())
         for column in (self.table.repeats, self.table.bucket_of, self.table.resized, self.table.batch_sizes):
             digest.update(column.tobytes())
         return digest.hexdigest()
+
+    @cached_property
+    def contents(self) -> str:
+        """Another one for other latents and masks, or where nothing is cached for other image files.
+
+        Without a cache it reads every file.
+        """
+        numbers = range(len(self.table))
+        files = [path for index in numbers if (path := self.table.mask_path(index))]
+        cached = ""
+        if self.cache is None:
+            files += [self.table.path(index) for index in numbers]
+        else:
+            cached = self.cache.digest(self.table.latent_entry(index) for index in numbers)
+        with ThreadPoolExecutor(usable_cores()) as readers:
+            try:
+                hashes = dict(zip(files, readers.map(content_hash, files), strict=True))
+            except OSError as error:
+                raise UserError(f"The image {error.filename} cannot be read: {error.strerror or error}.") from error
+        return hashlib.sha256("/".join([cached, *(hashes[path] for path in files)]).encode()).hexdigest()
 
     def check(self) -> Report:
         """Look through captions, sizes and files; see ``preflight.check``. Raises UserError for a pointless run."""

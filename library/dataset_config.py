@@ -49,6 +49,7 @@ class SubsetConfig:
     class_tokens: str | None = None
     caption_extension: str | None = None
     cache_info: bool = False
+    allow_outside_images: bool = False
     alpha_mask: bool = False
     captions: CaptionRules = field(default_factory=CaptionRules)
     color_aug: bool = False
@@ -197,6 +198,7 @@ def _subset(table: Table, kind: str, above: _Chain) -> SubsetConfig:
         class_tokens=chain.get("class_tokens") if kind == DREAMBOOTH else None,
         caption_extension=chain.get("caption_extension") if in_folder else None,
         cache_info=chain.get("cache_info") if in_folder else False,
+        allow_outside_images=options.allow_outside_images,
         alpha_mask=own.get("alpha_mask", options.alpha_mask) if kind != MASK else False,
         captions=_caption_rules(chain),
         color_aug=chain.get("color_aug"),

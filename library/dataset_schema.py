@@ -143,6 +143,7 @@ _REQUIRED = {DREAMBOOTH: ("image_dir",), FINETUNING: ("metadata_file",), MASK: (
 
 # Only the command line knows these, and these it knows by another name.
 _ONLY_OPTIONS = ("prior_loss_weight", "max_token_length", "debug_dataset", "masked_loss", "cache_latents")
+_ONLY_OPTIONS += ("allow_outside_images",)  # a dataset file may come from anybody
 OPTION_NAMES = {"batch_size": "train_batch_size", "num_repeats": "dataset_repeats"}
 
 

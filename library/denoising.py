@@ -6,7 +6,7 @@ import torch
 
 from library.batches import Batch
 from library.diffusion import NoiseSchedule, draw_noise, per_sample_loss
-from library.latents import FrozenVae
+from library.frozen_vae import FrozenVae
 from library.model_family import ModelFamily
 from library.options import LossOptions, NoiseOptions
 from library.text_encoding import PromptEncoder

@@ -1,7 +1,7 @@
 """The pictures of each subset: found, sized, with their captions and masks, before any model is loaded."""
 
 # Paths are plain strings here: of very many, Path objects take several times the room and time.
-# ruff: noqa: PTH113, PTH116, PTH117, PTH118, PTH119, PTH122
+# ruff: noqa: PTH113, PTH116, PTH117, PTH118, PTH119, PTH120, PTH122
 
 import logging
 import os
@@ -9,6 +9,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -186,6 +187,7 @@ def _load_metadata(subset: SubsetConfig) -> ImageSet:
     rules = subset.captions
     entries = read_metadata(subset.metadata_file, separator=rules.separator, all_lines=rules.wildcard)
     paths = [_picture_path(entry.key, subset) for entry in entries]
+    _refuse_outside(paths, subset)
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
         raise UserError(
@@ -209,6 +211,8 @@ def _without_caption(paths: list[str], captions: list[str]) -> list[str]:
 
 def _picture_path(key: str, subset: SubsetConfig) -> str:
     """The file of a metadata key: an absolute path, or a path in ``image_dir``, whose extension may be left out."""
+    if not _can_be_a_path(key):
+        raise UserError(f'The metadata file "{subset.metadata_file}" lists {key!a:.80}, which cannot be a path.')
     if not os.path.isabs(key) and not subset.image_dir:
         raise UserError(
             f'The metadata file "{subset.metadata_file}" lists "{key}" by its relative path, so the subset must say in '
@@ -219,6 +223,33 @@ def _picture_path(key: str, subset: SubsetConfig) -> str:
         return path
     candidates = (path + extension for extension in sorted(IMAGE_EXTENSIONS))
     return next((candidate for candidate in candidates if os.path.isfile(candidate)), path)
+
+
+def _can_be_a_path(key: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(key)
+    except UnicodeEncodeError:  # a lone surrogate
+        return False
+
+
+def _refuse_outside(paths: Sequence[str], subset: SubsetConfig) -> None:
+    """Raise UserError where a metadata file names files outside its ``image_dir``, unless the user allows that.
+
+    It may come from anybody, and caches are written beside the images. Links to folders are followed, since what is
+    written would follow them; absolute paths without an ``image_dir`` are outside of nothing.
+    """
+    if subset.allow_outside_images or not subset.image_dir:
+        return
+    home = os.path.realpath(subset.image_dir)
+    inside = {
+        folder: Path(os.path.realpath(folder)).is_relative_to(home) for folder in {os.path.dirname(p) for p in paths}
+    }
+    if outside := [path for path in paths if not inside[os.path.dirname(path)]]:
+        raise UserError(
+            f'The metadata file "{subset.metadata_file}" lists {len(outside)} of {len(paths)} images outside its image '
+            f'folder "{subset.image_dir}": {_some(outside)}. Give the folder that holds them all as image_dir '
+            "(--train_data_dir with --in_json), or, if you trust the file, add --allow_outside_images."
+        )
 
 
 def _size_array(sizes: Sequence[Sequence[int]]) -> np.ndarray:

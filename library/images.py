@@ -5,6 +5,7 @@ Sizes are (width, height) in pixels and mean the upright picture: EXIF orientati
 """
 
 import logging
+import math
 import random
 import warnings
 from collections.abc import Iterator
@@ -102,13 +103,17 @@ def image_size(path: Path | str) -> Size:
 
     Raises UserError, naming the file, where there is no picture.
     """
-    if str(path).lower().endswith(".webp") and (size := _plain_webp_size(path)):
+    if str(path).lower().endswith(".webp") and (size := _plain_webp_size(path)) and _plausible(size):
         return size
     with _opened(path) as image:
         if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: a photo with its preview
             logger.warning(f"{path} is animated; only its first frame is used.")
-        width, height = image.size
-        return (height, width) if _orientation(image) >= 5 else (width, height)
+        return _upright_size(image)
+
+
+def _upright_size(image: Image.Image) -> Size:
+    width, height = image.size
+    return (height, width) if _orientation(image) >= 5 else (width, height)
 
 
 def _plain_webp_size(path: Path | str) -> Size | None:
@@ -134,18 +139,34 @@ def _plain_webp_size(path: Path | str) -> Size | None:
     return None
 
 
-def read_image(path: Path | str, *, alpha: bool = False) -> np.ndarray:
+def _plausible(size: Size) -> bool:
+    """Whether a size can be meant; Pillow has the words for those that cannot."""
+    return 0 < size[0] * size[1] <= (Image.MAX_IMAGE_PIXELS or math.inf)
+
+
+def read_image(path: Path | str, *, alpha: bool = False, size: Size | None = None) -> np.ndarray:
     """Read the first frame upright: uint8 [H, W, 3], transparency laid on white, or with ``alpha`` uint8 [H, W, 4].
 
-    16-bit values are scaled to 8 bits. Raises UserError, naming the file, where there is no whole picture.
+    16-bit values are scaled to 8 bits. Raises UserError, naming the file, where there is no whole picture, or one that
+    has not the ``size`` that it had when the run began.
     """
     with _opened(path) as image:
+        _refuse_other_size(path, _upright_size(image), size)
         orientation = _orientation(image)
         image = _to_eight_bits(image)
         image = image.convert("RGBA") if alpha else _on_white(image)
         if orientation in _UPRIGHT:
             image = image.transpose(_UPRIGHT[orientation])
         return np.array(image)
+
+
+def _refuse_other_size(path: Path | str, found: Size, noted: Size | None) -> None:
+    if noted is not None and found != tuple(noted):
+        raise UserError(
+            f"The image {path} had {noted[0]}x{noted[1]} pixels when this run began and now has "
+            f"{found[0]}x{found[1]}: its bucket and size conditioning no longer fit. Put the old one back, or start "
+            "again with the new one."
+        )
 
 
 @contextmanager
@@ -156,6 +177,8 @@ def _opened(path: Path | str) -> Iterator[Image.Image]:
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
                 yield image
+    except UserError:
+        raise
     except Exception as error:  # Pillow's readers raise many kinds of errors for damaged files.
         raise UserError(_why_unreadable(Path(path), error)) from error
 
@@ -218,14 +241,15 @@ def frame_image(
     alpha: bool = False,
     rng: random.Random | None = None,
     face: Face | None = None,
+    size: Size | None = None,
 ) -> Picture:
     """Read ``source`` (or take pixels as :func:`read_image` gives them), resize it and cut the bucket out of it.
 
     With ``alpha`` the picture has an alpha mask (all ones for an opaque file), and hidden colours of transparent pixels
     stay. Without ``rng`` the cut is the centre, whatever the framing allows. ``face`` is read from the file name if
-    not given.
+    not given; ``size`` is what the file must have.
     """
-    image = source if isinstance(source, np.ndarray) else read_image(source, alpha=alpha)
+    image = source if isinstance(source, np.ndarray) else read_image(source, alpha=alpha, size=size)
     if face is None and not isinstance(source, np.ndarray):
         face = face_in_name(source)
     cut = choose_cut(framing, (image.shape[1], image.shape[0]), face, rng)

@@ -1,25 +1,27 @@
 """The files of the latent cache: names, keys, what makes one usable, and writing them whole or not at all.
 
 Names and keys are those of sd-scripts, so caches made there are found here and the other way round. One file holds the
-latents of one image in a *slot*: the plain keys, or keys that end in ``_<height>x<width>`` of the latents where one run
-uses the image in buckets of several sizes.
+latents of one image in *slots*: the plain keys, or keys that end in ``_<height>x<width>`` of the latents where the
+image is used in buckets of several sizes, in one run or by several.
 """
 
+import hashlib
+import json
 import os
+import time
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
+from library.atomic_files import replacement
 from library.buckets import Size
 from library.errors import UserError
+from library.npz_files import Archive, ArchiveError, open_archive, sum_of
 
-# What reading a damaged file raises. TypeError: numpy takes a file that holds one bare array, but as no archive.
-UNREADABLE = (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error)
 # Of the keys of a slot, sd-scripts knows the first five; the last two record what the latents were made from.
 _SLOT_KEYS = (
     "latents",
@@ -30,23 +32,88 @@ _SLOT_KEYS = (
     "vae_fingerprint",
     "made_from",
 )
+_VARIANTS = _SLOT_KEYS[:3]
+# What latents can be made in, the coarsest first.
+_PRECISIONS = ("bfloat16", "float16", "float32")
+# Some file systems count time in steps of two seconds: within them a file may change again unseen.
+_CLOCK_STEP = 2 * 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """An image file when it was read: its bytes, when they last changed (ns; 0 where that says little), and SHA-256."""
+
+    length: int
+    modified: int
+    sha256: str
+
+    @classmethod
+    def of(cls, image: Path) -> "Source":
+        """Read the file. Raises OSError."""
+        status = image.stat()  # before the content: a change in between is then noticed, not missed
+        settled = time.time_ns() - status.st_mtime_ns > _CLOCK_STEP
+        return cls(status.st_size, status.st_mtime_ns if settled else 0, content_hash(image))
+
+    def is_still(self, image: Path) -> bool:
+        """Whether the file holds the same content; it is read only where length and time leave that open."""
+        status = image.stat()
+        if status.st_size != self.length:
+            return False
+        return status.st_mtime_ns == self.modified or content_hash(image) == self.sha256
+
+
+def content_hash(file: Path | str) -> str:
+    """SHA-256 of a file's content, in hexadecimal digits. Raises OSError."""
+    with Path(file).open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What latents were made from besides the VAE: the image, how it was framed, and in what precision.
+
+    ``hidden_colours`` tells that transparent places were encoded in their own colours, not laid on white.
+    """
+
+    source: Source
+    framing: str
+    precision: str
+    hidden_colours: bool
+
+    def text(self) -> str:
+        """The record as it stands in the file."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def parse(cls, text: str) -> "Origin | None":
+        """Read what :meth:`text` wrote; None for anything else."""
+        try:
+            values = json.loads(text)
+            found = cls(**values | {"source": Source(**values["source"])})
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return None
+        kinds = [(found.source.length, int), (found.source.modified, int), (found.source.sha256, str)]
+        kinds += [(found.framing, str), (found.precision, str), (found.hidden_colours, bool)]
+        return found if all(type(value) is kind for value, kind in kinds) else None
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """What a run needs a slot to hold.
 
-    ``latent_size`` and ``mask_size`` are (height, width); ``made_from`` lists the descriptions that are good enough;
-    ``fingerprint`` is that of the VAE, float32 [n], or None where any VAE will do.
+    ``latent_size`` and ``mask_size`` are (height, width); ``framing`` describes how ``image`` is resized; latents made
+    in a coarser ``precision`` will not do; ``fingerprint`` is that of the VAE, float32 [n].
     """
 
+    image: Path
     latent_size: Size
     mask_size: Size
     image_size: Size
     flip: bool
     alpha_mask: bool
-    made_from: tuple[str, ...]
-    fingerprint: np.ndarray | None
+    framing: str
+    precision: str
+    fingerprint: np.ndarray
 
     @property
     def own_ending(self) -> str:
@@ -56,12 +123,30 @@ class Wanted:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Keys that must be there, with the shapes that they must have."""
-        shapes: dict[str, tuple[int, ...]] = {"latents": (4, *self.latent_size)}
-        if self.flip:
-            shapes["latents_flipped"] = (4, *self.latent_size)
-        if self.alpha_mask:
-            shapes["alpha_mask"] = self.mask_size
-        return shapes
+        return slot_shapes(self.latent_size, self.mask_size, self.flip, self.alpha_mask)
+
+
+def slot_shapes(latent_size: Size, mask_size: Size, flip: bool, alpha_mask: bool) -> dict[str, tuple[int, ...]]:
+    """The keys of what a run trains on, with their shapes; sizes are (height, width)."""
+    shapes: dict[str, tuple[int, ...]] = {"latents": (4, *latent_size)}
+    if flip:
+        shapes["latents_flipped"] = (4, *latent_size)
+    if alpha_mask:
+        shapes["alpha_mask"] = mask_size
+    return shapes
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Latents that were found usable, or were written: their file, keys' ending, and checksums by key.
+
+    ``recorded`` tells whether the file says what they were made from.
+    """
+
+    path: Path
+    ending: str
+    sums: dict[str, int]
+    recorded: bool = True
 
 
 def cache_path(image: Path, image_size: Size, suffix: str) -> Path:
@@ -84,103 +169,144 @@ def refuse_shared_names(images: Iterable[Path]) -> None:
             )
 
 
-def why_unusable(path: Path, wanted: Wanted, skip_check: bool = False) -> str:
-    """Return "" where ``path`` holds what is wanted, else why it does not, in a word or two.
+def refuse_unwritable(files: Iterable[Path]) -> None:
+    """Raise UserError for the first file that could not be written: a link, or one in a folder that takes none."""
+    folders = set()
+    for file in files:
+        if file.is_symlink():
+            with _write_errors(file):
+                raise OSError("it is a symbolic link, and no cache is written through one")
+        if file.parent not in folders and not os.access(file.parent, os.W_OK):
+            with _write_errors(file):
+                raise OSError("the folder is not writable")
+        folders.add(file.parent)
+
+
+def find_slot(path: Path, wanted: Wanted, skip_check: bool = False) -> tuple[Slot | None, str]:
+    """Return the slot of ``path`` that holds what is wanted and ""; or None and why there is none, in a word or two.
 
     Shapes are always compared. ``skip_check`` takes finite values, the VAE and the source for granted.
     """
     try:
-        with np.load(path) as arrays:
+        with open_archive(path) as arrays:
             ending = _ending(arrays, wanted)
-            return _wrong_shape(arrays, ending, wanted) or (
-                "" if skip_check else _wrong_content(arrays, ending, wanted)
-            )
+            reason = _wrong_shape(arrays, ending, wanted)
+            if not reason and not skip_check:
+                reason = _wrong_content(arrays, ending, wanted)
+            if reason:
+                return None, reason
+            sums = {key: arrays.sum(key + ending) for key in _VARIANTS if key + ending in arrays}
+            return Slot(path, ending, sums, f"made_from{ending}" in arrays), ""
     except FileNotFoundError:
-        return "new"
-    except UNREADABLE:
-        return "unreadable"
+        return None, "new"
+    except ArchiveError:
+        return None, "unreadable"
 
 
-def _ending(keys, wanted: Wanted) -> str:
+def _ending(arrays: Archive, wanted: Wanted) -> str:
     """The slot of its own size goes before the plain one, as soon as it is there."""
-    return wanted.own_ending if f"latents{wanted.own_ending}" in keys else ""
+    return wanted.own_ending if f"latents{wanted.own_ending}" in arrays else ""
 
 
-def _wrong_shape(arrays, ending: str, wanted: Wanted) -> str:
+def _wrong_shape(arrays: Archive, ending: str, wanted: Wanted) -> str:
     for key, shape in wanted.shapes.items():
         if key + ending not in arrays:
             return "incomplete"
-        if _shape(arrays, key + ending) != shape:
+        if arrays.shape(key + ending) != shape:
             return "of another size"
     return ""
 
 
-def _shape(arrays, key: str) -> tuple[int, ...]:
-    """The shape of an array, from its header alone: alpha masks are large."""
-    with arrays.zip.open(f"{key}.npy") as member:
-        version = np.lib.format.read_magic(member)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        return read_header(member)[0]
-
-
-def _wrong_content(arrays, ending: str, wanted: Wanted) -> str:
-    if any(not np.isfinite(arrays[key + ending]).all() for key in wanted.shapes if key != "alpha_mask"):
+def _wrong_content(arrays: Archive, ending: str, wanted: Wanted) -> str:
+    latents = [arrays.numbers(key + ending, shape) for key, shape in wanted.shapes.items() if key != "alpha_mask"]
+    if not all(np.isfinite(array).all() for array in latents):
         return "not finite"
-    if f"original_size{ending}" in arrays and tuple(arrays[f"original_size{ending}"]) != tuple(wanted.image_size):
+    size = f"original_size{ending}"
+    if size in arrays and arrays.numbers(size, (2,)).tolist() != list(wanted.image_size):
         return "of another picture"
-    if f"made_from{ending}" in arrays and str(arrays[f"made_from{ending}"]) not in wanted.made_from:
-        return "of another picture"
-    recorded = arrays.get(f"vae_fingerprint{ending}")
-    if recorded is not None and wanted.fingerprint is not None and not same_vae(recorded, wanted.fingerprint):
+    if f"made_from{ending}" in arrays and (reason := _wrong_origin(arrays.text(f"made_from{ending}"), wanted)):
+        return reason
+    fingerprint = f"vae_fingerprint{ending}"
+    if fingerprint in arrays and not same_vae(arrays, fingerprint, wanted.fingerprint):
         return "of another VAE"
     return ""
 
 
-def same_vae(one: np.ndarray, other: np.ndarray) -> bool:
-    """Whether two fingerprints are of one VAE. Half precision moves a number by about 0.001, other weights by more."""
-    return one.shape == other.shape and bool(np.allclose(one, other, rtol=0, atol=0.01))
+def _wrong_origin(text: str, wanted: Wanted) -> str:
+    origin = Origin.parse(text)
+    if origin is None or origin.precision not in _PRECISIONS:
+        return "of another version"
+    if origin.framing != wanted.framing or (origin.hidden_colours and not wanted.alpha_mask):
+        return "of another picture"
+    if _PRECISIONS.index(origin.precision) < _PRECISIONS.index(wanted.precision):
+        return "in a coarser precision"
+    return "" if origin.source.is_still(wanted.image) else "of another picture"
 
 
-def read_slot(path: Path, wanted: Wanted) -> dict[str, np.ndarray]:
-    """Read the arrays of ``wanted.shapes``, as float32. The file must have been found usable before."""
-    with np.load(path) as arrays:
-        ending = _ending(arrays, wanted)
-        return {key: arrays[key + ending].astype(np.float32, copy=False) for key in wanted.shapes}
+def same_vae(arrays: Archive, key: str, fingerprint: np.ndarray) -> bool:
+    """Whether the fingerprint kept under ``key`` is that of the VAE.
+
+    Half precision moves a number by about 0.001, other weights by more.
+    """
+    if arrays.shape(key) != fingerprint.shape:
+        return False
+    return bool(np.allclose(arrays.numbers(key, fingerprint.shape), fingerprint, rtol=0, atol=0.01))
 
 
-def write_slot(path: Path, wanted: Wanted, arrays: dict[str, np.ndarray], shared: bool = False) -> None:
+def read_slot(slot: Slot, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Read arrays of a slot, as float32, by key.
+
+    Raises FileNotFoundError, and ArchiveError unless they are what was found or written then.
+    """
+    with open_archive(slot.path) as arrays:
+        for key in shapes:
+            if key + slot.ending not in arrays or arrays.sum(key + slot.ending) != slot.sums[key]:
+                raise ValueError("it was written anew")
+        read = {key: arrays.numbers(key + slot.ending, shape) for key, shape in shapes.items()}
+    return {key: np.array(array, dtype=np.float32, order="C") for key, array in read.items()}
+
+
+def write_slot(path: Path, wanted: Wanted, arrays: dict[str, np.ndarray], shared: bool = False) -> Slot:
     """Write a slot anew, keeping all else that the file holds. The file appears whole or not at all.
 
-    ``shared`` says that this run needs the image in several sizes; only then, or where there is one already, is the
-    slot of its own size used. Raises UserError if the folder cannot be written to or the disk is full.
+    ``shared`` says that this run needs the image in several sizes. Then, and where the plain slot or one of its own
+    size is another's, latents get the slot of their own size. Raises UserError if the file is a symbolic link, the
+    folder cannot be written to or the disk is full.
     """
-    held = _all_arrays(path)
-    ending = wanted.own_ending if shared else _ending(held, wanted)
-    kept = {key: array for key, array in held.items() if key not in {name + ending for name in _SLOT_KEYS}}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with _write_errors(path.parent):
-        try:
-            with temporary.open("wb") as file:
-                np.savez(file, **kept, **{key + ending: array for key, array in arrays.items()})
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    ending, kept = _kept(path, wanted, shared)
+    with _write_errors(path), replacement(path) as file:
+        np.savez(file, **{key + ending: array for key, array in arrays.items()})
+        with zipfile.ZipFile(file, "a") as archive:
+            for key, content in kept.items():
+                archive.writestr(f"{key}.npy", content)
+    sums = {key: sum_of(arrays[key]) for key in wanted.shapes}
+    return Slot(path, ending, sums)
 
 
-def _all_arrays(path: Path) -> dict[str, np.ndarray]:
+def _kept(path: Path, wanted: Wanted, shared: bool) -> tuple[str, dict[str, bytes]]:
+    """The ending of the slot to write, and what stays of the file besides."""
     try:
-        with np.load(path) as arrays:
-            return dict(arrays)
-    except UNREADABLE:
-        return {}
+        with open_archive(path) as held:
+            ending = wanted.own_ending if shared else _ending(held, wanted)
+            if not ending and "latents" in held and _are_of_another_size(held.shape("latents"), wanted):
+                ending = wanted.own_ending
+            written = {name + ending for name in _SLOT_KEYS}
+            return ending, {key: held.raw(key) for key in held if key not in written}
+    except (FileNotFoundError, ArchiveError):
+        return wanted.own_ending if shared else "", {}
+
+
+def _are_of_another_size(shape: tuple[int, ...], wanted: Wanted) -> bool:
+    """Whether a shape is that of latents, and other ones."""
+    return len(shape) == 3 and shape[0] == 4 and shape[1:] != wanted.latent_size
 
 
 @contextmanager
-def _write_errors(folder: Path) -> Iterator[None]:
+def _write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"The latents of the images in {folder} cannot be written there: {error.strerror or error}. Make the "
-            "folder writable and free some space, or leave out --cache_latents_to_disk and keep --cache_latents."
+            f"The latent cache {path} cannot be written: {error.strerror or error}. Make the folder writable and free "
+            "some space, or leave out --cache_latents_to_disk and keep --cache_latents."
         ) from error

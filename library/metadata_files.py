@@ -2,11 +2,11 @@
 
 import json
 import logging
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from library.atomic_files import replacement
 from library.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -15,6 +15,9 @@ CACHE_NAME = "metadata_cache.json"
 # File names are bytes: one that is not UTF-8 comes and goes through Python in this way.
 _ODD_NAMES = "surrogateescape"
 NO_FILE = "-"  # the stamp of a caption file that is not there
+# Hundreds of thousands of images take less; more would fill the memory before it is seen to be nonsense.
+_LARGEST_CACHE = 100 * 2**20
+_LONGEST_SIDE = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,7 @@ def _read_text(path: str) -> str:
 def _parse(text: str, place: str):
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{place} is not valid JSON: {error}.") from error
 
 
@@ -96,7 +99,23 @@ def _text(values: dict, key: str, place: str) -> str:
     value = values.get(key)
     if value is not None and not isinstance(value, str):
         raise UserError(f'{place} has "{key}": {value!r:.80}, which is not a text. Write it as one string.')
+    if value and key != "image_path" and not _is_text(value):
+        raise UserError(f'{place} has "{key}": {value!a:.80}, which holds half a character (a lone surrogate).')
     return value or ""
+
+
+def _is_text(value) -> bool:
+    """Whether it is a string that can be written as UTF-8."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
+def _is_size(size) -> bool:
+    """Whether it is [width, height] in pixels."""
+    sides = size if isinstance(size, list) and len(size) == 2 else [0]
+    return all(type(side) is int and 0 < side <= _LONGEST_SIDE for side in sides)
 
 
 def _size(values: dict, place: str) -> tuple[int, int] | None:
@@ -106,7 +125,7 @@ def _size(values: dict, place: str) -> tuple[int, int] | None:
         name, size = "width and height", [values.get("width"), values.get("height")]
     if size is None or size == [None, None]:
         return None
-    if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)):
+    if not _is_size(size):
         raise UserError(f'{place} has "{name}": {size!r:.80}. It must be [width, height] in pixels.')
     return (size[0], size[1])
 
@@ -136,10 +155,12 @@ class FolderCache:
 
     def _load(self) -> dict:
         try:
+            if self.path.stat().st_size > _LARGEST_CACHE:
+                raise ValueError("it is far too large")
             content = json.loads(self.path.read_text(encoding="utf-8", errors=_ODD_NAMES))
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             logger.warning('The cache "%s" cannot be read (%s) and is made anew.', self.path, error)
             return {}
         return content if isinstance(content, dict) else {}
@@ -150,28 +171,24 @@ class FolderCache:
         if not isinstance(entry, dict) or entry.get("stamp") != stamp:
             return None
         caption, size = entry.get("caption"), entry.get("resolution")
-        if not (isinstance(caption, str) and isinstance(size, list) and len(size) == 2):
-            return None
-        return caption, (size[0], size[1])
+        return (caption, (size[0], size[1])) if _is_text(caption) and _is_size(size) else None
 
     def noted_caption(self, image_path: str) -> str:
         """The caption noted for a picture that has no caption file, and had none when it was noted here."""
         entry = self._entries.get(image_path)
-        if not isinstance(entry, dict) or not isinstance(entry.get("caption"), str):
+        if not isinstance(entry, dict) or not _is_text(entry.get("caption")):
             return ""
         stamp = entry.get("stamp")
-        had_file = isinstance(stamp, list) and stamp[-1] != NO_FILE
+        had_file = isinstance(stamp, list) and stamp[-1:] != [NO_FILE]
         return "" if had_file else entry["caption"]
 
     def save(self, entries: dict[str, dict]) -> None:
         """Write the cache if it changed, in one piece: a run that is stopped leaves the old file or the new one."""
         if entries == self._entries:
             return
-        partial = self.path.with_name(f"{CACHE_NAME}.{os.getpid()}.part")
+        text = json.dumps(entries, indent=2, ensure_ascii=False)
         try:
-            text = json.dumps(entries, indent=2, ensure_ascii=False)
-            partial.write_text(text, encoding="utf-8", errors=_ODD_NAMES)
-            partial.replace(self.path)
+            with replacement(self.path) as file:
+                file.write(text.encode("utf-8", errors=_ODD_NAMES))
         except OSError as error:
             logger.warning('The cache "%s" cannot be written (%s).', self.path, error)
-            partial.unlink(missing_ok=True)

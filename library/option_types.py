@@ -199,7 +199,8 @@ class Option:
     """One option: its reader, default, limits and the help a user sees.
 
     ``above`` is an exclusive, ``at_least`` and ``at_most`` are inclusive limits. ``zero_is_off`` marks counts for which
-    0 or less means "not given". ``many`` takes any number of values after one flag.
+    0 or less means "not given". ``many`` takes any number of values after one flag. ``secret`` marks what is never
+    written or logged, and names the environment variable that serves instead.
     """
 
     help: str
@@ -211,7 +212,7 @@ class Option:
     at_most: float | None = None
     above: float | None = None
     zero_is_off: bool = False
-    secret: bool = False
+    secret: str = ""
 
     @property
     def is_flag(self) -> bool:

@@ -88,7 +88,7 @@ class HubOptions:
     huggingface_token: str | None = option(
         None,
         "Access token. Better kept in the environment variable HF_TOKEN: a command line is visible to others.",
-        secret=True,
+        secret="HF_TOKEN",
     )
     huggingface_repo_visibility: str | None = option(
         None, "public, or private (also when unset). Only for a repository that is made anew."
@@ -146,7 +146,7 @@ class LoggingOptions:
         None,
         "Key for Weights & Biases. Better kept in the environment variable WANDB_API_KEY: a command line is visible "
         "to others.",
-        secret=True,
+        secret="WANDB_API_KEY",
     )
 
     @property

@@ -13,7 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from library.errors import UserError
-from library.latents import PIXELS_PER_LATENT, FrozenVae
+from library.frozen_vae import FrozenVae
+from library.latents import PIXELS_PER_LATENT
 from library.model_family import Conditioning, ModelFamily
 from library.sample_prompts import SamplePrompt
 from library.samplers import make_sampler, most_steps

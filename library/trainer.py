@@ -21,9 +21,10 @@ from library.denoising import DenoisingTask
 from library.diffusion import NoiseSchedule
 from library.errors import UserError, survived
 from library.frozen_layers import freeze_layers
+from library.frozen_vae import FrozenVae
 from library.hub import HubUpload
 from library.interruptions import undisturbed
-from library.latents import FrozenVae, LatentCache
+from library.latents import LatentCache
 from library.learner import Learner, check_learning
 from library.learning_report import LearningMeasure
 from library.learning_watch import LearningWatch
@@ -38,7 +39,7 @@ from library.sampling import SamplingPipeline
 from library.text_encoding import PromptEncoder
 from library.tokens import TrainableRows, table_spread, typical_norm
 from library.trackers import RunLog
-from library.training_state import TrainingState, random_states, recorded, set_random_states
+from library.training_state import TrainingState, note_contents, random_states, recorded, set_random_states
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,7 @@ class Trainer:
         )
         self.check_text_encoders()
         self.vae = self.prepare_latents()
+        self.contents = note_contents(self.data, self.options, self.state) if self.accelerator.is_main_process else ""
         self.task = self.build_task(self.load_unet(), self.vae)
         runtime.set_attention(self.options.runtime, self.task.unet, self.vae and self.vae.vae)
         runtime.compile_modules(self.options.runtime, [self.task.unet, *text_encoders])
@@ -164,15 +166,9 @@ class Trainer:
         watch = LearningWatch(
             self.word.placeholder.names, self.plan.total_steps, scales_loss=self.accelerator.scaler is not None
         )
-        limit = self.options.optimizer.max_grad_norm
+        limit, norms = self.options.optimizer.max_grad_norm, self.usual_norms
         learner = Learner(
-            self.accelerator,
-            self.rows,
-            self.choice,
-            self.lr_schedule,
-            watch,
-            max_grad_norm=limit,
-            norms=self.usual_norms,
+            self.accelerator, self.rows, self.choice, self.lr_schedule, watch, max_grad_norm=limit, norms=norms
         )
         if self.state:
             learner.load_state_dict(self.state.learner)
@@ -185,7 +181,7 @@ class Trainer:
         """
         cache = self.options.cache
         dtype = torch.float32 if self.options.model.no_half_vae else self.precision.dtype
-        vae = FrozenVae(self.model.vae(dtype, self.device), self.device, dtype)
+        vae = FrozenVae(self.model.vae(dtype, self.device), self.device, dtype, load=self.model.vae)
         if not cache.cache_latents:
             return vae
         runtime.set_attention(self.options.runtime, None, vae.vae)
@@ -202,8 +198,8 @@ class Trainer:
             batch_size=cache.vae_batch_size,
             process_index=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
+            wait=self.accelerator.wait_for_everyone,
         )
-        self.accelerator.wait_for_everyone()
         self.data.use_cache(latents)
         if not self.options.sample.draws_pictures:
             return None
@@ -384,6 +380,7 @@ class Trainer:
             epoch_closed=self.epoch_closed,
             seed=self.data.seed,
             data=self.data.fingerprint,
+            contents=self.contents,
             options=recorded(self.options),
             starts=self.starts,
             learner=self.learner.state_dict(),

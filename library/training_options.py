@@ -129,7 +129,8 @@ class OptimizerOptions:
     optimizer_type: str = option(
         "",
         "AdamW (the default), AdamW8bit, Lion, SGDNesterov, Prodigy, DAdaptAdam, Adafactor, AdamWScheduleFree …, a "
-        "class of torch.optim, or a dotted path. The trained rows are tiny: 8-bit kinds save no memory worth having.",
+        "class of torch.optim, or a dotted path (its module is imported: the code in it runs). The trained rows are "
+        "tiny: 8-bit kinds save no memory worth having.",
         metavar="NAME",
     )
     use_8bit_adam: bool = flag("Old way of writing --optimizer_type AdamW8bit.")
@@ -168,7 +169,8 @@ class ScheduleOptions:
     )
     lr_scheduler_type: str = option(
         "",
-        "Your own scheduler: a class of torch.optim.lr_scheduler or a dotted path. Used instead of --lr_scheduler.",
+        "Your own scheduler: a class of torch.optim.lr_scheduler or a dotted path (its module is imported: the code in "
+        "it runs). Used instead of --lr_scheduler.",
         metavar="NAME",
     )
     lr_scheduler_args: tuple[str, ...] | None = option(

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from library.atomic_files import write_atomically
+from library.dataset import BatchedData
 from library.errors import UserError, first_line
 from library.options import Options, as_dict
 from library.output_options import HubOptions, LoggingOptions, MetadataOptions, SampleOptions, SaveOptions
@@ -20,6 +22,8 @@ from library.state_fields import malformed_field
 from library.torch_files import load_torch
 from library.torch_pickle import DamagedError, RefusedError
 from library.training_options import OptimizerOptions, ScheduleOptions
+
+logger = logging.getLogger(__name__)
 
 FILE = "state.pt"
 _FORMAT = 1
@@ -69,10 +73,11 @@ _MAY_CHANGE = {
 class TrainingState:
     """A training after ``step`` optimizer steps.
 
-    ``total_steps`` were those of the whole run, ``data`` the fingerprint of its data. ``epoch_closed`` tells whether
-    all that is due at the end of an epoch was done, if the step ends one. ``starts`` [N, D] per text encoder are the
-    rows that the training began with, ``learner`` is what ``Learner.state_dict`` gives, ``epoch_losses`` are the losses
-    of the epoch so far, ``random_states`` those of each process (see :func:`random_states`).
+    ``total_steps`` were those of the whole run, ``data`` the fingerprint of its captions and settings, ``contents``
+    that of its latents, or of its images where none were cached. ``epoch_closed`` tells whether all that is due at the
+    end of an epoch was done, if the step ends one. ``starts`` [N, D] per text encoder are the rows that the training
+    began with, ``learner`` is what ``Learner.state_dict`` gives, ``epoch_losses`` are the losses of the epoch so far,
+    ``random_states`` those of each process (see :func:`random_states`).
     """
 
     step: int
@@ -80,6 +85,7 @@ class TrainingState:
     epoch_closed: bool
     seed: int
     data: str
+    contents: str
     options: dict[str, Any]
     starts: list[Tensor]
     learner: dict[str, Any]
@@ -199,6 +205,19 @@ def _depends_on_length(schedule: ScheduleOptions) -> bool:
 def recorded(options: Options) -> dict[str, Any]:
     """The options as they are kept in a state: no secrets, and only what JSON knows."""
     return json.loads(json.dumps(as_dict(options), default=str))
+
+
+def note_contents(data: BatchedData, options: Options, state: TrainingState | None) -> str:
+    """What states say of images and latents, if any are saved; a warning where that of ``--resume`` says otherwise.
+
+    It may take reading every file, so one process does.
+    """
+    if not (state or options.save.save_state or options.save.save_state_on_train_end):
+        return ""
+    if state and data.contents != state.contents:
+        what = "cached latents or masks" if options.cache.cache_latents else "images or masks"
+        logger.warning("The run will not reproduce the original run exactly: the %s are not the same.", what)
+    return data.contents
 
 
 def _no_state(folder: Path) -> str:

@@ -351,3 +351,20 @@ def test_golden_verify_args(case):
     assert options.cache.cache_latents == case["cache_latents"]
     assert options.sample.sample_every_n_epochs == case["sample_every_n_epochs"]
     assert options.sample.sample_every_n_steps == case["sample_every_n_steps"]
+
+
+@pytest.mark.parametrize(("name", "variable"), [("huggingface_token", "HF_TOKEN"), ("wandb_api_key", "WANDB_API_KEY")])
+def test_a_secret_on_the_command_line_is_warned_of_and_one_in_the_file_is_not(run, warnings, tmp_path, name, variable):
+    file = tmp_path / "config.toml"
+    file.write_text(f"{name} = 'hush'\n")
+    run(f"--config_file={file}")
+    assert not any(variable in warning for warning in warnings())
+    run(f"--{name}=hush")
+    (warning,) = [warning for warning in warnings() if variable in warning]
+    assert f"--{name} stands on the command line" in warning
+    assert "hush" not in warning
+
+
+@pytest.mark.parametrize("name", ["dataset_class", "optimizer_type", "lr_scheduler_type"])
+def test_options_that_run_code_say_so(name):
+    assert "the code in it runs" in dict(declared_options())[name].help

@@ -4,6 +4,7 @@ import io
 import pickle
 import random
 import re
+import shutil
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,8 +22,9 @@ from library.captions import OBJECT_TEMPLATES, CaptionMoment
 from library.dataset import BatchLoader, SampleSource, TrainingData, sample_seeds
 from library.dataset_config import load_dataset_configs
 from library.errors import UserError
+from library.frozen_vae import FrozenVae
 from library.images import read_image
-from library.latents import FrozenVae, LatentCache
+from library.latents import LatentCache
 from library.options import DatasetOptions
 
 
@@ -226,6 +228,38 @@ def test_pixels_are_those_of_the_file_cut_to_the_bucket(tmp_path):
     assert torch.allclose(batch.images[0], torch.from_numpy(pixels / 127.5 - 1).float(), atol=1e-6)
     assert (batch.latents, batch.masks) == (None, None)
     assert batch.keys == [str(tmp_path / "a" / "0.png")]
+
+
+def test_a_picture_of_another_size_is_not_trained_with_the_old_numbers(tmp_path):
+    data = _one_folder(tmp_path, ["mychar"], size=(32, 32))
+    list(data.loader())
+    make_picture(tmp_path / "a" / "0.png", (48, 40))
+    with pytest.raises(UserError, match=r"0\.png had 32x32 pixels when this run began and now has 48x40"):
+        list(data.loader(workers=1))
+
+
+def test_names_and_folders_do_not_count_but_captions_and_contents_do(tmp_path):
+    def both(folder):
+        subset = {"image_dir": str(tmp_path / folder / "a")}
+        data = data_of(tmp_path, {"resolution": 32, "subsets": [subset]})
+        plain = data.fingerprint, data.contents
+        del data.contents
+        _filled(data)
+        return *plain, data.contents
+
+    _one_folder(tmp_path / "first", ["mychar", "mychar two"])
+    shutil.copytree(tmp_path / "first", tmp_path / "moved")
+    for file in sorted((tmp_path / "moved" / "a").iterdir()):
+        file.rename(file.with_name(f"renamed {file.name}"))
+    assert both("first") == both("moved")
+    first = both("first")
+    make_picture(tmp_path / "first" / "a" / "1.png", (48, 32), mode="RGBA")
+    fingerprint, contents, cached = both("first")
+    assert fingerprint == first[0]
+    assert contents != first[1]
+    assert cached != first[2]
+    (tmp_path / "moved" / "a" / "renamed 0.txt").write_text("mychar, other")
+    assert both("moved")[0] != first[0]
 
 
 @pytest.mark.parametrize("to_disk", [False, True])

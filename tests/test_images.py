@@ -325,6 +325,30 @@ def test_webp_sizes_agree_with_pillow(tmp_path):
                 assert image_size(file) == opened.size == size
 
 
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        b"VP8 " + bytes(10) + b"\0\0\5\0",
+        b"VP8X" + bytes(8) + b"\xff\xff\xff\xff\xff\xff",
+    ],
+)
+def test_a_webp_header_with_an_impossible_size_is_refused(tmp_path, chunk):
+    file = tmp_path / "image.webp"
+    file.write_bytes(b"RIFF\x20\0\0\0WEBP" + chunk + bytes(40))
+    with pytest.raises(UserError, match=r"image\.webp"):
+        image_size(file)
+
+
+def test_a_picture_must_have_the_size_that_was_noted(tmp_path):
+    file = tmp_path / "image.jpg"
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    _smooth(40, 20).save(file, exif=exif)
+    assert frame_image(file, Framing((20, 40), (20, 40)), size=image_size(file)).pixels.shape == (40, 20, 3)
+    with pytest.raises(UserError, match=r"image\.jpg had 40x20 pixels when this run began and now has 20x40"):
+        frame_image(file, Framing((40, 20), (40, 20)), size=(40, 20))
+
+
 # Framing
 
 

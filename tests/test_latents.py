@@ -1,4 +1,6 @@
 import logging
+import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -10,11 +12,12 @@ from diffusers import AutoencoderKL
 from golden_data import golden_cases
 from PIL import Image
 
-from library import latents
+from library import frozen_vae
 from library.buckets import BucketChooser, BucketRules, size_conditioning_crop
 from library.errors import UserError
+from library.frozen_vae import FrozenVae, vae_fingerprint
 from library.images import Framing, frame_image, to_tensor
-from library.latents import FrozenVae, LatentCache, LatentEntry, vae_fingerprint
+from library.latents import LatentCache, LatentEntry
 
 
 class PoolingVae(torch.nn.Module):
@@ -226,15 +229,116 @@ def test_a_cache_that_was_cut_off_is_finished(tmp_path):
     assert (report.reused, report.encoded) == (2, 2)
 
 
-def test_another_resolution_makes_the_latents_anew(tmp_path):
-    _cache().fill([_entry(_image(tmp_path / "image.png"))], _encoder())
+def test_another_resolution_makes_latents_beside_the_old_ones(tmp_path):
+    first, running = _entry(_image(tmp_path / "image.png")), _cache()
+    running.fill([first], _encoder())
+    before = running.load(first).latents
     for skip_check in (False, True):
         bucket = (128, 64) if skip_check else (64, 128)
         entry, cache = _entry(tmp_path / "image.png", bucket), _cache(skip_check=skip_check)
         assert cache.fill([entry], _encoder()).reasons == {"of another size": 1}
         assert cache.load(entry).latents.shape == (4, bucket[1] // 8, bucket[0] // 8)
-        with np.load(tmp_path / "image_0096x0064_sd.npz") as arrays:
-            assert arrays["latents"].shape == (4, bucket[1] // 8, bucket[0] // 8)
+        # A run that caches the same image meanwhile goes on with what is its own.
+        assert torch.equal(running.load(first).latents, before)
+    assert _cache().fill([first], _encoder()).reused == 1
+
+
+def test_latents_that_another_run_replaced_meanwhile_are_not_trained_on(tmp_path):
+    entry, cache = _images(tmp_path, 1)[0], _cache()
+    cache.fill([entry], _encoder(_tiny_vae(0)))
+    cache.load(entry)
+    _cache().fill([entry], _encoder(_tiny_vae(1)))
+    with pytest.raises(UserError, match=r"image_0_0096x0064_sd\.npz.*replaced.*written anew"):
+        cache.load(entry)
+
+
+def test_an_old_style_file_that_appears_meanwhile_is_not_read(tmp_path):
+    entry, cache = _images(tmp_path, 1)[0], _cache()
+    cache.fill([entry], _encoder())
+    before = cache.load(entry).latents
+    np.savez(tmp_path / "image_0.npz", latents=np.ones((4, 8, 8), dtype=np.float32))
+    assert torch.equal(cache.load(entry).latents, before)
+
+
+def test_what_other_processes_cached_is_looked_at(tmp_path):
+    entries, encoder = _images(tmp_path, 5, flip=True), _encoder()
+    one, other = _cache(), _cache()
+
+    def the_other():
+        other.fill(entries, encoder, process_index=1, num_processes=2, wait=lambda: None)
+
+    one.fill(entries, encoder, num_processes=2, wait=the_other)
+    for cache in (one, other):
+        assert [cache.load(entry).latents.shape for entry in entries] == [(4, 8, 8)] * 5
+    (tmp_path / "image_1_0096x0064_sd.npz").unlink()
+    with pytest.raises(UserError, match=r"image_1_0096x0064_sd\.npz, which another process has made, is missing"):
+        _cache().fill(entries, encoder, num_processes=2, wait=lambda: None)
+
+
+def test_a_higher_precision_makes_the_latents_anew(tmp_path):
+    entries = _images(tmp_path, 2)
+    _cache().fill(entries, _encoder(_tiny_vae(), torch.bfloat16))
+    assert _cache(skip_check=True).fill(entries, _encoder(_tiny_vae())).encoded == 0
+    assert _cache().fill(entries, _encoder(_tiny_vae())).reasons == {"in a coarser precision": 2}
+    for dtype in (torch.float32, torch.bfloat16):
+        assert _cache().fill(entries, _encoder(_tiny_vae(), dtype)).encoded == 0
+
+
+def test_a_bitmap_edited_to_the_same_length_is_encoded_anew_and_a_copied_folder_is_not(tmp_path):
+    entry = _entry(_image(tmp_path / "a" / "image.bmp"))
+    _cache().fill([entry], _encoder())
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    os.utime(tmp_path / "b" / "image.bmp", (10**9, 10**9))
+    assert _cache().fill([_entry(tmp_path / "b" / "image.bmp")], _encoder()).encoded == 0
+    _image(entry.path, seed=1)
+    assert _cache().fill([entry], _encoder()).reasons == {"of another picture": 1}
+
+
+@pytest.mark.parametrize("to_disk", [False, True])
+def test_neither_folder_nor_name_decides_the_noise_but_the_content(tmp_path, to_disk):
+    drawn, digests = [], []
+    for name, seed in (("a/one.png", 0), ("b/c/two.png", 0), ("a/three.png", 1)):
+        entry, cache = _entry(_image(tmp_path / name, seed=seed), flip=True), _cache(to_disk)
+        cache.fill([entry], _encoder(_tiny_vae()))
+        drawn.append(cache.load(entry))
+        digests.append(cache.digest([entry]))
+    assert torch.equal(drawn[0].latents, drawn[1].latents)
+    assert torch.equal(drawn[0].flipped, drawn[1].flipped)
+    assert not torch.equal(drawn[0].latents, drawn[2].latents)
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_digest_is_the_same_in_memory_and_on_disk_and_where_the_file_was_found(tmp_path):
+    entries = _images(tmp_path, 2, flip=True, alpha_mask=True)
+    caches = [_cache(False), _cache(), _cache()]
+    for cache in caches:
+        cache.fill(entries, _encoder(_tiny_vae(), torch.bfloat16))
+    assert len({cache.digest(entries) for cache in caches}) == 1
+    assert caches[0].digest(entries) != caches[0].digest(entries[:1])
+
+
+def test_an_image_that_changed_its_size_since_it_was_found_is_an_error(tmp_path):
+    entry = _images(tmp_path, 1)[0]
+    _image(entry.path, (64, 64))
+    with pytest.raises(UserError, match=r"image_0\.png had 96x64 pixels when this run began and now has 64x64"):
+        _cache().fill([entry], _encoder())
+
+
+def test_a_link_is_refused_before_anything_is_encoded(tmp_path):
+    entries, vae = _images(tmp_path, 2), PoolingVae()
+    (tmp_path / "image_1_0096x0064_sd.npz").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"image_1_0096x0064_sd\.npz.*symbolic link"):
+        _cache().fill(entries, _encoder(vae))
+    assert vae.encoded == 0
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_folder_that_takes_nothing_is_found_before_anything_is_encoded(tmp_path, monkeypatch):
+    entries, vae = _images(tmp_path, 2), PoolingVae()
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(UserError, match=r"folder is not writable.*--cache_latents_to_disk"):
+        _cache().fill(entries, _encoder(vae))
+    assert vae.encoded == 0
 
 
 def test_another_vae_makes_the_latents_anew_unless_the_check_is_skipped(tmp_path):
@@ -268,8 +372,9 @@ def test_caches_of_sd_scripts_are_used_old_names_too(tmp_path):
     np.savez(tmp_path / "image_0_0096x0064_sd.npz", latents=values, original_size=[96, 64], crop_ltrb=np.zeros(4))
     np.savez(tmp_path / "image_1.npz", latents=values + 1)
     vae, cache = PoolingVae(), _cache()
-    assert cache.fill(entries, _encoder(vae)).reused == 2
-    assert vae.encoded == 0
+    report = cache.fill(entries, _encoder(vae))
+    assert (report.reused, report.unrecorded, vae.encoded) == (2, 2, 0)
+    assert "2 of those reused do not record image, VAE and precision, and are trusted." in str(report)
     assert np.array_equal(cache.load(entries[0]).latents, values)
     assert np.array_equal(cache.load(entries[1]).latents, values + 1)
 
@@ -400,6 +505,35 @@ def test_a_real_vae_that_overflows_inside_goes_on_in_float32():
         assert latents.dtype == vae.dtype == torch.float32
 
 
+def _rounded_by_half() -> AutoencoderKL:
+    """A VAE that fp16 rounds; its file is float32."""
+    vae = _tiny_vae()
+    with torch.no_grad():
+        vae.encoder.conv_in.weight.fill_(20_001)
+        vae.decoder.conv_in.weight.fill_(60_001)
+    return vae
+
+
+def test_after_an_overflow_the_weights_are_those_of_the_file():
+    image = torch.ones(1, 3, 16, 16)
+    whole = FrozenVae(_rounded_by_half(), "cpu", torch.float32)
+    wanted = whole.encode(image, [torch.Generator().manual_seed(0)])
+    half = FrozenVae(_rounded_by_half(), "cpu", torch.float16, load=lambda dtype: _rounded_by_half().to(dtype))
+    module = half.vae
+    assert torch.equal(half.encode(image, [torch.Generator().manual_seed(0)]), wanted)
+    assert half.vae is module
+    assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_after_an_overflow_in_drawing_it_draws_with_the_weights_of_the_file_and_trains_as_before():
+    latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    half = FrozenVae(_rounded_by_half(), "cpu", torch.float16, load=lambda dtype: _rounded_by_half().to(dtype))
+    before = [parameter.clone() for parameter in half.vae.parameters()]
+    assert torch.equal(half.decode(latents), FrozenVae(_rounded_by_half(), "cpu", torch.float32).decode(latents))
+    assert half.dtype == torch.float16
+    assert all(torch.equal(one, other) for one, other in zip(before, half.vae.parameters(), strict=True))
+
+
 def test_values_that_are_not_finite_in_float32_are_an_error_that_names_the_image(tmp_path):
     def spoil_second(values: torch.Tensor) -> torch.Tensor:
         return torch.cat([values[:1], values[1:2] * float("nan"), values[2:]])
@@ -432,7 +566,7 @@ def test_a_change_of_the_decoder_alone_leaves_the_fingerprint():
 def test_the_vae_works_elsewhere_for_a_while_and_comes_back():
     encoder, seen = _encoder(), []
     encoder.vae = SimpleNamespace(device=lambda: None)
-    with patch("library.latents._moved", lambda vae, device, dtype: seen.append((str(device), dtype))):
+    with patch("library.frozen_vae._moved", lambda vae, device, dtype: seen.append((str(device), dtype))):
         with encoder.on("meta"):
             assert encoder.device == torch.device("meta")
             with encoder.on("meta"):
@@ -448,7 +582,7 @@ def test_memory_that_runs_out_on_the_way_leaves_the_vae_where_it_was(monkeypatch
     half = FrozenVae(_tiny_vae(0), "cpu", torch.bfloat16)
     half.decoding_dtype = torch.float32
     before = {name: value.clone() for name, value in half.vae.named_parameters()}
-    moved, moves = latents._moved, []
+    moved, moves = frozen_vae._moved, []
 
     def full(vae, device, dtype):
         moves.append(device)
@@ -457,7 +591,7 @@ def test_memory_that_runs_out_on_the_way_leaves_the_vae_where_it_was(monkeypatch
             raise torch.OutOfMemoryError
         return moved(vae, device, dtype)
 
-    monkeypatch.setattr(latents, "_moved", full)
+    monkeypatch.setattr(frozen_vae, "_moved", full)
     with pytest.raises(torch.OutOfMemoryError):
         half.decode(torch.zeros(1, 4, 4, 4))
     assert all(torch.equal(value, before[name]) for name, value in half.vae.named_parameters())

@@ -11,7 +11,7 @@ from runs import TOKEN, arguments, run, write_dataset
 from test_trainer import model_of
 
 from library import learning_report
-from library.latents import FrozenVae
+from library.frozen_vae import FrozenVae
 from library.learning_report import comparison_sheet
 
 

@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+from pathlib import Path
 
 import pytest
 from datasets import configs_of, make_picture, subset_of
@@ -133,6 +134,62 @@ def test_relative_keys_need_a_folder(tmp_path):
         load_image_set(subset_of(tmp_path, {"metadata_file": str(file)}))
 
 
+@pytest.mark.parametrize(
+    ("content", "phrases"),
+    [
+        ("[" * 100_000, ["meta.json", "not valid JSON"]),
+        ('{"a.png": {"image_size": [' + "9" * 5000 + ", 1]}}", ["meta.json", "not valid JSON"]),
+        (r'{"a.png": {"caption": "x\ud800"}}', ['"a.png"', '"caption"', "surrogate"]),
+        (r'{"a\ud800.png": {"caption": "x"}}', ["meta.json", "cannot be a path"]),
+        (r'{"a\u0000.png": {"caption": "x"}}', ["meta.json", "cannot be a path"]),
+        ({"a.png": {"image_size": [2**31, 1]}}, ['"a.png"', '"image_size"', "[width, height]"]),
+    ],
+)
+def test_nonsense_is_an_error_too(tmp_path, content, phrases):
+    make_picture(tmp_path / "a.png")
+    with pytest.raises(UserError) as error:
+        _metadata_set(tmp_path, content)
+    assert all(phrase in str(error.value) for phrase in phrases), error.value
+
+
+@pytest.fixture
+def outside(tmp_path):
+    """A picture outside the image folder, and a link into its folder that the image folder holds."""
+    picture = make_picture(tmp_path / "outside" / "0.png")
+    make_picture(tmp_path / "images" / "inside.png")
+    (tmp_path / "images" / "link").symlink_to(picture.parent)
+    return picture
+
+
+@pytest.mark.parametrize("key", ["../outside/0.png", "../outside/0", "link/0.png", "link/../outside/0.png", None])
+def test_pictures_outside_the_image_folder_need_an_option(tmp_path, outside, key):
+    file = tmp_path / "meta.json"
+    file.write_text(json.dumps({key or str(outside): {"caption": "x"}, "inside.png": {"caption": "y"}}))
+    values = {"metadata_file": str(file), "image_dir": str(tmp_path / "images")}
+    with pytest.raises(UserError, match=r"lists 1 of 2 images outside .*0.*--allow_outside_images"):
+        load_image_set(subset_of(tmp_path, values))
+    found = load_image_set(subset_of(tmp_path, values, allow_outside_images=True))
+    assert outside.samefile(found.paths[0])
+
+
+def test_a_dataset_file_cannot_allow_them(tmp_path):
+    with pytest.raises(UserError, match="give --allow_outside_images on the command line"):
+        subset_of(tmp_path, {"metadata_file": "m", "image_dir": "d", "allow_outside_images": True})
+
+
+def test_absolute_paths_without_an_image_folder_are_outside_of_nothing(tmp_path, outside):
+    file = tmp_path / "meta.json"
+    file.write_text(json.dumps({str(outside): {"caption": "x"}}))
+    assert load_image_set(subset_of(tmp_path, {"metadata_file": str(file)})).paths == [str(outside)]
+
+
+def test_an_image_folder_that_is_a_link_holds_the_pictures_of_its_target(tmp_path, outside):
+    file = tmp_path / "meta.json"
+    file.write_text(json.dumps({"0.png": {"caption": "x"}, str(outside): {"caption": "y"}}))
+    values = {"metadata_file": str(file), "image_dir": str(tmp_path / "images" / "link")}
+    assert len(load_image_set(subset_of(tmp_path, values))) == 2
+
+
 # metadata_cache.json
 
 
@@ -220,11 +277,76 @@ def test_class_tokens_are_not_noted_as_captions(folder):
     assert _cached_set(folder, class_tokens="another").captions[1] == "another"
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", '{"x": 3}'])
+@pytest.mark.parametrize("content", ["{", "[1]", '{"x": 3}', "[" * 100_000, '{"x": ' + "9" * 5000 + "}", '"\\ud800"'])
 def test_a_broken_cache_costs_time_only(folder, content):
     (folder / CACHE_NAME).write_text(content)
     assert _cached_set(folder).captions == ["caption a", "caption b", "caption c"]
     assert len(json.loads((folder / CACHE_NAME).read_text())) == 3
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"resolution": ["32", "32"]},
+        {"resolution": [0, 32]},
+        {"resolution": [-1, 32]},
+        {"resolution": [32.5, 32]},
+        {"resolution": [True, 32]},
+        {"resolution": [2**31, 32]},
+        {"resolution": [10**30, 32]},
+        {"resolution": [[], {}]},
+        {"resolution": {"a": 1, "b": 2}},
+        {"caption": 3},
+        {"caption": "\ud800"},
+        {"stamp": []},
+        {"stamp": [[]]},
+        {"stamp": {}},
+        {"stamp": "x"},
+    ],
+)
+def test_nonsense_in_an_entry_costs_time_only(folder, entry):
+    (folder / "c.txt").unlink()
+    _cached_set(folder)
+    entries = json.loads((folder / CACHE_NAME).read_text())
+    (folder / CACHE_NAME).write_text(json.dumps({key: values | entry for key, values in entries.items()}))
+    found = _cached_set(folder)
+    assert found.captions[:2] == ["caption a", "caption b"]
+    assert found.sizes.tolist() == [[32, 32]] * 3
+    assert all(caption.encode() is not None for caption in found.captions)
+
+
+def test_a_cache_that_would_fill_the_memory_is_not_read(folder, monkeypatch, caplog):
+    _cached_set(folder)
+    monkeypatch.setattr("library.metadata_files._LARGEST_CACHE", 10)
+    with caplog.at_level(logging.WARNING):
+        assert len(_cached_set(folder)) == 3
+    assert "far too large" in caplog.text
+
+
+@pytest.mark.parametrize("method", ["open", "unlink"])
+def test_a_folder_that_takes_nothing_costs_time_only(folder, monkeypatch, caplog, method):
+    original = getattr(Path, method)
+
+    def refused(self, *args, **kwargs):
+        if self.suffix == ".tmp":
+            raise OSError(30, "Read-only file system")
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, method, refused)
+    monkeypatch.setattr(Path, "replace", refused)
+    with caplog.at_level(logging.WARNING):
+        assert len(_cached_set(folder)) == 3
+    assert "cannot be written" in caplog.text
+
+
+def test_the_cache_is_not_written_through_a_link(folder, tmp_path, caplog):
+    target = tmp_path / "precious"
+    target.write_text("{}")
+    (folder / CACHE_NAME).symlink_to(target)
+    with caplog.at_level(logging.WARNING):
+        assert len(_cached_set(folder)) == 3
+    assert "symbolic link" in caplog.text
+    assert target.read_text() == "{}"
 
 
 def test_no_partial_file_stays(folder, monkeypatch, caplog):

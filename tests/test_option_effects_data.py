@@ -13,7 +13,7 @@ from PIL import Image
 from runs import TOKEN, arguments, write_dataset
 
 from library import dataset as dataset_module
-from library.latents import FrozenVae
+from library.frozen_vae import FrozenVae
 
 
 class Scene:

@@ -20,7 +20,8 @@ from library import runtime, weight_files
 from library.base_model import BaseModel
 from library.captions import OBJECT_TEMPLATES, STYLE_TEMPLATES
 from library.frozen_layers import FrozenConv2d, FrozenLinear
-from library.latents import LatentCache, vae_fingerprint
+from library.frozen_vae import vae_fingerprint
+from library.latents import LatentCache
 from library.options import RuntimeOptions
 from library.trainer import Trainer
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from library import learning_report, sample_album
 from library.errors import UserError
-from library.latents import FrozenVae
+from library.frozen_vae import FrozenVae
 from library.options import SampleOptions, SaveOptions
 from library.sample_album import SampleAlbum, epoch_mark, step_mark
 

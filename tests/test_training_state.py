@@ -2,12 +2,14 @@
 
 import json
 import random
+import shutil
 import signal
 
 import numpy as np
 import pytest
 import torch
 from option_effects import shows
+from PIL import Image
 from runs import TOKEN, arguments, run, trainers, write_dataset  # noqa: F401  (a fixture)
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -236,6 +238,30 @@ def test_what_makes_it_another_run_is_said(state, command, capsys):
     assert "does not go on exactly" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("cached", ["--cache_latents_to_disk", "--cache_latents", "--cache_latents=false"])
+def test_a_moved_folder_changes_nothing_and_an_edited_picture_is_said(cached, command, dataset, tmp_path, capsys):
+    def moved(name):
+        shutil.copytree(dataset.parent / "images", tmp_path / name / "images")
+        file = tmp_path / name / "dataset.toml"
+        file.write_text(dataset.read_text().replace(dataset.parent.as_posix(), file.parent.as_posix()))
+        return f"--dataset_config={file}"
+
+    whole = [cached, "--save_state", "--save_every_n_steps=1", "--max_train_steps=2"]
+    assert run("sd1", command("whole", *whole, moved("here"))) == 0
+    state = f"--resume={tmp_path / 'whole' / STATES[1]}"
+    there = moved("there")
+    for file in (tmp_path / "there" / "images").glob("*.npz"):
+        file.unlink()
+    assert run("sd1", command("rest", cached, "--max_train_steps=2", there, state)) == 0
+    assert "exactly" not in capsys.readouterr().err
+    assert_same(tensors(tmp_path / "rest"), tensors(tmp_path / "whole"))
+    edited = min((tmp_path / "there" / "images").glob("*.png"))
+    with Image.open(edited) as picture:
+        picture.rotate(180).save(edited)
+    assert run("sd1", command("other", cached, "--max_train_steps=2", there, state)) == 0
+    assert "will not reproduce the original run exactly" in capsys.readouterr().err
+
+
 def test_other_pictures_and_another_length_are_said(command, dataset, tmp_path, capsys):
     more = ["--save_state_on_train_end", "--lr_scheduler=cosine"]
     assert run("sd1", command("first", *more, "--max_train_steps=2")) == 0
@@ -358,7 +384,7 @@ def test_random_states_come_back():
 
 
 def test_options_that_a_state_does_not_know_are_no_difference():
-    state = TrainingState(1, 9, True, 1, "d", {}, [], {}, [], [{}])
+    state = TrainingState(1, 9, True, 1, "d", "c", {}, [], {}, [], [{}])
     state.check(Options())
     assert state.changes(Options(), 9, "d", 1) == []
     assert state.changes(Options(), 10, "e", 2) == [
