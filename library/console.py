@@ -1,7 +1,6 @@
 """What a run says while it goes: log records on the console or in a file, from the main process only."""
 
 import logging
-import os
 import sys
 from contextlib import suppress
 
@@ -9,6 +8,7 @@ from tqdm import tqdm
 
 from library.errors import UserError
 from library.options import RuntimeOptions
+from library.processes import rank
 
 FORMAT = "%(asctime)s %(levelname)-7s %(message)s"
 
@@ -57,7 +57,7 @@ def release() -> None:
 
 def quieten() -> None:
     """Silence other processes' records, and libraries' advice that no user of ours can act on."""
-    if int(os.environ.get("RANK", "0")) > 0:
+    if rank() > 0:
         logging.getLogger("library").setLevel(logging.ERROR)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # "Token indices sequence length is longer than …": long captions are cut, and reported with their files.
@@ -67,9 +67,10 @@ def quieten() -> None:
 def set_up_logging(options: RuntimeOptions) -> None:
     """Send log records to the console (stderr, or plain stdout) or to a file, beginning with those held back.
 
+    The file is the main process's alone; the errors of others go to the console.
     Raises UserError for a file that cannot be written.
     """
-    if options.console_log_file:
+    if options.console_log_file and rank() == 0:
         try:
             handler: logging.Handler = logging.FileHandler(options.console_log_file, mode="w", encoding="utf-8")
         except OSError as error:

@@ -1,7 +1,7 @@
 """Teaches the rows, one optimizer step at a time. All that a training changes is held here, and nowhere else."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,7 +45,7 @@ class Learner:
         self.optimizer: AcceleratedOptimizer
         self.optimizer, self.prepared_rows = accelerator.prepare(choice.optimizer, rows)
 
-    def step(self, batches: Sequence[Batch], task: DenoisingTask, number: int) -> float:
+    def step(self, batches: Iterable[Batch], task: DenoisingTask, number: int) -> float:
         """Optimizer step ``number`` (from 1) from the batches of one accumulation group; returns their mean loss.
 
         Raises UserError where going on could only spoil the rows, or has never taught them anything.
@@ -125,7 +125,7 @@ class Learner:
         """The mean loss of a batch, or a zero that depends on the rows where nothing in it can teach them."""
         if not batch.has_token.any():
             # The networks are skipped, but the rows stay in the graph: other processes may wait for their gradient.
-            return sum(rows.sum() for rows in task.prompt_encoder.rows()) * 0.0
+            return sum(rows.sum() for rows in task.prompt_encoder.rows(None)) * 0.0
         return task.losses(batch.to(self.accelerator.device, non_blocking=True)).mean()
 
     def _update_rows(self, number: int) -> None:

@@ -2,6 +2,8 @@
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -9,7 +11,9 @@ import accelerate
 import torch
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list, set_seed
 
-from library.errors import UserError
+from library import processes
+from library.errors import UserError, first_line
+from library.launcher import check_launcher
 from library.options import RuntimeOptions
 
 logger = logging.getLogger(__name__)
@@ -78,10 +82,44 @@ def make_accelerator(options: RuntimeOptions, precision: Precision) -> accelerat
                 gradient_as_bucket_view=options.ddp_gradient_as_bucket_view, static_graph=options.ddp_static_graph
             )
         )
-    accelerator = accelerate.Accelerator(mixed_precision=precision.mixed_precision, kwargs_handlers=handlers)
+    accelerator = accelerate.Accelerator(
+        cpu=not torch.accelerator.is_available(),  # on the CPU accelerate joins processes only when it is told so
+        mixed_precision=precision.mixed_precision,
+        dynamo_backend="no",  # the modules worth compiling are not accelerate's
+        kwargs_handlers=handlers,
+    )
+    if processes.count() != accelerator.num_processes:
+        raise UserError(
+            f"The environment speaks of {processes.count()} processes (WORLD_SIZE or its like), but accelerate joined "
+            f"{accelerator.num_processes} on {accelerator.device.type}: each would train on its own and write the same "
+            "files. Start the run with accelerate launch or torchrun, with one process for each GPU; for a single "
+            "process unset the variable."
+        )
     if accelerator.device.type == "cpu":
         _use_all_cores()
     return accelerator
+
+
+def patience(options: RuntimeOptions, device: torch.device) -> float | None:
+    """Seconds that a process waits for the others in silence; None on the CPU, where a lost one is noticed at once.
+
+    A little less than NCCL's own (10 minutes if unset), which ends a process without a word.
+    """
+    return None if device.type == "cpu" else 0.9 * 60 * (options.ddp_timeout or 10)
+
+
+@contextmanager
+def lost_processes_said() -> Iterator[None]:
+    """Within a ``with``: an error because another process is gone becomes a sentence. Raises UserError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
+            raise UserError(
+                f"Another process of this run is gone, or cannot be reached ({first_line(error)}). Look at its "
+                "messages: it may have been killed, for lack of memory perhaps."
+            ) from error
+        raise
 
 
 def _use_all_cores() -> None:
@@ -106,6 +144,7 @@ def seed_everything(seed: int | None) -> int:
 
 def check_runtime(options: RuntimeOptions) -> None:
     """Refuse what this machine cannot do, before any model is loaded. Raises UserError."""
+    check_launcher(options)
     if options.xformers and not options.mem_eff_attn:
         try:
             import xformers  # noqa: F401

@@ -22,7 +22,7 @@ class PromptEncoder:
     ):
         """Puts a ``MergedEmbedding`` into every encoder.
 
-        ``rows`` is a ``TrainableRows`` or what accelerate made of it; calling it gives one [N, D] tensor per encoder.
+        ``rows`` is a ``TrainableRows`` or what accelerate made of it; called with None it gives one [N, D] per encoder.
         """
         self.family = family
         self.text_encoders = list(text_encoders)
@@ -41,7 +41,7 @@ class PromptEncoder:
 
         Calls the rows' module once, so that it may be called once per backward. Cached prompts are not encoded again.
         """
-        for merged, rows in zip(self.embeddings, self.rows(), strict=True):
+        for merged, rows in zip(self.embeddings, self.rows(None), strict=True):
             merged.rows = rows
         if not self._cache:
             return self._run(input_ids)

@@ -229,14 +229,15 @@ class TrainableRows(nn.Module):
     """The only parameters of a training: one float32 [N, D] tensor per text encoder.
 
     Its ``forward`` returns them, so that whatever wraps the module (DistributedDataParallel) sees its parameters used
-    once per backward, also where a batch does not hold the word.
+    once per backward, also where a batch does not hold the word. It needs no input and still takes one, ``None``: with
+    a device of its own, DistributedDataParallel moves the first input there and fails where there is none.
     """
 
     def __init__(self, starts: Sequence[torch.Tensor]):
         super().__init__()
         self.rows = nn.ParameterList(nn.Parameter(start.detach().float().clone()) for start in starts)
 
-    def forward(self) -> list[torch.Tensor]:
+    def forward(self, _: None = None) -> list[torch.Tensor]:
         """The rows of every text encoder, each [N, D]; views, which no other module can take for its parameters."""
         return [rows.view_as(rows) for rows in self.rows]
 

@@ -1,10 +1,8 @@
 """The training, from loaded data to the saved file: build steps that return what they made, then the loop."""
 
 import logging
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -33,6 +31,7 @@ from library.model_family import ModelFamily
 from library.new_word import NewWord, initial_rows
 from library.optimizers import OptimizerChoice, build_optimizer, largest_rate, slow_learning_warning
 from library.options import Options
+from library.rescue import Rescue
 from library.results import Results
 from library.sample_album import SampleAlbum, epoch_mark, step_mark
 from library.sampling import SamplingPipeline
@@ -89,6 +88,14 @@ class Trainer:
         self.rows, self.starts = self.build_rows(text_encoders)
         self.choice, self.lr_schedule = self.build_optimizer(self.rows)
         self.learner = self.build_learner()
+        self.rescue = Rescue(
+            self.learner,
+            self.results,
+            self.saves.names,
+            process=self.accelerator.process_index,
+            watch=self.accelerator.num_processes > 1,
+            patience=runtime.patience(self.options.runtime, self.device),
+        )
         self.prompt_encoder = PromptEncoder(
             self.family, text_encoders, self.word.prompts, self.learner.prepared_rows, self.options.model.clip_skip
         )
@@ -101,21 +108,25 @@ class Trainer:
         self.cache_prompts()
         self.log = RunLog.start(self.options)
         try:
-            self.fit()
-            path = self.finish()
-        except BaseException:
-            with undisturbed():
-                self.rescue()
-            raise
+            with self.rescue.lookout:
+                path = self.learn()
         finally:
             self.log.finish()
             if self.hub:
                 self.hub.finish()
         if self.options.sample.learning_report and self.accelerator.is_main_process:
             self.report_learning(path)
-        self.accelerator.wait_for_everyone()  # a process that is left alone may not come to its end
-        self.accelerator.end_training()
         return path
+
+    def learn(self) -> Path:
+        """The loop and the result; whatever ends it early, what was learned is kept."""
+        try:
+            self.fit()
+            return self.finish()
+        except BaseException:
+            with undisturbed():
+                self.rescue.save(self.step, self.epoch)
+            raise
 
     # ---- build steps
 
@@ -280,6 +291,7 @@ class Trainer:
             self.plan.accumulation,
             self.accelerator.num_processes,
         )
+        lookout = self.rescue.lookout
         progress = tqdm(
             total=self.plan.total_steps,
             initial=self.step,
@@ -300,8 +312,9 @@ class Trainer:
                 self.batches_done = 0
                 for batches in _groups(loader, self.plan.accumulation):
                     rates = self.learner.rates()
-                    loss = self.learner.step(batches, self.task, self.step + 1)
+                    loss = self.learner.step(lookout.beating(batches), self.task, self.step + 1)
                     self.step += 1
+                    lookout.step_done(lambda: self.rescue.vectors(self.step, self.epoch))
                     self.log.step(loss, rates, self.step)
                     progress.update()
                     progress.set_postfix(loss=f"{loss:.4f}", lr=f"{self.lr_schedule.get_last_lr()[0]:.3g}")
@@ -394,22 +407,6 @@ class Trainer:
         """Bring what was saved to the hub, if that was asked for; only the main process has a ``hub``."""
         if self.hub and (action.kind == "save" or self.options.hub.save_state_to_huggingface):
             self.hub.upload(self.results.path(action.name))
-
-    def rescue(self) -> None:
-        """Keep what an interrupted run has learned so far, under the name of its step.
-
-        Where the output folder takes no more (a full disk), the few kilobytes go to the system's temporary folder.
-        """
-        name = self.saves.names.file(self.saves.names.step(self.step))
-        finite = all(torch.isfinite(rows).all() for rows in self.rows.rows)
-        if self.step == 0 or not self.learner.watch.taught or not finite:
-            return
-        try:
-            self.save(name)
-        except UserError:
-            self.results = replace(self.results, folder=Path(tempfile.gettempdir()))
-            self.save(name)
-        logger.warning("The vectors of step %d are kept in %s.", self.step, self.results.path(name))
 
     def finish(self) -> Path:
         """Save the result and say where it is, how far it moved and how to use it."""

@@ -1,6 +1,7 @@
 """From checked options to a finished run: what can go wrong without a model is found before one is loaded."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from library.debug_dataset import show_batches, show_dataset
 from library.errors import UserError
 from library.hub import download_state
 from library.latent_files import refuse_shared_names
+from library.launcher import with_launcher
 from library.model_family import FAMILIES, ModelFamily
 from library.new_word import NewWord
 from library.option_notices import notices
@@ -29,9 +31,11 @@ from library.training_state import TrainingState
 logger = logging.getLogger(__name__)
 
 
+@runtime.lost_processes_said()
 def train(options: Options, family_name: str) -> Path | None:
     """Run one training and return the path of its embedding; None after ``--debug_dataset``. Raises UserError."""
     family = FAMILIES[family_name]
+    options = replace(options, runtime=with_launcher(options.runtime))
     runtime.check_runtime(options.runtime)
     check_trackers(options.logging)
     for sentence in notices(options):

@@ -12,18 +12,18 @@ MODULES = sorted((ROOT / "library").glob("*.py"))
 
 # Lower layers know nothing of higher ones; modules of one layer may use each other.
 LAYERS = [
-    "errors interruptions concept_distance",
+    "errors interruptions processes concept_distance",
     "option_types placeholder text_repair buckets resizing data_options training_options output_options options",
     "atomic_files npz_files captions clients config_file console option_checks option_notices options_page arguments "
     "dataset_schema dataset_sources batch_order",
     "dataset_config images tokens diffusion named_classes optimizers lr_schedulers frozen_layers metadata "
     "metadata_files caption_files embedding_files report runtime trackers architectures weight_files latent_files "
-    "stored_tensors safetensors_header torch_pickle torch_files "
+    "launcher lookout stored_tensors safetensors_header torch_pickle torch_files "
     "batches prompt_weights samplers sample_prompts",
     "frozen_vae latents learning_watch model_identity single_file model_folder model_family base_model "
     "checkpoints text_encoding new_word image_sets image_table",
     "hub preflight dataset sampling custom_dataset debug_dataset denoising results",
-    "learning_report learner training_state state_fields sample_album",
+    "learning_report learner training_state state_fields sample_album rescue",
     "trainer training",
     "command_line",
 ]

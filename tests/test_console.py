@@ -46,3 +46,15 @@ def test_what_an_output_cannot_show_is_escaped(monkeypatch):
 def test_a_log_file_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(UserError, match=r"console_log_file .* cannot be written: Is a directory\.$"):
         set_up_logging(RuntimeOptions(console_log_file=str(tmp_path)))
+
+
+def test_a_log_file_belongs_to_the_main_process(tmp_path, monkeypatch):
+    screen, file = io.StringIO(), tmp_path / "log.txt"
+    monkeypatch.setattr(sys, "stderr", screen)
+    file.write_text("what the main process said\n")
+    monkeypatch.setenv("RANK", "1")
+    set_up_logging(RuntimeOptions(console_log_file=str(file)))
+    logging.getLogger("library.x").info("not worth saying twice")
+    logging.getLogger("library.x").error("lost")
+    assert file.read_text() == "what the main process said\n"
+    assert [line.split()[1:] for line in screen.getvalue().splitlines()] == [["ERROR", "lost"]]

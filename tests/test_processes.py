@@ -2,6 +2,8 @@
 
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -137,3 +139,126 @@ def test_two_processes_agree_on_a_seed(dataset, tmp_path, tiny_sd1):
     assert done.returncode == 0, done.stderr
     first, second = (torch.load(tmp_path / f"rows{rank}")[0] for rank in (0, 1))
     assert torch.equal(first, second)
+
+
+# Run before the script itself: what accelerate does for GPUs, where DDP moves the module's inputs to its device.
+AS_ON_GPUS = """
+from torch.nn.parallel import DistributedDataParallel as DDP
+original = DDP.__init__
+def init(self, *arguments, **options):
+    original(self, *arguments, **options)
+    self.device_ids, self.device_type = [0], "cpu"
+DDP.__init__ = init
+"""
+# One of the processes is killed as soon as it has made its third step.
+LOSING = """
+from library.learner import Learner
+original = Learner.step
+def step(self, batches, task, number):
+    result = original(self, batches, task, number)
+    if number == 3 and os.environ["RANK"] == "{rank}":
+        os.kill(os.getpid(), 9)
+    return result
+Learner.step = step
+"""
+
+
+def script(folder: Path, before: str) -> Path:
+    """The script of SD models after ``before``, as a file."""
+    file = folder / "script.py"
+    file.write_text(
+        f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\n{before}\n"
+        "import train_textual_inversion\nsys.exit(train_textual_inversion.main())\n"
+    )
+    return file
+
+
+def two_processes(file: Path, argv: list[str], **environment: str) -> list[tuple[int, str, str]]:
+    """Run the file in two processes that no launcher watches: exit code, standard output and errors of each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+    common |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common.pop("ACCELERATE_USE_CPU", None)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, file, *map(str, argv)],
+            cwd=ROOT,
+            env={**common, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    try:
+        said = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *texts) for process, texts in zip(processes, said, strict=True)]
+
+
+def test_two_processes_are_one_run_with_one_log_as_on_gpus(dataset, tmp_path, tiny_sd1):
+    """Nothing tells accelerate to use the CPU, and DDP has devices, as where there are two GPUs."""
+    log = tmp_path / "log.txt"
+    argv = arguments("sd1", tiny_sd1, dataset, tmp_path / "out", f"--console_log_file={log}")
+    (first, out, errors), (second, silence, more_errors) = two_processes(script(tmp_path, AS_ON_GPUS), argv)
+    assert (first, second) == (0, 0), errors + more_errors
+    assert out.count("The embedding is in") == 1
+    assert silence == ""
+    assert "2 processes" in log.read_text()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signal")
+@pytest.mark.parametrize("lost", [0, 1])
+def test_the_process_that_is_left_keeps_the_vectors(lost, dataset, tmp_path, tiny_sd1):
+    argv = arguments("sd1", tiny_sd1, dataset, tmp_path / "out", "--max_train_steps=50")
+    ended = two_processes(script(tmp_path, LOSING.format(rank=lost)), argv)
+    assert ended[lost][0] == -signal.SIGKILL
+    code, _, said = ended[1 - lost]
+    assert code == 1, said
+    assert "Traceback" not in said
+    assert "error: Another process of this run is gone" in said
+    kept = re.search(r"The vectors of step 3 are kept in (.+)\.$", said, re.MULTILINE)
+    assert load_file(kept[1])["emb_params"].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("work", "code", "said"),
+    [
+        ("lambda: 0", 0, ""),
+        ("lambda: 1", 1, ""),
+        ("lambda: sys.exit()", 0, ""),
+        ("lambda: sys.exit(2)", 2, ""),
+        ("lambda: 1 / 0", 1, "ZeroDivisionError"),
+    ],
+)
+def test_a_process_among_several_ends_whatever_holds_it(work, code, said):
+    """Here a thread that never ends, in a real run a process group that waits for a partner."""
+    program = (
+        "import sys, threading; from library.processes import ended_at_once\n"
+        "threading.Thread(target=threading.Event().wait).start()\n"
+        f"print('written', end=''); ended_at_once({work})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={**os.environ, "WORLD_SIZE": "2"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (code, "written")
+    assert said in done.stderr
+
+
+def test_processes_that_accelerate_does_not_join_are_refused(dataset, tmp_path, tiny_sd1, monkeypatch, capsys):
+    # As with two processes on one Mac: its device cannot be shared, and each would train on its own.
+    monkeypatch.setattr("library.processes.count", lambda: 2)
+    monkeypatch.setattr("library.command_line.ended_at_once", lambda work: work())
+    assert run("sd1", arguments("sd1", tiny_sd1, dataset, tmp_path / "out")) == 1
+    assert "2 processes (WORLD_SIZE or its like), but accelerate joined 1 on cpu" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

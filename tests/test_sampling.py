@@ -8,7 +8,7 @@ import torch
 from runs import TOKEN, arguments, run, trainers, write_dataset  # noqa: F401  (a fixture)
 from test_trainer import fresh_pipeline, load_as_printed, model_of
 
-from library import samplers
+from library import samplers, sampling
 from library.errors import UserError
 from library.sample_prompts import SamplePrompt
 from library.samplers import make_sampler
@@ -73,16 +73,22 @@ def test_sizes_need_not_be_square_and_guidance_may_be_off(trained):
     assert difference(got, diffusers_picture(trained, wide, "ddim")) <= 1
 
 
-def test_seeds_decide_and_batches_do_not(trained):
+def test_seeds_decide_and_batches_do_not(trained, monkeypatch):
+    """Before rounding: another batch size sums in another order, which the sampler's steps blow up.
+
+    To 0.03 % of what another seed changes, as measured; another caption changes 5 % and more of it.
+    """
+    monkeypatch.setattr(sampling, "_to_pictures", lambda pixels: list(pixels.clamp(-1, 1)))
     pipeline = trained[2].sampling_pipeline()
     wanted = [varied(seed=seed, sampler="euler_a") for seed in (1, 2, 1)] + [varied(seed=4, width=72)]
     alone, together = pipeline.draw(wanted), pipeline.draw(wanted, batch_size=3)
+    other_seed = (alone[0] - alone[1]).square().mean().sqrt()
+    assert other_seed > 0.1
     for one, other in zip(alone, together, strict=True):
-        assert difference(one, other) <= 1
-    assert difference(alone[0], alone[2]) == 0
-    assert difference(alone[0], alone[1]) > 1
-    unseeded = pipeline.draw([varied(seed=None), varied(seed=None)])
-    assert difference(*unseeded) > 1
+        assert (one - other).square().mean().sqrt() < 0.02 * other_seed
+    assert torch.equal(alone[0], alone[2])
+    first, second = pipeline.draw([varied(seed=None), varied(seed=None)])
+    assert (first - second).abs().max() > 0.1
 
 
 def test_global_random_numbers_are_left_alone(trained):

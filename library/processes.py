@@ -1,0 +1,56 @@
+"""A run of several processes: which of them this one is, and how it ends whatever became of the others."""
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+
+# What torch's launcher sets, and accelerate's, and those of MPI.
+_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def rank() -> int:
+    """The number of this process in its run, from 0, as its launcher says."""
+    return _number(_RANKS, 0)
+
+
+def count() -> int:
+    """How many processes the launcher started for this run."""
+    return _number(_COUNTS, 1)
+
+
+def ended_at_once(work: Callable[[], int]) -> int:
+    """Return the exit code of ``work``; where other processes belong to the run, end this one with it instead.
+
+    At an interpreter's ordinary end a process group waits for partners that may be gone or stuck. What this process has
+    to say and to write is said and written by then, so nothing is left to wait for.
+    """
+    if count() == 1:
+        return work()
+    code = 1
+    try:
+        code = work()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    leave(code)
+
+
+def leave(code: int) -> None:
+    """End this process now, with nothing said lost, and without the work that an interpreter does at its end."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):  # a closed or full output keeps no process from its end
+            stream.flush()
+    os._exit(code)
+
+
+def _number(names: tuple[str, ...], otherwise: int) -> int:
+    for name in names:
+        with suppress(KeyError, ValueError):
+            return int(os.environ[name])
+    return otherwise

@@ -1,0 +1,74 @@
+"""Keeps what an interrupted training has learned, in whichever process is left to do so."""
+
+import logging
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from library.checkpoints import CheckpointNames
+from library.errors import UserError
+from library.learner import Learner
+from library.lookout import Lookout, Vectors, appears
+from library.results import Results
+
+logger = logging.getLogger(__name__)
+
+
+class Rescue:
+    """Writes the vectors under the name of their step when a run ends early; its ``lookout`` where nothing else can."""
+
+    def __init__(
+        self,
+        learner: Learner,
+        results: Results,
+        names: CheckpointNames,
+        *,
+        process: int,
+        watch: bool,
+        patience: float | None,
+    ):
+        """``process`` is the number of this one, from 0; for ``watch`` and ``patience`` see :class:`Lookout`."""
+        self.learner, self.results, self.names, self.process = learner, results, names, process
+        self.lookout = Lookout(self.keep, watch=watch, patience=patience)
+        self.began = time.time()
+
+    def vectors(self, step: int, epoch: int) -> Vectors | None:
+        """A copy of the vectors as they would be saved now; None while they hold nothing worth keeping."""
+        if step == 0 or not self.learner.watch.taught:
+            return None
+        with self.learner.averaged_rows() as rows:
+            finite = all(torch.isfinite(each).all() for each in rows)
+        return Vectors(rows, step, epoch) if finite else None
+
+    def save(self, step: int, epoch: int) -> None:
+        """Keep the vectors; those of shortly before, where their device is lost."""
+        try:
+            vectors = self.vectors(step, epoch)
+        except RuntimeError:
+            vectors = self.lookout.copy
+        self.lookout.stop()
+        if vectors is not None:
+            self.keep(vectors)
+
+    def keep(self, vectors: Vectors) -> None:
+        """Write vectors under the name of their step, unless a process of a lower number does: it may be lost.
+
+        Where the output folder takes no more (a full disk), the few kilobytes go to the system's temporary folder.
+        """
+        name = self.names.file(self.names.step(vectors.step))
+        if self.process and appears(self.results.path(name), self.began, seconds=min(3 * self.process, 12)):
+            return
+        try:
+            path = self._write(self.results, name, vectors)
+        except UserError:
+            path = self._write(replace(self.results, folder=Path(tempfile.gettempdir())), name, vectors)
+        # Other processes than the main one say errors only.
+        level = logging.ERROR if self.process else logging.WARNING
+        logger.log(level, "The vectors of step %d are kept in %s.", vectors.step, path)
+
+    def _write(self, results: Results, name: str, vectors: Vectors) -> Path:
+        results.write(name, vectors.rows, vectors.step, vectors.epoch, self.learner.choice)
+        return results.path(name)
