@@ -200,13 +200,13 @@ class DatasetOptions:
     )
     max_data_loader_n_workers: int = option(
         8,
-        "Processes that prepare pictures while the model trains; 0 does it in between. Fewer save memory and start "
-        "faster; with cached latents 0 to 2 are plenty.",
+        "Processes at most that prepare images while the model trains; 0 does it in between. None are started for "
+        "latents that --cache_latents keeps in memory.",
         read=whole_number,
         at_least=0,
     )
     persistent_data_loader_workers: bool = flag(
-        "Keep those processes alive between epochs: no pause at the start of an epoch. Useless with 0 workers."
+        "Keep those processes alive between epochs. This happens anyway, except with --dataset_class."
     )
 
 

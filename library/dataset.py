@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -301,6 +302,15 @@ class TrainingData(BatchedData):
         tables = [self.table] if self.validation_table is None else [self.table, self.validation_table]
         entries = [table.latent_entry(index) for table in tables for index in range(len(table))]
         return list(dict.fromkeys(entries))
+
+    def loader(self, *, workers: int = 0, persistent: bool = False, **details: Any) -> BatchLoader:
+        """See ``BatchedData.loader``. Worker processes are started only for what takes time: files to be read.
+
+        They live through all epochs (starting them takes seconds), which changes nothing: no draw depends on a process.
+        """
+        if self.cache is not None and not self.cache.to_disk and not self.table.has_masks:
+            workers = 0
+        return super().loader(workers=workers, persistent=persistent or workers > 0, **details)
 
     def use_cache(self, cache: LatentCache) -> None:
         """Take latents from ``cache`` (filled) instead of pixels, in loaders made from now on."""

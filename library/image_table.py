@@ -62,6 +62,11 @@ class ImageTable:
         """The picture's caption as it was found, perhaps in several lines."""
         return self.sets[self.set_of[index]].captions[self.row_of[index]]
 
+    @property
+    def has_masks(self) -> bool:
+        """Whether any picture has a mask file."""
+        return any(found.masks for found in self.sets)
+
     def mask_path(self, index: int) -> str | None:
         """The picture's mask file, if its subset has masks."""
         masks = self.sets[self.set_of[index]].masks

@@ -27,7 +27,7 @@ def check_launcher(options: RuntimeOptions) -> None:
                 "and only a few vectors are trained here. Start the run with accelerate launch --multi_gpu "
                 "(--num_processes=1 for one GPU), or choose differently in accelerate config."
             )
-    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp8" and options.mixed_precision == "no":
+    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp8" and options.mixed_precision is None:
         raise UserError(
             "accelerate's settings ask for the mixed precision fp8, which speeds up layers that are trained, and none "
             "is trained here. Give --mixed_precision=bf16; --fp8_base then stores the U-Net in 8 bits."

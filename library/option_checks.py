@@ -107,7 +107,8 @@ def _check_precision(options: Options) -> None:
     runtime = options.runtime
     for flag, wanted in (("full_fp16", "fp16"), ("full_bf16", "bf16")):
         if getattr(runtime, flag) and runtime.mixed_precision != wanted:
-            raise UserError(f'--{flag} needs --mixed_precision {wanted}; it is "{runtime.mixed_precision}".')
+            chosen = f'it is "{runtime.mixed_precision}"' if runtime.mixed_precision else "it is not given"
+            raise UserError(f"--{flag} needs --mixed_precision {wanted}; {chosen}.")
     if options.deepspeed.deepspeed:
         raise UserError(
             "--deepspeed cannot help here: it divides weights, gradients and optimizer states among GPUs, and only the "

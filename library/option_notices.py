@@ -107,11 +107,11 @@ def _length(options: Options, given: set[str]) -> Iterator[Rule]:
 
 def _runtime(options: Options, given: set[str]) -> Iterator[Rule]:
     runtime = options.runtime
-    slices, xformers = runtime.mem_eff_attn, runtime.xformers
-    yield runtime.sdpa and not (slices or xformers), "--sdpa: PyTorch's own attention is the default anyway."
-    yield runtime.sdpa and (slices or xformers), "--sdpa is not used: another kind of attention is asked for."
+    efficient, xformers = runtime.mem_eff_attn, runtime.xformers
+    yield runtime.sdpa and not (efficient or xformers), "--sdpa: PyTorch's own attention is the default anyway."
+    yield runtime.sdpa and (efficient or xformers), "--sdpa is not used: another kind of attention is asked for."
     yield runtime.lowram, "--lowram: the models are loaded straight to the device anyway."
-    yield xformers and slices, "--xformers is not used: --mem_eff_attn wins."
+    yield xformers and efficient, "--xformers is not used: --mem_eff_attn wins."
     yield (
         "dynamo_backend" in given and runtime.dynamo_backend != "no" and not runtime.torch_compile,
         "--dynamo_backend has nothing to do without --torch_compile.",

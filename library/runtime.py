@@ -9,9 +9,16 @@ from datetime import timedelta
 
 import accelerate
 import torch
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    parse_flag_from_env,
+    set_seed,
+)
 
 from library import processes
+from library.device_report import describe_device, unused_gpu
 from library.errors import UserError, first_line
 from library.launcher import check_launcher
 from library.options import RuntimeOptions
@@ -36,16 +43,16 @@ class Precision:
 def choose_precision(options: RuntimeOptions) -> Precision:
     """Decide the number format before the Accelerator is made.
 
-    Where ``--mixed_precision`` is left at "no", ``accelerate launch``'s own setting counts. float16 needs an
-    accelerator: without one, bfloat16 takes its place with a warning (accelerate would silently run float32).
+    Where ``--mixed_precision`` is not given, ``accelerate launch``'s own setting counts. float16 needs an accelerator
+    that is used: without one, bfloat16 takes its place with a warning (accelerate would silently run float32).
     """
-    chosen = options.mixed_precision
+    chosen = options.mixed_precision or "no"
     from_launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if chosen == "no" and from_launcher in ("fp16", "bf16"):
+    if options.mixed_precision is None and from_launcher in ("fp16", "bf16"):
         logger.info("Mixed precision %s is taken from accelerate's settings.", from_launcher)
         chosen = from_launcher
-    if chosen == "fp16" and not torch.accelerator.is_available():
-        logger.warning("fp16 needs a GPU and none was found: bf16 is used instead.")
+    if chosen == "fp16" and computes_on_cpu():
+        logger.warning("fp16 needs a GPU and none is used: bf16 is used instead.")
         chosen = "bf16"
     if options.full_fp16 or options.full_bf16:
         flag = "--full_fp16" if options.full_fp16 else "--full_bf16"
@@ -53,6 +60,11 @@ def choose_precision(options: RuntimeOptions) -> Precision:
             "%s: the frozen models are held in %s in any case; the rows and the optimizer stay float32.", flag, chosen
         )
     return Precision(chosen)
+
+
+def computes_on_cpu() -> bool:
+    """Whether there is no accelerator, or ``accelerate launch --cpu`` leaves it alone."""
+    return not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
 @dataclass(frozen=True)
@@ -67,6 +79,9 @@ class Machine:
         """Choose the precision and join the other processes, if there are any."""
         precision = choose_precision(options)
         accelerator = make_accelerator(options, precision)
+        logger.info(describe_device(accelerator.device, precision.mixed_precision))
+        if warning := unused_gpu(cpu_chosen=parse_flag_from_env("ACCELERATE_USE_CPU")):
+            logger.warning(warning)
         check_compiler(options, accelerator.device)
         return cls(accelerator, precision)
 
@@ -129,7 +144,6 @@ def _use_all_cores() -> None:
     threads = max(1, cores // local_processes)
     if threads != torch.get_num_threads():
         torch.set_num_threads(threads)
-        logger.info("No GPU found: computing on the CPU with %d threads.", threads)
 
 
 def seed_everything(seed: int | None) -> int:
@@ -165,16 +179,15 @@ def check_runtime(options: RuntimeOptions) -> None:
 
 
 def set_attention(options: RuntimeOptions, unet, vae) -> None:
-    """Choose the attention implementation: sliced, xformers, or PyTorch's own (the default, ``--sdpa``).
+    """Choose the attention implementation: xformers, or PyTorch's own (the default, ``--sdpa``).
 
-    Either model may be None: they are not always loaded at the same time.
+    ``--mem_eff_attn`` leaves PyTorch its memory-efficient CUDA kernel (and the plain one where that cannot serve); the
+    CPU's only kernel is of that kind. The choice is PyTorch's own global one, since checkpointed layers run again in
+    the backward pass, outside of any context. Either model may be None: they are not always loaded at the same time.
     """
-    if options.mem_eff_attn:
-        if unet is not None:
-            unet.set_attention_slice("auto")
-        if vae is not None:
-            vae.enable_slicing()
-    elif options.xformers:
+    torch.backends.cuda.enable_flash_sdp(not options.mem_eff_attn)
+    torch.backends.cuda.enable_cudnn_sdp(not options.mem_eff_attn)
+    if options.xformers and not options.mem_eff_attn:
         for model in (unet, vae):
             if model is not None:
                 model.enable_xformers_memory_efficient_attention()

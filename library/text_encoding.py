@@ -53,7 +53,12 @@ class PromptEncoder:
             fresh = self._run([ids[live] for ids in input_ids])
             for place, i in enumerate(live):
                 cached[i] = _one(fresh, place)
-        return _join(cached)
+        return _join(cached, self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the conditioning is made."""
+        return self.text_encoders[0].get_input_embeddings().table.weight.device
 
     def _run(self, input_ids: Sequence[torch.Tensor]) -> Conditioning:
         devices = [encoder.get_input_embeddings().table.weight.device for encoder in self.text_encoders]
@@ -77,7 +82,7 @@ class PromptEncoder:
             if self.holds_word(input_ids):
                 live.add(key)
             elif key not in self._cache:
-                self._cache[key] = self._run(input_ids)
+                self._cache[key] = _on_cpu(self._run(input_ids))  # of very many captions: gigabytes
         return len(self._cache), len(live)
 
 
@@ -86,9 +91,14 @@ def _one(conditioning: Conditioning, index: int) -> Conditioning:
     return Conditioning(conditioning.context[index : index + 1], pooled)
 
 
-def _join(parts: Sequence[Conditioning]) -> Conditioning:
-    pooled = None if parts[0].pooled is None else torch.cat([part.pooled for part in parts])
-    return Conditioning(torch.cat([part.context for part in parts]), pooled)
+def _on_cpu(conditioning: Conditioning) -> Conditioning:
+    pooled = None if conditioning.pooled is None else conditioning.pooled.cpu()
+    return Conditioning(conditioning.context.cpu(), pooled)
+
+
+def _join(parts: Sequence[Conditioning], device: torch.device) -> Conditioning:
+    pooled = None if parts[0].pooled is None else torch.cat([part.pooled.to(device) for part in parts])
+    return Conditioning(torch.cat([part.context.to(device) for part in parts]), pooled)
 
 
 def _key(input_ids: Sequence[torch.Tensor], index: int) -> bytes:

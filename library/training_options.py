@@ -241,10 +241,10 @@ class TrainingOptions:
 class RuntimeOptions:
     """Speed, memory, several processes, console"""
 
-    mixed_precision: str = option(
-        "no",
+    mixed_precision: str | None = option(
+        None,
         "Number format of the frozen models: bf16 for recent GPUs (RTX 30 and later), fp16 for older ones, no for full "
-        "precision. The new vectors are float32 always.",
+        "precision. Unset: what accelerate is set to, else no. The new vectors are float32 always.",
         choices=("no", "fp16", "bf16"),
     )
     full_fp16: bool = flag("Everything frozen in fp16, which --mixed_precision fp16 does already. Needs that option.")
@@ -257,7 +257,9 @@ class RuntimeOptions:
     highvram: bool = flag("Do not clear the GPU's memory while latents are cached: a bit faster. Useless otherwise.")
     xformers: bool = flag("Attention by the xformers package (NVIDIA). Seldom better than what PyTorch has itself.")
     sdpa: bool = flag("Attention by PyTorch itself. This is the default, so the flag changes nothing.")
-    mem_eff_attn: bool = flag("Attention in slices: least memory, slowest. For old GPUs where nothing else fits.")
+    mem_eff_attn: bool = flag(
+        "Attention by PyTorch's memory-efficient kernel alone. For NVIDIA GPUs on which the default needs more memory."
+    )
     torch_compile: bool = flag(
         "Compile the models. The first steps take minutes, later ones are faster: for long runs with few bucket sizes."
     )

@@ -415,12 +415,16 @@ def test_workers(bench, monkeypatch):
 
     monkeypatch.setattr(dataset_module, "DataLoader", recorded)
     monkeypatch.setattr(dataset_module, "usable_cores", lambda: 4)
-    flags = ["--train_batch_size=1", "--max_data_loader_n_workers=1", "--persistent_data_loader_workers"]
-    with_workers = bench(*flags, steps=2)
+    pixels = ["--train_batch_size=1", "--cache_latents=false"]
+    with_workers = bench(*pixels, "--max_data_loader_n_workers=1", "--persistent_data_loader_workers", steps=2)
     assert (loaders[0]["num_workers"], loaders[0]["persistent_workers"]) == (1, True)
-    without = bench.plain(steps=2)
+    without = bench(*pixels, steps=2)
     assert (loaders[1]["num_workers"], loaders[1]["persistent_workers"]) == (0, False)
     assert torch.equal(with_workers.rows[1][0], without.rows[1][0])
+    bench("--max_data_loader_n_workers=1")
+    assert loaders[2]["num_workers"] == 0  # the latents are in memory
+    bench("--max_data_loader_n_workers=1", "--cache_latents_to_disk")
+    assert (loaders[3]["num_workers"], loaders[3]["persistent_workers"]) == (1, True)
 
 
 # ---- caches

@@ -10,7 +10,7 @@ from unittest.mock import patch
 import accelerate
 import pytest
 import torch
-from diffusers.models.attention_processor import AttnProcessor2_0, SlicedAttnProcessor
+from diffusers.models.attention_processor import AttnProcessor2_0
 from option_effects import Bench, captions_of, plan, shows
 from runs import TOKEN, arguments, write_dataset
 from safetensors.torch import load_file, save_file
@@ -245,9 +245,27 @@ def test_fp16_without_a_gpu_becomes_bf16(bench, monkeypatch):
     for flags in (["--mixed_precision=fp16"], ["--mixed_precision=fp16", "--full_fp16"], []):
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no" if flags else "fp16")
         outcome = bench(*flags)
-        assert "fp16 needs a GPU and none was found: bf16 is used instead" in outcome.said
+        assert "fp16 needs a GPU and none is used: bf16 is used instead" in outcome.said
         assert outcome.trainer.task.unet.dtype == torch.bfloat16
         assert torch.equal(outcome.rows[0][0], half.rows[0][0])
+
+
+@shows("mixed_precision")
+def test_precision_given_wins_over_that_of_the_launcher(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert runtime.choose_precision(RuntimeOptions()).dtype == torch.bfloat16
+    assert runtime.choose_precision(RuntimeOptions(mixed_precision="no")).dtype == torch.float32
+
+
+@shows("mixed_precision")
+def test_fp16_beside_a_gpu_that_is_left_alone_becomes_bf16(monkeypatch):
+    """``accelerate launch --cpu --mixed_precision fp16`` on a machine with a GPU has no gradient scaler."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    assert runtime.choose_precision(RuntimeOptions()).dtype == torch.float16
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert runtime.choose_precision(RuntimeOptions()).dtype == torch.bfloat16
 
 
 @shows("fp8_base")
@@ -308,12 +326,19 @@ def test_attention(bench):
     def kinds(outcome):
         return {type(processor) for processor in outcome.trainer.task.unet.attn_processors.values()}
 
-    plain, sliced, flash = bench.plain(), bench("--mem_eff_attn"), bench("--sdpa")
-    assert kinds(plain) == kinds(flash) == {AttnProcessor2_0}
-    assert kinds(sliced) == {SlicedAttnProcessor}
-    assert sliced.losses == pytest.approx(plain.losses, rel=1e-4)
-    assert torch.equal(flash.rows[0][0], plain.rows[0][0])
-    assert "--sdpa: PyTorch's own attention is the default anyway" in flash.said
+    def kernels():
+        cuda = torch.backends.cuda
+        return cuda.flash_sdp_enabled(), cuda.cudnn_sdp_enabled(), cuda.mem_efficient_sdp_enabled()
+
+    plain = bench.plain()
+    efficient = bench("--mem_eff_attn")
+    assert kernels() == (False, False, True)
+    sdpa = bench("--sdpa")
+    assert kernels() == (True, True, True)
+    assert kinds(plain) == kinds(sdpa) == kinds(efficient) == {AttnProcessor2_0}
+    assert efficient.losses == pytest.approx(plain.losses, rel=1e-4)
+    assert torch.equal(sdpa.rows[0][0], plain.rows[0][0])
+    assert "--sdpa: PyTorch's own attention is the default anyway" in sdpa.said
 
 
 @shows("xformers")

@@ -39,7 +39,12 @@ ADDED = {
     "learning_report",
     "skip_image_resolution",  # of a newer sd-scripts than the list's
 }
-OTHER_DEFAULTS = {"save_model_as": "safetensors", "caption_extension": None, "learning_rate": None}
+OTHER_DEFAULTS = {
+    "save_model_as": "safetensors",
+    "caption_extension": None,
+    "learning_rate": None,
+    "mixed_precision": None,
+}
 MORE_CHOICES = {"max_token_length": {75}, "dynamo_backend": {"no"}}
 # A text in sd-scripts that is taken apart later; here it is read at once.
 READ_AS = {
