@@ -1,0 +1,69 @@
+"""The long run: many inputs of every target, counted, and failures shown once per kind."""
+
+import argparse
+import ast
+import os
+import sys
+import time
+from pathlib import Path
+
+from fuzz.running import Count, Target, explore, keep_files, prober
+from fuzz.targets import TARGETS
+
+
+def main() -> int:
+    """Run what the command line asks for; 1 where an input failed."""
+    names = [target.name for target in TARGETS]
+    parser = argparse.ArgumentParser(prog="python -m fuzz", description=__doc__)
+    parser.add_argument("targets", nargs="*", metavar="target", help=f"some of: {', '.join(names)} (default: all)")
+    parser.add_argument("--inputs", type=int, default=100_000, help="in all, shared by the targets by their speed")
+    parser.add_argument("--seed", type=int, default=1, help="another one gives other inputs")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where files of failing inputs are kept")
+    parser.add_argument("--recipe", help="try this one recipe of the one target named, and show what happens")
+    given = parser.parse_args()
+    if unknown := set(given.targets) - set(names):
+        parser.error(f"no such target: {', '.join(sorted(unknown))}")
+    chosen = [target for target in TARGETS if not given.targets or target.name in given.targets]
+    if given.recipe:
+        return _try_one(chosen[0], given.recipe)
+    share = given.inputs / sum(target.quick for target in chosen)
+    counts = {}
+    for target in chosen:
+        started = time.monotonic()
+        counts[target.name] = count = explore(target, round(share * target.quick), given.seed)
+        print(_line(target.name, count, time.monotonic() - started), flush=True)
+        _show_failures(target, count, given.keep)
+    failed = sum(failure.count for count in counts.values() for failure in count.failures.values())
+    print(f"{sum(count.inputs for count in counts.values()):,} inputs, {failed:,} failures")
+    return 1 if failed else 0
+
+
+def _try_one(target: Target, recipe: str) -> int:
+    nan, inf = float("nan"), float("inf")  # ``repr`` writes them so
+    code = compile(ast.parse(recipe, mode="eval"), "recipe", "eval")
+    with prober(target) as probe:
+        found = probe(eval(code, {"nan": nan, "inf": inf}))
+    print(found.kind, found.detail)
+    return 0 if found.sound else 1
+
+
+def _line(name: str, count: Count, seconds: float) -> str:
+    failed = sum(failure.count for failure in count.failures.values())
+    return (
+        f"{name:24} {count.inputs:9,} inputs  {count.accepted:9,} accepted  {failed:6,} failures  {seconds:7.1f} s  "
+        f"slowest {count.slowest:.2f} s"
+    )
+
+
+def _show_failures(target: Target, count: Count, keep: Path | None) -> None:
+    ranked = sorted(count.failures.items(), key=lambda item: -item[1].count)
+    for number, (signature, failure) in enumerate(ranked):
+        detail = failure.outcome.detail.strip().splitlines()
+        print(f"  {failure.count:6,} × {signature}\n           {failure.recipe!r:.300}\n           {detail[-1:]}")
+        if keep is not None:
+            keep_files(failure, keep / f"{target.name}-{number}")
+
+
+if __name__ == "__main__":
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    sys.exit(main())

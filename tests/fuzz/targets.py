@@ -1,0 +1,5 @@
+"""All targets, in the order of a run's own steps."""
+
+from fuzz import pictures, tensors, texts, written
+
+TARGETS = (*texts.TARGETS, *pictures.TARGETS, *tensors.TARGETS, *written.TARGETS)

@@ -1,0 +1,11 @@
+"""Every target's seeds and a few of its inputs; see the package for the long run."""
+
+import pytest
+
+from fuzz.running import check
+from fuzz.targets import TARGETS
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+def test_inputs_work_or_are_refused_in_a_sentence(target):
+    check(target, target.quick)
