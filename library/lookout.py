@@ -139,7 +139,7 @@ def appears(path: Path, since: float, seconds: float) -> bool:
     end = time.monotonic() + seconds
     while True:
         try:
-            if path.stat().st_mtime >= since:
+            if path.stat().st_mtime >= since - 2:  # to which some file systems round
                 return True
         except OSError:
             pass  # not there yet

@@ -102,4 +102,4 @@ def test_a_file_appears_when_it_was_written_after_a_moment(tmp_path):
     file.touch()
     written = file.stat().st_mtime
     assert appears(file, written, seconds=0)
-    assert not appears(file, written + 1, seconds=0.1)
+    assert not appears(file, written + 3, seconds=0.1)

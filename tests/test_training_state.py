@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from library.denoising import DenoisingTask
 from library.options import Options
+from library.results import Results
 from library.trainer import Trainer
 from library.training_state import FILE, TrainingState, random_states, set_random_states
 
@@ -394,20 +395,22 @@ def test_options_that_a_state_does_not_know_are_no_difference():
 
 
 def test_a_second_interruption_does_not_stop_the_rescue(command, tmp_path, monkeypatch, capsys):
-    losses, save = DenoisingTask.losses, Trainer.save
+    losses, write = DenoisingTask.losses, Results.write
 
     def interrupted(task, batch):
         if len(list((tmp_path / "out").glob("*step00000002*"))):
             raise KeyboardInterrupt
         return losses(task, batch)
 
-    def again(trainer, name):
-        path = save(trainer, name)
+    def again(results, *arguments):
         signal.raise_signal(signal.SIGINT) if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else None
-        return path
+        write(results, *arguments)
+        disturbed.append(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)
 
     monkeypatch.setattr(DenoisingTask, "losses", interrupted)
-    monkeypatch.setattr(Trainer, "save", again)
+    disturbed: list[bool] = []
+    monkeypatch.setattr(Results, "write", again)
     assert run("sd1", command("out", "--save_every_n_steps=2")) == 130
+    assert disturbed == [False, True]
     assert "The vectors of step 2 are kept in" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -1,0 +1,76 @@
+"""What is kept of a run that ends early, and by which process."""
+
+import time
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from library.rescue import Rescue
+
+
+class Learned:
+    """Stands in for a learner: one encoder's rows, on a device that may be lost."""
+
+    def __init__(self):
+        self.watch = SimpleNamespace(taught=True)
+        self.choice, self.lost, self.rows = None, False, [torch.ones(1, 2)]
+
+    @contextmanager
+    def averaged_rows(self):
+        if self.lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        yield self.rows
+
+
+class Folder:
+    """Stands in for the results: notes what is written."""
+
+    def __init__(self, folder):
+        self.folder, self.written = folder, []
+
+    def path(self, name):
+        return self.folder / name
+
+    def write(self, name, rows, step, epoch, choice):
+        self.path(name).touch()
+        self.written.append((name, [each.tolist() for each in rows], step, epoch))
+
+
+NAMES = SimpleNamespace(step=lambda step: f"a-{step}", file=lambda stem: f"{stem}.safetensors")
+
+
+def rescue(folder, process: int = 0) -> Rescue:
+    return Rescue(Learned(), Folder(folder), NAMES, process=process, watch=False, patience=None)
+
+
+def test_a_lost_device_costs_what_was_learned_since_the_copy(tmp_path):
+    kept = rescue(tmp_path)
+    kept.lookout.step_done(lambda: kept.vectors(7, 1))
+    kept.learner.lost = True
+    kept.save(9, 2)
+    assert kept.results.written == [("a-7.safetensors", [[[1.0, 1.0]]], 7, 1)]
+
+
+@pytest.mark.parametrize(("step", "taught", "value"), [(0, True, 1.0), (3, False, 1.0), (3, True, float("nan"))])
+def test_what_is_worth_nothing_is_not_kept(step, taught, value, tmp_path):
+    kept = rescue(tmp_path)
+    kept.learner.watch.taught, kept.learner.rows = taught, [torch.full((1, 2), value)]
+    kept.save(step, 1)
+    assert kept.results.written == []
+
+
+def test_a_process_writes_what_no_lower_one_has_written(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("library.lookout.time", SimpleNamespace(monotonic=iter(range(0, 10**6, 5)).__next__, sleep=id))
+    second = rescue(tmp_path, process=1)
+    second.save(3, 1)
+    assert len(second.results.written) == 1
+    assert [(record.levelname, record.message) for record in caplog.records] == [
+        ("ERROR", f"The vectors of step 3 are kept in {tmp_path / 'a-3.safetensors'}.")
+    ]
+    second.save(3, 1)
+    assert len(second.results.written) == 1
+    second.began = time.time() + 60  # then the file is another run's
+    second.save(3, 1)
+    assert len(second.results.written) == 2
