@@ -226,8 +226,8 @@ def _encoded(text: Any, encoding: Any = "") -> bytes:
     return text.encode("latin-1")
 
 
-def _bytes(*arguments: Any) -> bytearray:
-    return bytearray(_encoded(*arguments) if arguments else b"")
+def _bytes(content: Any = b"", encoding: Any = "") -> bytearray:
+    return bytearray(content if isinstance(content, bytes) else _encoded(content, encoding))
 
 
 def _set(items: Any = ()) -> set:
@@ -312,6 +312,8 @@ def _named(name: str) -> Any:
         return _StorageKind(_STORAGES[attribute])
     if module == "torch" and isinstance(dtype := getattr(torch, attribute, None), torch.dtype):
         return dtype
+    if module == "torch" and attribute.startswith("per_"):  # schemes such as per_tensor_affine
+        raise RefusedError("quantized tensors")
     if "sparse" in name or "nested" in name:  # their layouts and classes, named before the tensor itself
         return _Call(_refuse("sparse or nested tensors"))
     if name == "torch.serialization _get_layout":
