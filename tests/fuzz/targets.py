@@ -1,5 +1,5 @@
 """All targets, in the order of a run's own steps."""
 
-from fuzz import pictures, tensors, texts, written
+from fuzz import models, pictures, tensors, texts, written
 
-TARGETS = (*texts.TARGETS, *pictures.TARGETS, *tensors.TARGETS, *written.TARGETS)
+TARGETS = (*texts.TARGETS, *pictures.TARGETS, *tensors.TARGETS, *written.TARGETS, *models.TARGETS)
