@@ -21,8 +21,8 @@ LAYERS = [
     "batches prompt_weights samplers sample_prompts",
     "latents learning_watch model_identity single_file model_folder model_family base_model "
     "checkpoints text_encoding new_word image_sets image_table",
-    "hub preflight dataset sampling custom_dataset debug_dataset denoising results",
-    "learning_report learner training_state sample_album",
+    "hub preflight dataset sampling custom_dataset debug_dataset denoising",
+    "learning_report learner training_state sample_album results",
     "trainer training",
     "command_line",
 ]
