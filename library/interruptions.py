@@ -49,9 +49,11 @@ def signals_handled(*, own_process: bool) -> Iterator[None]:
     shuts down; in another one the old handlers come back. Signals that are ignored (``nohup``, a job in the background)
     stay so.
     """
+    global _waiting
     if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
         yield
         return
+    _waiting = False
     found = {each: signal.getsignal(each) for each in SIGNALS}
     before = {each: handler for each, handler in found.items() if handler is not signal.SIG_IGN}
     _answer_with(_Answer.AT_ONCE if own_process else _Answer.GENTLY)

@@ -325,7 +325,7 @@ class Trainer:
         self.state.set_random_states(self.accelerator.process_index)
         actions, due = self.saves.after_step(self.step), self.album.schedule.after_step(self.step)
         mark = step_mark(self.step)
-        if self.state.epoch_closed:
+        if self.state.epoch_closed and not self.batches_done:
             actions, due = self.saves.after_epoch(self.epoch), self.album.schedule.after_epoch(self.epoch)
             mark = epoch_mark(self.epoch)
         self.carry_out(action for action in actions if action.kind == "remove")

@@ -198,10 +198,14 @@ def damaged_caches(folder: Path) -> list[str]:
     return found
 
 
-def strike(world: World, kind: str, number: int, wanted: dict[str, bytes]) -> list[str]:
-    """Let a run meet its event ``number``, resume it, and return all that is wrong."""
+def _forget_latents(world: World) -> None:
     for cache in (world.folder / "data").rglob("*.npz"):
         cache.unlink()
+
+
+def strike(world: World, kind: str, number: int, wanted: dict[str, bytes]) -> list[str]:
+    """Let a run meet its event ``number``, resume it, and return all that is wrong."""
+    _forget_latents(world)
     out = world.folder / f"{kind}{number}"
     code, said = world.run(out, events=Events(world.folder, number, kind))
     wrong = [] if code == (-signal.SIGKILL if kind == "kill" else 1) else [f"exit code {code}: {said[-800:]}"]
@@ -219,10 +223,13 @@ def main(model: str, kind: str, stride: int) -> None:
     """Count the events of a run, strike at every ``stride``-th, and print the counts and what went wrong as JSON."""
     with tempfile.TemporaryDirectory() as folder:
         world = World(Path(model), Path(folder))
-        code, said = world.run(world.folder / "whole", events=Events(world.folder, 0, kind))
+        code, said = world.run(world.folder / "whole", "--save_last_n_steps=99")
         assert code == 0, said
-        count = int((world.folder / "whole.count").read_text())
         wanted = {path.name: rows_of(path) for path in (world.folder / "whole").glob("*.safetensors")}
+        _forget_latents(world)
+        code, said = world.run(world.folder / "counted", events=Events(world.folder, 0, kind))
+        assert code == 0, said
+        count = int((world.folder / "counted.count").read_text())
         struck = range(1, count + 1, stride)
         wrong = [each for number in struck for each in strike(world, kind, number, wanted)]
         print(json.dumps({"events": count, "struck": len(struck), "wrong": wrong}))
