@@ -90,7 +90,7 @@ class Results:
         if length != state.total_steps:
             logger.info("The run has %d steps in all; it had %d when the state was saved.", length, state.total_steps)
         same = state.run and not changes and length == state.total_steps
-        return replace(self, run=state.run if same else self.run, resumed=state.resumed_with(changes, length))
+        return replace(self, run=state.run if same else self.run, resumed=state.resumed_with(self.options, length))
 
     def owns(self, path: Path) -> bool:
         """Whether an embedding file or a state folder was written by this run."""

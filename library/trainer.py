@@ -179,7 +179,9 @@ class Trainer:
             norms=self.usual_norms,
         )
         if self.state:
-            learner.load_state_dict(self.state.learner, self.state.step, new_rates=self.state.other_rates(self.options))
+            learner.load_state_dict(
+                self.state.learner, self.state.step, new_rates=bool(self.state.other_rates(self.options))
+            )
         return learner
 
     def prepare_latents(self) -> FrozenVae | None:

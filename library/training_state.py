@@ -5,7 +5,7 @@ import json
 import logging
 import random
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,10 @@ _MAY_CHANGE = {
     "max_train_epochs",
     "config_file",
     "output_config",
-    "dataset_config",  # what is in it counts
+    "dataset_config",  # what is in these counts
+    "train_data_dir",
+    "reg_data_dir",
+    "in_json",
     "max_data_loader_n_workers",
     "persistent_data_loader_workers",
     "cache_latents_to_disk",
@@ -186,11 +189,7 @@ class TrainingState:
         now, then = recorded(options), self.options
         if base is not None and base == self.base:  # the same checkpoint, wherever it is now
             then = {name: value for name, value in then.items() if name != "pretrained_model_name_or_path"}
-        found = [
-            f"--{name} was {_shown(then[name])} in the saved state and is now {_shown(now[name])}"
-            for name in now.keys() & then.keys() - _MAY_CHANGE
-            if now[name] != then[name]
-        ]
+        found = _differences(then, now, now.keys() - _MAY_CHANGE)
         if options.training.seed not in (None, self.seed):
             found.append(f"--seed was {self.seed} and is {options.training.seed}")
         if data != self.data:
@@ -201,10 +200,9 @@ class TrainingState:
             found.append(f"the schedule was over {self.total_steps} steps and is over {total_steps}")
         return sorted(found)
 
-    def other_rates(self, options: Options) -> bool:
-        """Whether the learning rate or its schedule is not what it was."""
-        now = recorded(options)
-        return any(now[name] != self.options[name] for name in _RATES & self.options.keys())
+    def other_rates(self, options: Options) -> list[str]:
+        """How the learning rate and its schedule differ from what they were, in words."""
+        return _differences(self.options, recorded(options), _RATES)
 
     def begun_alike(self, options: Options) -> Options:
         """The options with what the vectors really began with."""
@@ -215,9 +213,9 @@ class TrainingState:
         if process < len(self.random_states):
             set_random_states(self.random_states[process])
 
-    def resumed_with(self, changes: Sequence[str], total_steps: int) -> str | None:
-        """What resuming has changed so far, for the record, ``changes`` and the length of this run included."""
-        new = list(changes)
+    def resumed_with(self, options: Options, total_steps: int) -> str | None:
+        """What resuming has changed so far in rates and length, for the record of an embedding file (and no paths)."""
+        new = self.other_rates(options)
         if total_steps != self.total_steps:
             new.append(f"{total_steps} steps instead of {self.total_steps}")
         now = [f"after step {self.step}: {'; '.join(new)}"] if new else []
@@ -271,6 +269,14 @@ def _not_as_then(what: str, then: Any, now: Any) -> str:
     return (
         f"{what} was {_shown(then)} when the state of --resume was saved, and is {_shown(now)}. Give the same as then, "
         "or begin a new training from an embedding file with --weights."
+    )
+
+
+def _differences(then: dict[str, Any], now: dict[str, Any], names: Set[str]) -> list[str]:
+    return sorted(
+        f"--{name} was {_shown(then[name])} in the saved state and is now {_shown(now[name])}"
+        for name in names & then.keys()
+        if now[name] != then[name]
     )
 
 
