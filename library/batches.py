@@ -1,6 +1,6 @@
 """What the training loop receives: one batch of samples as tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -98,3 +98,15 @@ def _stacked_masks(masks: list[torch.Tensor | None]) -> torch.Tensor | None:
     if known is None:
         return None
     return torch.stack([torch.ones_like(known) if mask is None else mask for mask in masks]).unsqueeze(1)
+
+
+def groups(loader: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """Consecutive batches in lists of ``size``; the last list of an epoch may be shorter."""
+    group: list[Batch] = []
+    for batch in loader:
+        group.append(batch)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group

@@ -4,12 +4,13 @@ Pure functions and frozen objects: the trainer carries out the actions that a :c
 """
 
 import math
-import shutil
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from library.atomic_files import remove_folder
 from library.options import SampleOptions, SaveOptions, TrainingOptions
 
 
@@ -43,11 +44,22 @@ class RunPlan:
             epochs=math.ceil(total_steps / steps_per_epoch),
         )
 
+    def described(self, vectors: int, processes: int) -> str:
+        """The plan in a sentence, for so many vectors and processes."""
+        return (
+            f"Training {vectors} vectors for {self.total_steps} steps in {self.epochs} epochs: "
+            f"{self.batches_per_process} batches an epoch and process, {self.accumulation} a step, "
+            f"{processes} processes."
+        )
+
     def position(self, step: int, *, closed: bool = True) -> tuple[int, int]:
         """Where a run stands after ``step`` steps: (whole epochs done, batches each process has done in the next).
 
-        After the last step of an epoch that is not ``closed``, what is due at its end is still to be done.
+        After the last step of an epoch that is not ``closed``, what is due at its end is still to be done; the last
+        step of all ends its epoch wherever it is.
         """
+        if closed and step == self.total_steps:
+            return self.epochs, 0
         epoch, steps_in_epoch = divmod(step, self.steps_per_epoch)
         if not closed and step and not steps_in_epoch:
             return epoch - 1, self.steps_per_epoch * self.accumulation
@@ -81,6 +93,15 @@ class CheckpointNames:
     def state(stem: str) -> str:
         """The state folder of a stem."""
         return f"{stem}-state"
+
+    def is_state(self, name: str) -> bool:
+        """Whether a folder of this name is a state of such a run."""
+        stems = (
+            re.escape(self.last()),
+            re.escape(self.output_name or "epoch") + r"-\d{6,}",
+            re.escape(self.output_name or "at") + r"-step\d{8,}",
+        )
+        return any(re.fullmatch(self.state(stem), name) for stem in stems)
 
 
 @dataclass(frozen=True)
@@ -215,9 +236,9 @@ class SampleSchedule:
 
 
 def remove_checkpoint(path: Path) -> bool:
-    """Remove an embedding file or a state folder; returns whether there was one."""
+    """Remove an embedding file or a state folder at once; returns whether there was one."""
     if path.is_dir():
-        shutil.rmtree(path)
+        remove_folder(path)
         return True
     existed = path.is_file()
     path.unlink(missing_ok=True)

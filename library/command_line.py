@@ -5,23 +5,25 @@ import sys
 from collections.abc import Sequence
 
 from library.arguments import parse
-from library.console import allow_any_text, hold_back, release, set_up_logging
+from library.console import hold_back, keep_talking, release, set_up_logging
 from library.errors import UserError
-from library.interruptions import ended_gently
+from library.interruptions import EXIT_CODE, ended_gently, signals_handled
 from library.processes import ended_at_once
 
 
 def run(parser: argparse.ArgumentParser, family: str, arguments: Sequence[str] | None = None) -> int:
-    """Parse the arguments and train; return 0, 1 for a user's mistake, or 130 when interrupted (Ctrl-C, SIGTERM).
+    """Parse the arguments and train; return 0, 1 for a user's mistake, or 130 when interrupted (see interruptions).
 
     Everything heavy is imported after the arguments are known to be good, so that ``--help`` and mistakes answer at
-    once. Where the run has several processes, this one ends here (see ``ended_at_once``).
+    once. Without ``arguments`` those of the process are taken, and the process ends with the run; where the run has
+    several processes, this one ends here (see ``ended_at_once``).
     """
-    return ended_at_once(lambda: _run(parser, family, arguments))
+    keep_talking()
+    with signals_handled(own_process=arguments is None):
+        return ended_at_once(lambda: _run(parser, family, arguments))
 
 
 def _run(parser: argparse.ArgumentParser, family: str, arguments: Sequence[str] | None) -> int:
-    allow_any_text()
     hold_back()
     try:
         options = parse(parser, arguments)
@@ -36,5 +38,5 @@ def _run(parser: argparse.ArgumentParser, family: str, arguments: Sequence[str] 
         return 1
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
-        return 130
+        return EXIT_CODE
     return 0

@@ -1,8 +1,11 @@
 """What a run says while it goes: log records on the console or in a file, from the main process only."""
 
 import logging
+import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -36,10 +39,69 @@ class AboveProgress(logging.StreamHandler):
             self.handleError(record)
 
 
-def allow_any_text() -> None:
-    """Let signs that the terminal or a redirected output cannot show be written as escapes instead of raising."""
-    with suppress(AttributeError):  # a stand-in for standard output may not be a real file
-        sys.stdout.reconfigure(errors="backslashreplace")
+class LogFile(logging.FileHandler):
+    """Writes records to a file; where that fails (a full disk) it is said once, and the training goes on."""
+
+    failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        """Say the first failure on stderr."""
+        if not self.failed:
+            self.failed = True
+            reason = sys.exc_info()[1]
+            print(f"--console_log_file cannot be written ({reason}); records are missing there.", file=sys.stderr)
+
+
+class ToughStream:
+    """A standard stream that may be closed or full (``| head``, a terminal that is gone, a full disk).
+
+    What cannot be written is lost without an error: no message is worth a training. All else is the stream's own.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write the text if that is possible."""
+        with suppress(OSError, ValueError):  # ValueError: the stream itself was closed
+            return self._stream.write(text)
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        """Write the lines if that is possible."""
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        """Flush if that is possible."""
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def keep_talking() -> None:
+    """Let no output end the run: signs that it cannot show become escapes, and a failure to write is passed over."""
+    _fill_closed_descriptors()
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # it was closed when Python started
+            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115 - is open to the end
+        if isinstance(stream, ToughStream):
+            continue
+        with suppress(AttributeError):  # a stand-in may not be a real file
+            stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, ToughStream(stream))
+
+
+def _fill_closed_descriptors() -> None:
+    """Let no file of the run get the number of a standard stream: what libraries print would go into it."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
 
 
 def hold_back() -> None:
@@ -47,6 +109,16 @@ def hold_back() -> None:
     _replace_handlers(HeldBack())
     logging.getLogger("library").setLevel(logging.INFO)
     quieten()
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Within a ``with``: no log record but errors; for what is only tried out."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def release() -> None:
@@ -72,7 +144,7 @@ def set_up_logging(options: RuntimeOptions) -> None:
     """
     if options.console_log_file and rank() == 0:
         try:
-            handler: logging.Handler = logging.FileHandler(options.console_log_file, mode="w", encoding="utf-8")
+            handler: logging.Handler = LogFile(options.console_log_file, mode="w", encoding="utf-8")
         except OSError as error:
             raise UserError(
                 f"--console_log_file {options.console_log_file} cannot be written: {error.strerror}."

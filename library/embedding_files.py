@@ -18,6 +18,7 @@ from torch import Tensor
 from library.atomic_files import write_atomically
 from library.errors import UserError
 from library.metadata import TrainingRecord, file_metadata
+from library.torch_files import torch_content
 from library.weight_files import open_weights
 
 SINGLE, PAIR = ("emb_params",), ("clip_l", "clip_g")
@@ -38,13 +39,14 @@ def write_embedding(
     *,
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
-) -> None:
+    keep_old: bool = False,
+) -> Path | None:
     """Write the trained rows; the suffix decides the format (``.safetensors``, else torch's).
 
     ``tensors`` maps ``emb_params``, or ``clip_l`` and ``clip_g``, to rows [N, width] on any device; ``dtype`` None
     keeps theirs. ``metadata`` (from ``modelspec_metadata``) goes, completed, into a ``.safetensors`` file; torch files
-    have no place for it. The old file stays until the new one is complete. Raises :class:`UserError` when the file
-    cannot be written, or when a row is not finite.
+    have no place for it. The old file stays until the new one is complete; for ``keep_old`` and what is returned see
+    ``write_atomically``. Raises :class:`UserError` when the file cannot be written, or when a row is not finite.
     """
     path = Path(path)
     plain = {key: _plain(rows, dtype) for key, rows in tensors.items()}
@@ -55,7 +57,18 @@ def write_embedding(
         content = _safetensors_content(plain, record, path.stem, metadata)
     else:
         content = _torch_content(plain, record)
-    write_atomically(path, content)
+    return write_atomically(path, content, keep_old=keep_old)
+
+
+def run_of(path: Path) -> str | None:
+    """The run that wrote an embedding file (``TrainingRecord.run``); None where it does not say so."""
+    try:
+        if path.suffix == ".safetensors":
+            return open_weights(path).metadata.get("ti.run")
+        content = torch_content(path)
+    except (UserError, OSError):  # missing, damaged or foreign
+        return None
+    return content.get("run") if isinstance(content, Mapping) else None
 
 
 def read_embedding(path: Path | str) -> dict[str, Tensor]:
@@ -131,6 +144,8 @@ def _torch_content(tensors: dict[str, Tensor], record: TrainingRecord) -> bytes:
             "sd_checkpoint": record.base_model_hash,
             "sd_checkpoint_name": record.base_model,
         }
+    if record.run:
+        content["run"] = record.run
     buffer = io.BytesIO()
     torch.save(content, buffer, _use_new_zipfile_serialization=False)
     return buffer.getvalue()

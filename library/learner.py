@@ -1,6 +1,5 @@
 """Teaches the rows, one optimizer step at a time. All that a training changes is held here, and nowhere else."""
 
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,8 +10,10 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
 
 from library.batches import Batch
+from library.console import silenced
 from library.denoising import DenoisingTask
 from library.errors import UserError, first_line
+from library.interruptions import in_one_piece
 from library.learning_watch import LearningWatch
 from library.lr_schedulers import LearningRateSchedule, build_lr_schedule
 from library.optimizers import OptimizerChoice, averaged_values, build_optimizer
@@ -20,12 +21,15 @@ from library.options import Options
 from library.tokens import TrainableRows
 from library.training_state import packed
 
+# What a schedule may set in an optimizer's parameter groups.
+_SCHEDULED = ("lr", "initial_lr", "max_lr", "min_lr", "betas", "momentum", "base_momentum", "max_momentum")
+
 
 class Learner:
     """The rows with their optimizer and its schedule.
 
     ``max_grad_norm`` limits the joint norm of all rows' gradient (0: no limit). With ``norms``, one per text encoder,
-    every row is brought to that length after each step.
+    every row is brought to that length after each step. ``steps`` have been done.
     """
 
     def __init__(
@@ -42,27 +46,35 @@ class Learner:
         """The rows and the optimizer become the accelerator's; ``prepared_rows`` is what the encoders must use."""
         self.accelerator, self.rows, self.choice, self.schedule, self.watch = accelerator, rows, choice, schedule, watch
         self.max_grad_norm, self.norms = max_grad_norm, norms
+        self.steps = 0
         self.optimizer: AcceleratedOptimizer
         self.optimizer, self.prepared_rows = accelerator.prepare(choice.optimizer, rows)
 
-    def step(self, batches: Iterable[Batch], task: DenoisingTask, number: int) -> float:
-        """Optimizer step ``number`` (from 1) from the batches of one accumulation group; returns their mean loss.
+    def step(self, batches: Iterable[Batch], task: DenoisingTask) -> float | None:
+        """The next optimizer step, from the batches of one accumulation group; returns the mean loss of what taught.
 
+        None where no sample holds the token: such a step counts, but nothing is learned, and no schedule sees it.
         Raises UserError where going on could only spoil the rows, or has never taught them anything.
         """
-        loss = torch.zeros((), device=self.accelerator.device)
-        taught = False
+        # The sum of the losses of the samples that hold the token, and how many they are, both as shares of the step.
+        taught = torch.zeros(2, device=self.accelerator.device)
         for batch in batches:
             # Processes add up their gradients after every batch: a few kilobytes, and --ddp_static_graph cannot wait.
-            part = self._batch_loss(batch, task) * batch.weight
-            self.accelerator.backward(part)
-            loss += part.detach()
-            taught = taught or bool(batch.has_token.any())
-        mean, taught = self.agree(loss, taught)
-        self.watch.check_loss(mean, number)
-        if taught:
-            self._update_rows(number)
-        self.schedule.step(mean)
+            losses = self._losses(batch, task)
+            self.accelerator.backward(losses.mean() * batch.weight)
+            if batch.has_token.any():
+                held = losses.detach()[batch.has_token.to(losses.device)]
+                taught += torch.stack([held.sum(), held.new_tensor(len(held))]) * (batch.weight / len(batch))
+        mean = self.agree(taught)
+        if mean is not None:
+            self.watch.check_loss(mean, self.steps + 1)
+            self._prepare_gradient()
+        # What is interrupted here would be neither this step nor the next.
+        with in_one_piece():
+            if mean is not None:
+                self._update_rows()
+                self.schedule.step(mean)
+            self.steps += 1
         self.optimizer.zero_grad()
         return mean
 
@@ -74,13 +86,12 @@ class Learner:
             rates["lr/d*lr"] = float(group["d"] * group["lr"])
         return rates
 
-    def agree(self, loss: Tensor, taught: bool) -> tuple[float, bool]:
-        """The mean loss over the processes, and whether any of them saw the word."""
-        if self.accelerator.num_processes == 1:
-            return loss.item(), taught
-        shared = torch.stack([loss, torch.tensor(float(taught), device=loss.device)])
-        mean, share = self.accelerator.reduce(shared, reduction="mean").tolist()
-        return mean, share > 0
+    def agree(self, taught: Tensor) -> float | None:
+        """The mean loss over the processes from [sum, weight] of each; None where the weights are all zero."""
+        if self.accelerator.num_processes > 1:
+            taught = self.accelerator.reduce(taught, reduction="mean")
+        total, weight = taught.tolist()
+        return total / weight if weight else None
 
     @contextmanager
     def averaged_rows(self) -> Iterator[list[Tensor]]:
@@ -106,36 +117,54 @@ class Learner:
             "taught": self.watch.taught,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state`` was taken, with an optimizer and a schedule of the same kind. Raises UserError."""
+    def load_state_dict(self, state: dict[str, Any], steps: int, *, new_rates: bool = False) -> None:
+        """Go on where ``state`` was taken after ``steps`` steps, with an optimizer of the same kind. Raises UserError.
+
+        With ``new_rates`` the learning rate and the schedule are those of today, at the place where the old one was.
+        """
         try:
-            self.rows.assign(state["rows"])
-            self.choice.optimizer.load_state_dict(state["optimizer"])
-            self.schedule.load_state_dict(state["schedule"])
-            if self.accelerator.scaler is not None and state["scaler"]:
-                self.accelerator.scaler.load_state_dict(state["scaler"])
+            self._load(state, steps, new_rates)
         except Exception as error:  # whatever an optimizer or a schedule says of values that are not its own
             raise UserError(
                 f"--resume: the state does not fit this optimizer, schedule or model ({first_line(error)}). Use "
                 "another state, or start from an embedding file with --weights."
             ) from error
+
+    def _load(self, state: dict[str, Any], steps: int, new_rates: bool) -> None:
+        self.steps = steps
+        self.rows.assign(state["rows"])
+        groups = self.choice.optimizer.param_groups
+        today = [{name: group[name] for name in _SCHEDULED if name in group} for group in groups]
+        self.choice.optimizer.load_state_dict(state["optimizer"])
+        if new_rates:
+            for group, values in zip(self.choice.optimizer.param_groups, today, strict=True):
+                group.update(values)
+            self.schedule.go_to(state["schedule"].get("last_epoch", steps))
+        else:
+            self.schedule.load_state_dict(state["schedule"])
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
         self.watch.taught = state["taught"]
 
-    def _batch_loss(self, batch: Batch, task: DenoisingTask) -> Tensor:
-        """The mean loss of a batch, or a zero that depends on the rows where nothing in it can teach them."""
+    def _losses(self, batch: Batch, task: DenoisingTask) -> Tensor:
+        """The loss of each sample [B], or one zero that depends on the rows where nothing in it can teach them."""
         if not batch.has_token.any():
             # The networks are skipped, but the rows stay in the graph: other processes may wait for their gradient.
-            return sum(rows.sum() for rows in task.prompt_encoder.rows(None)) * 0.0
-        return task.losses(batch.to(self.accelerator.device, non_blocking=True)).mean()
+            return sum(rows.sum() for rows in task.prompt_encoder.rows(None)) * torch.zeros(
+                1, device=self.accelerator.device
+            )
+        return task.losses(batch.to(self.accelerator.device, non_blocking=True))
 
-    def _update_rows(self, number: int) -> None:
-        """Clip the joint gradient of all encoders' rows, look at it, and step the optimizer."""
+    def _prepare_gradient(self) -> None:
+        """Clip the joint gradient of all encoders' rows, and look at it."""
         if self.max_grad_norm:
             self.accelerator.clip_grad_norm_(self.rows.parameters(), self.max_grad_norm)
         else:
             self.accelerator.unscale_gradients()
         gradients = torch.stack([rows.grad.norm(dim=1) for rows in self.rows.rows])
-        self.watch.check_gradient(gradients, number)
+        self.watch.check_gradient(gradients, self.steps + 1)
+
+    def _update_rows(self) -> None:
         self.optimizer.step()
         if self.norms is not None:
             self.rows.rescale(self.norms)
@@ -143,11 +172,8 @@ class Learner:
 
 def check_learning(options: Options, total_steps: int) -> None:
     """Find mistakes in the optimizer's and the schedule's options before anything is loaded. Raises UserError."""
-    logging.disable(logging.WARNING)  # they are said when the real ones are built
-    try:
+    with silenced():  # what there is to say is said when the real ones are built
         choice = build_optimizer(options.optimizer, [torch.nn.Parameter(torch.zeros(1, 1))])
         schedule = build_lr_schedule(options.schedule, choice, total_steps)
         if options.save.save_state or options.save.save_state_on_train_end:
             packed({"optimizer": choice.optimizer.state_dict(), "schedule": schedule.state_dict()})
-    finally:
-        logging.disable(logging.NOTSET)

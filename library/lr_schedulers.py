@@ -5,6 +5,7 @@ transformers, diffusers and torch.
 """
 
 import logging
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -63,6 +64,14 @@ class LearningRateSchedule:
             self.scheduler.step(loss)
         else:
             self.scheduler.step()
+
+    def go_to(self, step: int) -> None:
+        """Go on from the beginning to where ``step`` steps have been done; one that follows the loss begins there."""
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            return
+        with warnings.catch_warnings(action="ignore"):  # torch: the optimizer has made no step
+            for _ in range(step):
+                self.scheduler.step()
 
     def get_last_lr(self) -> list[float]:
         """The rate of each parameter group for the next optimizer step."""

@@ -32,7 +32,8 @@ _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 class TrainingRecord:
     """How an embedding came about; None means "not known" and is left out of the file.
 
-    ``base_model`` is a name (never a path), ``steps`` and ``epoch`` count from 1 at the moment of saving.
+    ``base_model`` is a name (never a path), ``steps`` and ``epoch`` count from 1 at the moment of saving. ``run`` is
+    the same in all files of one run; ``resumed`` tells what ``--resume`` changed in its course.
     """
 
     token: str
@@ -45,6 +46,8 @@ class TrainingRecord:
     seed: int | None = None
     learning_rate: float | str | None = None
     optimizer: str | None = None
+    run: str | None = None
+    resumed: str | None = None
 
     def as_metadata(self) -> dict[str, str]:
         """The record as ``ti.<name>`` strings."""

@@ -53,7 +53,10 @@ class SaveOptions:
     save_state: bool = flag("With each saved file, also save what --resume needs to go on exactly from there.")
     save_state_on_train_end: bool = flag("Save that state at the end only.")
     resume: str | None = option(
-        None, "Folder of a saved state to go on from. To start from an embedding file use --weights.", metavar="DIR"
+        None,
+        "Folder of a saved state to go on from; latest: the newest one of --output_name in --output_dir. To start from "
+        "an embedding file use --weights.",
+        metavar="DIR",
     )
 
 

@@ -1,5 +1,6 @@
 """The pictures of ``--sample_prompts``: when they are drawn, and the files they become."""
 
+import glob
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,16 +52,25 @@ class SampleAlbum:
         return cls(tuple(wanted), SampleSchedule.create(options.sample), folder, options.save.output_name)
 
     def draw(
-        self, pipeline: SamplingPipeline, mark: str, *, process_index: int = 0, num_processes: int = 1
+        self,
+        pipeline: SamplingPipeline,
+        mark: str,
+        *,
+        process_index: int = 0,
+        num_processes: int = 1,
+        missing: bool = False,
     ) -> dict[int, np.ndarray]:
-        """Draw this process's share of the prompts, one by one, and write the files.
+        """Draw this process's share of the prompts, or what is ``missing`` of it, one by one, and write the files.
 
         Returns the pictures, uint8 [H, W, 3], by the number of their prompt (from 0). What cannot be drawn or written
         is said and left out.
 
         ``mark`` tells in the files' names when it was: see :func:`epoch_mark` and :func:`step_mark`.
         """
-        numbers = range(process_index, len(self.prompts), num_processes)
+        numbers = list(range(process_index, len(self.prompts), num_processes))
+        if missing:
+            begin = f"{glob.escape(self.output_name)}_{mark}"
+            numbers = [number for number in numbers if not any(self.folder.glob(f"{begin}_{number:02d}_*.png"))]
         moment = datetime.now().strftime("%Y%m%d%H%M%S")
         pictures = {}
         bar = tqdm(numbers, desc="Drawing samples", unit="picture", disable=process_index > 0)

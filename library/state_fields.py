@@ -13,7 +13,7 @@ _NUMPY_KEYS = 624  # of the generator MT19937
 
 def malformed_field(content: Mapping[str, Any]) -> str | None:
     """The name of a field that has not the type and shape that a training writes, or None. Others are not looked at."""
-    return next((name for name, is_sound in _CHECKS.items() if not is_sound(content[name])), None)
+    return next((name for name, is_sound in _CHECKS.items() if name in content and not is_sound(content[name])), None)
 
 
 def _is_step(value: Any) -> bool:
@@ -100,4 +100,8 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "learner": _is_learner,
     "epoch_losses": _are_losses,
     "random_states": _are_random_states,
+    "run": lambda value: isinstance(value, str),
+    "base": lambda value: value is None or isinstance(value, str),
+    "resumed": lambda value: value is None or isinstance(value, str),
+    "contents": lambda value: isinstance(value, str),
 }

@@ -2,7 +2,8 @@
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -12,8 +13,8 @@ from tqdm import tqdm
 
 from library import runtime
 from library.base_model import BaseModel
-from library.batches import Batch
-from library.checkpoints import Action, RunPlan, SaveSchedule, remove_checkpoint
+from library.batches import groups
+from library.checkpoints import Action, RunPlan, SaveSchedule
 from library.dataset import TrainingData
 from library.denoising import DenoisingTask
 from library.diffusion import NoiseSchedule
@@ -38,7 +39,7 @@ from library.sampling import SamplingPipeline
 from library.text_encoding import PromptEncoder
 from library.tokens import TrainableRows, table_spread, typical_norm
 from library.trackers import RunLog
-from library.training_state import TrainingState, note_contents, random_states, recorded, set_random_states
+from library.training_state import TrainingState, note_contents, random_states, recorded
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class Trainer:
         data: TrainingData,
         state: TrainingState | None = None,
     ):
-        """``state`` is where to go on; what differs from then is said. Raises UserError where nothing is left to do."""
+        """``state`` is where to go on; see ``Results.continuing``. Raises UserError."""
         self.options, self.family, self.model, self.word, self.data = options, family, model, word, data
         self.state = state
         self.accelerator, self.precision = machine.accelerator, machine.precision
@@ -70,19 +71,22 @@ class Trainer:
         self.saves = SaveSchedule.create(options.save, self.plan.epochs)
         self.results = Results.create(options, family, model, word, data)
         self.album = SampleAlbum.create(options, word.prompts)
-        self.step = state.step if state else 0
-        self.epoch, self.batches_done = self.plan.position(self.step, closed=state is None or state.epoch_closed)
-        if self.step >= self.plan.total_steps:
-            raise UserError(
-                f"--resume: the state is of step {self.step}, and the run has {self.plan.total_steps} steps in all, so "
-                "nothing is left to do. Raise --max_train_steps or --max_train_epochs."
-            )
-        if state and (changes := state.changes(options, self.plan.total_steps, data.fingerprint, processes)):
-            logger.warning("The run does not go on exactly as it would have: %s.", "; ".join(changes))
+        done = state.step if state else 0
+        self.epoch, self.batches_done = self.plan.position(done, closed=state is None or state.epoch_closed)
+        self.epoch_closed = True
+        if state:
+            self.results = self.results.continuing(state, self.plan, data.fingerprint, processes)
+
+    @property
+    def step(self) -> int:
+        """How many optimizer steps have been done."""
+        return self.learner.steps
 
     def run(self) -> Path:
         """Train and save; return the path of the embedding file."""
         check_learning(self.options, self.plan.total_steps)
+        if self.accelerator.is_main_process:
+            self.results.sweep()
         self.hub = HubUpload.open(self.options.hub) if self.accelerator.is_main_process else None
         text_encoders = self.load_text_encoders()
         self.rows, self.starts = self.build_rows(text_encoders)
@@ -182,7 +186,9 @@ class Trainer:
             self.accelerator, self.rows, self.choice, self.lr_schedule, watch, max_grad_norm=limit, norms=norms
         )
         if self.state:
-            learner.load_state_dict(self.state.learner)
+            learner.load_state_dict(
+                self.state.learner, self.state.step, new_rates=bool(self.state.other_rates(self.options))
+            )
         return learner
 
     def prepare_latents(self) -> FrozenVae | None:
@@ -282,15 +288,7 @@ class Trainer:
             persistent=self.options.dataset.persistent_data_loader_workers,
             pin_memory=self.device.type == "cuda",
         )
-        logger.info(
-            "Training %d vectors for %d steps in %d epochs: %d batches an epoch and process, %d a step, %d processes.",
-            self.word.placeholder.count,
-            self.plan.total_steps,
-            self.plan.epochs,
-            self.plan.batches_per_process,
-            self.plan.accumulation,
-            self.accelerator.num_processes,
-        )
+        logger.info(self.plan.described(self.word.placeholder.count, self.accelerator.num_processes))
         lookout = self.rescue.lookout
         progress = tqdm(
             total=self.plan.total_steps,
@@ -310,19 +308,17 @@ class Trainer:
                 self.epoch, self.epoch_closed = epoch, False
                 loader.set_epoch(epoch, (epoch - 1) * self.plan.steps_per_epoch, self.batches_done)
                 self.batches_done = 0
-                for batches in _groups(loader, self.plan.accumulation):
+                for batches in islice(groups(loader, self.plan.accumulation), self.plan.total_steps - self.step):
                     rates = self.learner.rates()
-                    loss = self.learner.step(lookout.beating(batches), self.task, self.step + 1)
-                    self.step += 1
+                    loss = self.learner.step(lookout.beating(batches), self.task)
                     lookout.step_done(lambda: self.rescue.vectors(self.step, self.epoch))
-                    self.log.step(loss, rates, self.step)
                     progress.update()
-                    progress.set_postfix(loss=f"{loss:.4f}", lr=f"{self.lr_schedule.get_last_lr()[0]:.3g}")
+                    if loss is not None:
+                        self.log.step(loss, rates, self.step)
+                        progress.set_postfix(loss=f"{loss:.4f}", lr=f"{self.lr_schedule.get_last_lr()[0]:.3g}")
                     self.carry_out(self.saves.after_step(self.step))
                     if self.album.schedule.after_step(self.step):
                         self.draw_samples(step_mark(self.step))
-                    if self.step >= self.plan.total_steps:
-                        break
                 self.log.epoch(self.step)
                 self.validate()
                 self.epoch_closed = True
@@ -331,11 +327,21 @@ class Trainer:
                     self.draw_samples(epoch_mark(epoch))
 
     def go_on(self) -> None:
-        """Say where the training goes on, and set what the state holds besides the rows and the optimizer."""
+        """Say where the training goes on, and set what the state holds besides the rows and the optimizer.
+
+        What was due after the state was saved is made up for: old files go, samples that are missing are drawn.
+        """
         logger.info("Going on after step %d of %d (--resume).", self.step, self.plan.total_steps)
         self.log.epoch_losses = list(self.state.epoch_losses)
-        if self.accelerator.process_index < len(self.state.random_states):
-            set_random_states(self.state.random_states[self.accelerator.process_index])
+        self.state.set_random_states(self.accelerator.process_index)
+        actions, due = self.saves.after_step(self.step), self.album.schedule.after_step(self.step)
+        mark = step_mark(self.step)
+        if self.state.epoch_closed and not self.batches_done:
+            actions, due = self.saves.after_epoch(self.epoch), self.album.schedule.after_epoch(self.epoch)
+            mark = epoch_mark(self.epoch)
+        self.carry_out(action for action in actions if action.kind == "remove")
+        if due:
+            self.draw_samples(mark, missing=True)
 
     def validate(self) -> None:
         """Log the loss on held-out pictures, with the same noise and timesteps every time."""
@@ -349,20 +355,21 @@ class Trainer:
             for batch in loader:
                 if len(batch):
                     loss += self.task.losses(batch.to(self.device)).mean() * batch.weight
-        loss, _ = self.learner.agree(loss, True)
+        loss = self.learner.agree(torch.stack([loss, torch.ones_like(loss)]))
         logger.info("Epoch %d, step %d: loss/validation %.5f", self.epoch, self.step, loss)
         self.log.values({"loss/validation": loss}, self.step)
 
     # ---- results
 
-    def draw_samples(self, mark: str) -> None:
-        """Draw the pictures of ``--sample_prompts`` with the rows as they would be saved now."""
+    def draw_samples(self, mark: str, *, missing: bool = False) -> None:
+        """Draw the pictures of ``--sample_prompts`` with the rows as they would be saved now, or those ``missing``."""
         with self.learner.averaged_rows():
             pictures = self.album.draw(
                 self.sampling_pipeline(),
                 mark,
                 process_index=self.accelerator.process_index,
                 num_processes=self.accelerator.num_processes,
+                missing=missing,
             )
         self.log.pictures(pictures, self.step)
 
@@ -376,7 +383,7 @@ class Trainer:
                 self.save_state(action.name)
                 self.upload(action)
             elif action.kind == "remove" and self.accelerator.is_main_process:
-                remove_checkpoint(self.results.path(action.name))
+                self.results.remove(action.name)
 
     def save(self, name: str) -> list[Tensor]:
         """Write the embedding file ``name`` and return the rows in it; all processes take part, one writes."""
@@ -401,7 +408,7 @@ class Trainer:
             random_states=gather_object([random_states()]),
         )
         if self.accelerator.is_main_process:
-            state.write(self.results.path(name))
+            self.results.write_state(name, state)
 
     def upload(self, action: Action) -> None:
         """Bring what was saved to the hub, if that was asked for; only the main process has a ``hub``."""
@@ -430,15 +437,3 @@ class Trainer:
                 report = measure.report(None if token.weights else token.init_word, self.starts)
             print(f"\n{report.text}")
             print(f"The pictures are in {report.write(path.with_suffix(''))}")
-
-
-def _groups(loader: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
-    """Consecutive batches in lists of ``size``; the last list of an epoch may be shorter."""
-    group: list[Batch] = []
-    for batch in loader:
-        group.append(batch)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group

@@ -9,7 +9,7 @@ import torch
 from library import runtime
 from library.base_model import BaseModel
 from library.captions import OBJECT_TEMPLATES, STYLE_TEMPLATES
-from library.checkpoints import RunPlan
+from library.checkpoints import CheckpointNames, RunPlan
 from library.clients import name_warnings
 from library.custom_dataset import CustomData
 from library.dataset import TrainingData
@@ -72,6 +72,10 @@ def find_state(options: Options) -> TrainingState | None:
     if options.save.resume is None:
         return None
     folder = Path(options.save.resume)
+    if options.save.resume == "latest" and not options.hub.resume_from_huggingface:
+        names = CheckpointNames(options.save.output_name, options.save.save_model_as)
+        folder = TrainingState.latest(Path(options.save.output_dir), names)
+        logger.info("--resume=latest: the state in %s.", folder)
     if options.hub.resume_from_huggingface:
         folder = download_state(options.save.resume, STATE_FILE, options.hub.huggingface_token)
     state = TrainingState.read(folder)

@@ -4,8 +4,8 @@ import io
 import json
 import logging
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence, Set
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from library.atomic_files import write_atomically
+from library.atomic_files import write_atomically, write_folder
+from library.checkpoints import CheckpointNames
+from library.console import silenced
 from library.dataset import BatchedData
 from library.errors import UserError, first_line
+from library.optimizers import build_optimizer
 from library.options import Options, as_dict
 from library.output_options import HubOptions, LoggingOptions, MetadataOptions, SampleOptions, SaveOptions
 from library.state_fields import malformed_field
@@ -33,14 +36,12 @@ Give it to --resume, with the command of the first run, to go on exactly where i
 The embedding of the same moment is the file beside it.
 """
 
-# A different optimizer or schedule could make nothing of what was saved, and the word is what the rows are of. What
-# the rows began with needs not be said again, but it is what it was.
-_MUST_AGREE = (
-    {"token_string", "num_vectors_per_token", "init_word", "weights"}
-    | set(OptimizerOptions.__dataclass_fields__)
-    | set(ScheduleOptions.__dataclass_fields__)
-) - {"max_grad_norm"}
+# The word is what the rows are of.
+_MUST_AGREE = ("token_string", "num_vectors_per_token")
+# What the rows began with is in the state, whatever is said now.
 _START = ("init_word", "weights")
+_OPTIMIZER = set(OptimizerOptions.__dataclass_fields__) - {"learning_rate", "max_grad_norm", "fused_backward_pass"}
+_RATES = {"learning_rate", *ScheduleOptions.__dataclass_fields__}
 # These change nothing in the vectors; the length is spoken of where it matters.
 _MAY_CHANGE = {
     name
@@ -51,7 +52,10 @@ _MAY_CHANGE = {
     "max_train_epochs",
     "config_file",
     "output_config",
-    "dataset_config",  # what is in it counts
+    "dataset_config",  # what is in these counts
+    "train_data_dir",
+    "reg_data_dir",
+    "in_json",
     "max_data_loader_n_workers",
     "persistent_data_loader_workers",
     "cache_latents_to_disk",
@@ -65,7 +69,11 @@ _MAY_CHANGE = {
     "ddp_timeout",
     "ddp_gradient_as_bucket_view",
     "ddp_static_graph",
+    "fused_backward_pass",
     "seed",  # what a run without one has drawn is in the state
+    *_MUST_AGREE,
+    *_START,
+    *_OPTIMIZER,  # compared as a whole
 }
 
 
@@ -77,7 +85,9 @@ class TrainingState:
     that of its latents, or of its images where none were cached. ``epoch_closed`` tells whether all that is due at the
     end of an epoch was done, if the step ends one. ``starts`` [N, D] per text encoder are the rows that the training
     began with, ``learner`` is what ``Learner.state_dict`` gives, ``epoch_losses`` are the losses of the epoch so far,
-    ``random_states`` those of each process (see :func:`random_states`).
+    ``random_states`` those of each process (see :func:`random_states`). ``run`` is what all files of the run hold ("",
+    as in ``contents``: not known), ``base`` the checkpoint's hash if it has one; ``resumed`` tells what ``--resume``
+    has changed so far.
     """
 
     step: int
@@ -85,18 +95,26 @@ class TrainingState:
     epoch_closed: bool
     seed: int
     data: str
-    contents: str
     options: dict[str, Any]
     starts: list[Tensor]
     learner: dict[str, Any]
     epoch_losses: list[float]
     random_states: list[dict[str, Any]]
+    run: str = ""
+    base: str | None = None
+    resumed: str | None = None
+    contents: str = ""
 
-    def write(self, folder: Path) -> None:
-        """Write the folder; an older state in it is replaced at once or not at all. Raises UserError."""
-        content = {"format": _FORMAT, **{name: getattr(self, name) for name in self.__dataclass_fields__}}
-        write_atomically(folder / FILE, packed(content))
-        write_atomically(folder / "README.txt", _NOTE.encode())
+    def write(self, folder: Path) -> Path | None:
+        """Make the folder, or replace an older state of the same run in it, at once or not at all. Raises UserError.
+
+        What else stands in the place moves to the next free number; its new path is returned.
+        """
+        content = packed({"format": _FORMAT, **{name: getattr(self, name) for name in self.__dataclass_fields__}})
+        if run_of_state(folder) == self.run:
+            write_atomically(folder / FILE, content)
+            return None
+        return write_folder(folder, {"README.txt": _NOTE.encode(), FILE: content})
 
     @classmethod
     def read(cls, folder: Path) -> "TrainingState":
@@ -112,7 +130,8 @@ class TrainingState:
                 f"--resume: {file} is damaged, or holds objects that cannot be read safely. "
                 "Use an older state, or start from an embedding file with --weights."
             ) from error
-        if not isinstance(content, dict) or content.pop("format", None) != _FORMAT or content.keys() != _FIELDS:
+        known = isinstance(content, dict) and content.pop("format", None) == _FORMAT
+        if not known or not _NEEDED <= content.keys() <= _FIELDS:
             raise UserError(f"--resume: {file} was written by another version. Start from a file with --weights.")
         if (field := malformed_field(content)) is not None:
             raise UserError(
@@ -121,26 +140,63 @@ class TrainingState:
             )
         return cls(**content)
 
+    @classmethod
+    def latest(cls, folder: Path, names: CheckpointNames) -> Path:
+        """The folder of the state that was saved last under these names in ``folder``.
+
+        What is damaged is said and passed over. Raises UserError if none is whole.
+        """
+        found = [path for path in folder.glob("*") if names.is_state(path.name) and (path / FILE).is_file()]
+        for path in sorted(found, key=lambda path: (path / FILE).stat().st_mtime_ns, reverse=True):
+            try:
+                cls.read(path)
+            except UserError as error:
+                logger.warning("--resume=latest passes over a state: %s", error)
+            else:
+                return path
+        raise UserError(
+            f"--resume=latest: {folder} holds no state of {names.last()} that can be used. States are made by "
+            "--save_state; to begin a new training leave --resume out."
+        )
+
     def check(self, options: Options) -> None:
         """Raise UserError where a run with these options could not go on from here."""
         now = recorded(options)
-        for name in sorted(_MUST_AGREE & self.options.keys()):
-            then = self.options[name]
-            if _alike(name, then, now[name]) or (name in _START and now[name] is None):
-                continue
+        for name in _MUST_AGREE:
+            if name in self.options and self.options[name] != now[name]:
+                raise UserError(_not_as_then(f"--{name}", self.options[name], now[name]))
+        if _OPTIMIZER & self.options.keys() and (then := self._optimizer()) != (given := _described(options.optimizer)):
+            raise UserError(_not_as_then("The optimizer", then, given))
+        for name in _START:
+            if now[name] not in (None, self.options.get(name, now[name])):
+                logger.warning(
+                    "--%s has no effect on a resumed run: the vectors are those of the state, which began with %s.",
+                    name,
+                    " and ".join(str(self.options[each]) for each in _START if self.options[each]) or "neither",
+                )
+
+    def check_base(self, base: str | None) -> None:
+        """Raise UserError where the checkpoint of this hash is another one than the state's."""
+        if None not in (base, self.base) and base != self.base:
             raise UserError(
-                f"--{name} was {_shown(then)} when the state of --resume was saved, and is {_shown(now[name])}. Give "
-                "the same as then, or begin a new training from an embedding file with --weights."
+                "--pretrained_model_name_or_path is another model than the one of the saved state: their SHA-256 are "
+                f"{base} and {self.base}. Use the model of the first run, or begin a new training from an embedding "
+                "file with --weights."
             )
 
-    def changes(self, options: Options, total_steps: int, data: str, processes: int) -> list[str]:
+    def _optimizer(self) -> str:
+        """The optimizer of the state with its arguments."""
+        then = {name: self.options[name] for name in _OPTIMIZER & self.options.keys()}
+        return _described(OptimizerOptions(**then))
+
+    def changes(
+        self, options: Options, total_steps: int, data: str, processes: int, base: str | None = None
+    ) -> list[str]:
         """What makes a run that goes on from here another one than it would have been, in words."""
         now, then = recorded(options), self.options
-        found = [
-            f"--{name} was {_shown(then[name])} and is {_shown(now[name])}"
-            for name in now.keys() & then.keys() - _MAY_CHANGE - _MUST_AGREE
-            if now[name] != then[name]
-        ]
+        if base is not None and base == self.base:  # the same checkpoint, wherever it is now
+            then = {name: value for name, value in then.items() if name != "pretrained_model_name_or_path"}
+        found = _differences(then, now, now.keys() - _MAY_CHANGE)
         if options.training.seed not in (None, self.seed):
             found.append(f"--seed was {self.seed} and is {options.training.seed}")
         if data != self.data:
@@ -151,9 +207,26 @@ class TrainingState:
             found.append(f"the schedule was over {self.total_steps} steps and is over {total_steps}")
         return sorted(found)
 
+    def other_rates(self, options: Options) -> list[str]:
+        """How the learning rate and its schedule differ from what they were, in words."""
+        return _differences(self.options, recorded(options), _RATES)
+
     def begun_alike(self, options: Options) -> Options:
         """The options with what the vectors really began with."""
         return replace(options, token=replace(options.token, **{name: self.options[name] for name in _START}))
+
+    def set_random_states(self, process: int) -> None:
+        """Set the global random generators of this process as they were, if it was there."""
+        if process < len(self.random_states):
+            set_random_states(self.random_states[process])
+
+    def resumed_with(self, options: Options, total_steps: int) -> str | None:
+        """What resuming has changed so far in rates and length, for the record of an embedding file (and no paths)."""
+        new = self.other_rates(options)
+        if total_steps != self.total_steps:
+            new.append(f"{total_steps} steps instead of {self.total_steps}")
+        now = [f"after step {self.step}: {'; '.join(new)}"] if new else []
+        return " | ".join([*([self.resumed] if self.resumed else []), *now]) or None
 
     def starts_for(self, tables: Sequence[nn.Embedding]) -> list[Tensor]:
         """The rows that the training began with. Raises UserError where they are no rows of these tables."""
@@ -167,6 +240,16 @@ class TrainingState:
 
 
 _FIELDS = set(TrainingState.__dataclass_fields__)
+# Those that came later have a default.
+_NEEDED = {field.name for field in fields(TrainingState) if field.default is MISSING}
+
+
+def run_of_state(folder: Path) -> str | None:
+    """The run that saved the state in ``folder``; None where that is not known, or it is not a state."""
+    try:
+        return TrainingState.read(folder).run or None
+    except UserError:
+        return None
 
 
 def packed(content: dict[str, Any]) -> bytes:
@@ -183,10 +266,25 @@ def packed(content: dict[str, Any]) -> bytes:
     return file.getvalue()
 
 
-def _alike(name: str, then: Any, now: Any) -> bool:
-    if name == "optimizer_type":  # case does not matter, and AdamW is what none means
-        then, now = ((value or "AdamW").lower() for value in (then, now))
-    return then == now
+def _described(options: OptimizerOptions) -> str:
+    """An optimizer as a record names it, however it was asked for."""
+    with silenced():  # what there is to say is said when the real one is built
+        return build_optimizer(replace(options, learning_rate=None), [nn.Parameter(torch.zeros(1, 1))]).description
+
+
+def _not_as_then(what: str, then: Any, now: Any) -> str:
+    return (
+        f"{what} was {_shown(then)} when the state of --resume was saved, and is {_shown(now)}. Give the same as then, "
+        "or begin a new training from an embedding file with --weights."
+    )
+
+
+def _differences(then: dict[str, Any], now: dict[str, Any], names: Set[str]) -> list[str]:
+    return sorted(
+        f"--{name} was {_shown(then[name])} in the saved state and is now {_shown(now[name])}"
+        for name in names & then.keys()
+        if now[name] != then[name]
+    )
 
 
 def _shown(value: Any) -> Any:
@@ -214,7 +312,7 @@ def note_contents(data: BatchedData, options: Options, state: TrainingState | No
     """
     if not (state or options.save.save_state or options.save.save_state_on_train_end):
         return ""
-    if state and data.contents != state.contents:
+    if state and state.contents not in ("", data.contents):
         what = "cached latents or masks" if options.cache.cache_latents else "images or masks"
         logger.warning("The run will not reproduce the original run exactly: the %s are not the same.", what)
     return data.contents

@@ -22,8 +22,9 @@ LAYERS = [
     "batches prompt_weights samplers sample_prompts",
     "frozen_vae latents learning_watch model_identity single_file model_folder model_family base_model "
     "checkpoints text_encoding new_word image_sets image_table",
-    "hub preflight dataset sampling custom_dataset debug_dataset denoising results",
-    "learning_report learner training_state state_fields sample_album rescue",
+    "hub preflight dataset sampling custom_dataset debug_dataset denoising",
+    "learning_report learner training_state state_fields sample_album results",
+    "rescue",
     "trainer training",
     "command_line",
 ]

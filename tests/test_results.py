@@ -1,9 +1,13 @@
 """What a run leaves behind, through the real scripts: the record in the file, the closing words, a full disk."""
 
 import os
+import shutil
+import subprocess
+import sys
 import tempfile
 
 import pytest
+import torch
 from runs import TOKEN, arguments, run, write_dataset
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -82,3 +86,74 @@ def test_a_full_disk_costs_no_training(dataset, tmp_path, tiny_sd1, monkeypatch,
     assert f"The vectors of step 2 are kept in {kept}" in said
     assert (load_file(kept)["emb_params"] == wanted).all()
     assert not list((tmp_path / "out").iterdir())
+
+
+# ---- what stands in the place of a file
+
+
+def rows(file) -> torch.Tensor:
+    return load_file(file)["emb_params"]
+
+
+def test_the_result_of_an_earlier_run_is_kept(dataset, tmp_path, tiny_sd1, capsys):
+    """The next free number is taken, and its report goes with it."""
+    argv = arguments("sd1", tiny_sd1, dataset, tmp_path, "--max_train_steps=1")
+    result, kept = tmp_path / f"{TOKEN}.safetensors", tmp_path / f"{TOKEN}-2.safetensors"
+    assert run("sd1", argv) == 0
+    assert "was kept" not in capsys.readouterr().err
+    first = result.read_bytes()
+    (tmp_path / f"{TOKEN}-1.safetensors").write_text("mine")
+    (tmp_path / f"{TOKEN}_report.json").write_text("of the first")
+    assert run("sd1", [*argv, "--seed=2"]) == 0
+    assert f"{result} of an earlier run was kept: it is now {kept.name}." in capsys.readouterr().err
+    assert kept.read_bytes() == first
+    assert (tmp_path / f"{TOKEN}-2_report.json").read_text() == "of the first"
+    assert result.read_bytes() != first
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [result.name, kept.name, f"{TOKEN}-1.safetensors", f"{TOKEN}-2_report.json"]
+    )
+
+
+@pytest.mark.parametrize("extension", ["safetensors", "pt"])
+def test_files_of_the_same_run_are_replaced_when_it_is_resumed(extension, dataset, tmp_path, tiny_sd1, capsys):
+    """And those of an earlier run are kept then, too; retention removes none of them."""
+    more = ["--save_every_n_steps=1", "--save_last_n_steps=1", "--save_state", f"--save_model_as={extension}"]
+    argv = arguments("sd1", tiny_sd1, dataset, tmp_path, "--max_train_steps=3", *more)
+    assert run("sd1", argv) == 0
+    again = [*argv, "--resume=latest"]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert run("sd1", again) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert "was kept" not in capsys.readouterr().err
+    (tmp_path / f"{TOKEN}-step00000001.{extension}").write_text("of an earlier run")
+    shutil.rmtree(tmp_path / f"{TOKEN}-state")
+    assert run("sd1", [*again, f"--resume={tmp_path / f'{TOKEN}-step00000002-state'}"]) == 0
+    assert (tmp_path / f"{TOKEN}-step00000001.{extension}").read_text() == "of an earlier run"
+    assert run("sd1", [*argv, "--seed=2"]) == 0
+    numbered = sorted(path.name for path in tmp_path.glob(f"{TOKEN}*-1*") if "step" not in path.name)
+    assert numbered == [f"{TOKEN}-1.{extension}", f"{TOKEN}-state-1"]
+
+
+def test_a_longer_run_keeps_the_shorter_result(dataset, tmp_path, tiny_sd1):
+    argv = arguments("sd1", tiny_sd1, dataset, tmp_path, "--save_state_on_train_end")
+    assert run("sd1", [*argv, "--max_train_steps=1"]) == 0
+    short = rows(tmp_path / f"{TOKEN}.safetensors")
+    assert run("sd1", [*argv, "--max_train_steps=2", "--resume=latest"]) == 0
+    assert torch.equal(rows(tmp_path / f"{TOKEN}-1.safetensors"), short)
+    assert not torch.equal(rows(tmp_path / f"{TOKEN}.safetensors"), short)
+    assert metadata(tmp_path)["ti.resumed"] == "after step 1: 2 steps instead of 1"
+
+
+def test_unfinished_files_of_dead_processes_are_swept(dataset, tmp_path, tiny_sd1):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / "sample").mkdir()
+    gone = [f".{TOKEN}-step00000001.safetensors.{dead.pid}.tmp", f"sample/.{TOKEN}_e000001_00_1.png.{dead.pid}.tmp"]
+    stay = [f".{TOKEN}.safetensors.{os.getppid()}.tmp", f".{TOKEN}2.safetensors.{dead.pid}.tmp", f".{TOKEN}.notes.tmp"]
+    for name in (*gone, *stay):
+        (tmp_path / name).touch()
+    (tmp_path / f".{TOKEN}-state.{dead.pid}.tmp").mkdir()
+    (tmp_path / f".{TOKEN}-state.{dead.pid}.tmp" / "state.pt").touch()
+    assert run("sd1", arguments("sd1", tiny_sd1, dataset, tmp_path, "--max_train_steps=1")) == 0
+    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
+    assert left == {*stay, "sample", f"{TOKEN}.safetensors"}

@@ -1,9 +1,12 @@
 """--save_state and --resume: a run that was interrupted ends in the very bits of one that was not."""
 
 import json
+import os
 import random
 import shutil
 import signal
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +19,12 @@ from safetensors.torch import load_file
 from test_trainer import model_of
 from torch.optim.lr_scheduler import LambdaLR
 
+from library import training_state
+from library.checkpoints import CheckpointNames
 from library.denoising import DenoisingTask
-from library.options import Options
+from library.errors import UserError
+from library.learner import Learner
+from library.options import OptimizerOptions, Options, TokenOptions
 from library.results import Results
 from library.trainer import Trainer
 from library.training_state import FILE, TrainingState, random_states, set_random_states
@@ -153,8 +160,8 @@ def test_a_finished_run_can_be_made_longer(command, tmp_path, capsys):
     state = tmp_path / "short" / f"{TOKEN}-state"
     assert sorted(path.name for path in state.iterdir()) == ["README.txt", FILE]
     assert sum(path.stat().st_size for path in state.iterdir()) < 100_000
-    assert run("sd1", command("again", "--max_train_steps=4", f"--resume={state}")) == 1
-    assert "the state is of step 4, and the run has 4 steps in all" in capsys.readouterr().err
+    assert run("sd1", command("again", "--max_train_steps=3", f"--resume={state}")) == 1
+    assert "the state was saved at step 4, and the run has 3 steps in all" in capsys.readouterr().err
     assert run("sd1", command("longer", f"--resume={state}")) == 0
     # The token warm-up is a share of the whole run, so captions differ; all else is the same run.
     assert tensors(tmp_path / "longer")["emb_params"].isfinite().all()
@@ -216,11 +223,8 @@ def state(command, tmp_path):
     [
         (["--token_string=other"], "--token_string was mychar when the state of --resume was saved, and is other"),
         (["--num_vectors_per_token=3"], "--num_vectors_per_token was 2"),
-        (["--optimizer_type=Lion"], "--optimizer_type was not given when"),
-        (["--learning_rate=0.5"], "--learning_rate was 0.01 when"),
-        (["--lr_scheduler=cosine"], "--lr_scheduler was constant when"),
-        (["--weights=file.pt"], "--weights was not given when"),
-        (["--init_word=dog"], "--init_word was girl when"),
+        (["--optimizer_type=SGD"], "The optimizer was torch.optim.adamw.AdamW() when"),
+        (["--optimizer_args", "betas=0.5,0.9"], "and is torch.optim.adamw.AdamW(betas=(0.5, 0.9))"),
     ],
 )
 def test_what_must_be_as_it_was(more, sentence, state, command, trainers, capsys):  # noqa: F811
@@ -234,7 +238,11 @@ def test_what_makes_it_another_run_is_said(state, command, capsys):
     assert run("sd1", command("out", f"--resume={state}", "--seed=2", "--noise_offset=0.1", "--max_grad_norm=0.5")) == 0
     said = capsys.readouterr().err
     assert "does not go on exactly as it would have" in said
-    assert "--max_grad_norm was 1.0 and is 0.5; --noise_offset was not given and is 0.1; --seed was 1 and is 2." in said
+    assert (
+        "--max_grad_norm was 1.0 in the saved state and is now 0.5; --noise_offset was not given in the saved state"
+        in said
+    )
+    assert "--seed was 1 and is 2." in said
     assert run("sd1", command("more", f"--resume={state}", "--optimizer_type=adamw", "--save_every_n_steps=5")) == 0
     assert "does not go on exactly" not in capsys.readouterr().err
 
@@ -317,11 +325,13 @@ def test_a_schedule_that_no_state_can_hold_is_found_at_the_start(kind, command, 
     assert not (tmp_path / "with").exists()
 
 
-def test_a_state_that_cannot_be_written_does_not_cost_the_result(command, tmp_path, capsys):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / f"{TOKEN}-state").write_text("a file")
+def test_a_state_that_cannot_be_written_does_not_cost_the_result(command, tmp_path, monkeypatch, capsys):
+    def refuse(folder, contents):
+        raise UserError(f"{folder} cannot be written.")
+
+    monkeypatch.setattr(training_state, "write_folder", refuse)
     assert run("sd1", command("out", "--save_state", "--max_train_steps=1")) == 1
-    assert f"{TOKEN}-state" in capsys.readouterr().err
+    assert f"{TOKEN}-state cannot be written" in capsys.readouterr().err
     assert (tmp_path / "out" / RESULT).is_file()
 
 
@@ -385,7 +395,7 @@ def test_random_states_come_back():
 
 
 def test_options_that_a_state_does_not_know_are_no_difference():
-    state = TrainingState(1, 9, True, 1, "d", "c", {}, [], {}, [], [{}])
+    state = TrainingState(1, 9, True, 1, "d", {}, [], {}, [], [{}])
     state.check(Options())
     assert state.changes(Options(), 9, "d", 1) == []
     assert state.changes(Options(), 10, "e", 2) == [
@@ -395,7 +405,7 @@ def test_options_that_a_state_does_not_know_are_no_difference():
 
 
 def test_a_second_interruption_does_not_stop_the_rescue(command, tmp_path, monkeypatch, capsys):
-    losses, write = DenoisingTask.losses, Results.write
+    losses, write, written = DenoisingTask.losses, Results.write, []
 
     def interrupted(task, batch):
         if len(list((tmp_path / "out").glob("*step00000002*"))):
@@ -403,14 +413,186 @@ def test_a_second_interruption_does_not_stop_the_rescue(command, tmp_path, monke
         return losses(task, batch)
 
     def again(results, *arguments):
-        signal.raise_signal(signal.SIGINT) if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else None
+        if written:  # the first is the checkpoint, the second the rescue
+            signal.raise_signal(signal.SIGINT)
         write(results, *arguments)
-        disturbed.append(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)
+        written.append(arguments)
 
     monkeypatch.setattr(DenoisingTask, "losses", interrupted)
-    disturbed: list[bool] = []
     monkeypatch.setattr(Results, "write", again)
     assert run("sd1", command("out", "--save_every_n_steps=2")) == 130
-    assert disturbed == [False, True]
     assert "The vectors of step 2 are kept in" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert len(written) == 2
+
+
+# ---- a state that is the run's last, other rates, the newest state
+
+
+def test_a_state_that_is_the_last_writes_the_result(command, tmp_path, capsys):
+    """The run was killed after its last state: both that of the last step and that of the end lead to the result."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(f"{TOKEN} --w 64 --h 64 --s 1\n")
+    more = ["--save_every_n_steps=7", "--save_state", f"--sample_prompts={prompts}", "--sample_every_n_steps=7"]
+    assert run("sd1", command("whole", *more)) == 0
+    whole = tmp_path / "whole"
+    drawn = [path.name for path in (whole / "sample").iterdir()]
+    for state in (STATES[7], f"{TOKEN}-state"):
+        (whole / RESULT).rename(whole / "wanted.safetensors")
+        assert run("sd1", command("whole", *more, f"--resume={whole / state}")) == 0
+        assert_same(tensors(whole), tensors(whole, "wanted.safetensors"))
+        assert record(whole)["ti.epoch"] == record(whole, "wanted.safetensors")["ti.epoch"] == "3"
+        assert [path.name for path in (whole / "sample").iterdir()] == drawn
+        (whole / "sample" / drawn[0]).unlink()  # what is missing is drawn from the state
+        if state == STATES[7]:
+            assert run("sd1", command("whole", *more, f"--resume={whole / state}")) == 0
+            (again,) = (whole / "sample").iterdir()
+            drawn = [again.name]
+    assert "was kept" not in capsys.readouterr().err
+
+
+def record(folder, name: str = RESULT) -> dict[str, str]:
+    with safe_open(folder / name, "pt") as file:
+        return file.metadata()
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "Lion"])
+def test_a_resumed_run_may_learn_at_another_rate(optimizer, command, tmp_path, capsys):
+    more = [f"--optimizer_type={optimizer}", "--save_state", "--save_every_n_steps=2"]
+    assert run("sd1", command("staged", *more, "--learning_rate=1e-2:4,2e-3")) == 0
+    assert run("sd1", command("first", *more, "--learning_rate=1e-2")) == 0
+    state = tmp_path / "first" / STATES[4]
+    capsys.readouterr()
+    assert run("sd1", command("out", *more, "--learning_rate=2e-3", f"--resume={state}")) == 0
+    assert "--learning_rate was 0.01 in the saved state and is now 0.002" in capsys.readouterr().err
+    assert_same(tensors(tmp_path / "out"), tensors(tmp_path / "staged"))
+    said = "after step 4: --learning_rate was 0.01 in the saved state and is now 0.002"
+    assert record(tmp_path / "out")["ti.resumed"] == said
+    later = TrainingState.read(tmp_path / "out" / STATES[6])
+    assert later.resumed == said
+    assert later.run != TrainingState.read(state).run
+
+
+def test_a_resumed_run_may_follow_another_schedule(command, tmp_path, trainers):  # noqa: F811
+    assert run("sd1", command("first", "--save_state", "--save_every_n_steps=4")) == 0
+    flags = ["--lr_scheduler=linear", f"--resume={tmp_path / 'first' / STATES[4]}"]
+    assert run("sd1", command("out", *flags)) == 0
+    whole, resumed = trainers
+    assert whole.learner.rates() == {"lr": 0.01}
+    assert resumed.learner.rates() == {"lr": 0.0}  # seven steps of seven
+    assert "--lr_scheduler was constant" in record(tmp_path / "out")["ti.resumed"]
+
+
+def test_what_the_vectors_began_with_cannot_be_changed_any_more(state, command, tmp_path, capsys):
+    assert run("sd1", command("out", f"--resume={state}", "--init_word=dog", "--max_train_steps=3")) == 0
+    assert "--init_word has no effect on a resumed run: the vectors are those of the state, which began with girl" in (
+        capsys.readouterr().err
+    )
+    assert record(tmp_path / "out")["ti.init_word"] == "girl"
+
+
+def test_another_checkpoint_is_refused(state):
+    kept = TrainingState.read(state)
+    for base in (None, kept.base):
+        kept.check_base(base)
+    one = replace(kept, base="1234")
+    one.check_base(None)
+    with pytest.raises(UserError, match="is another model than the one of the saved state"):
+        one.check_base("5678")
+
+
+def test_the_same_optimizer_may_be_asked_for_in_another_way(state):
+    kept = TrainingState.read(state)
+    same = replace(
+        Options(), optimizer=OptimizerOptions(optimizer_type="torch.optim.AdamW", learning_rate=((0.1, None),))
+    )
+    kept.check(replace(same, token=TokenOptions(token_string=TOKEN, num_vectors_per_token=2)))
+
+
+def small_state(run: str = "") -> TrainingState:
+    """A state of one vector with nothing in its optimizer."""
+    rows = [torch.ones(1, 4)]
+    optimizer = {"state": {}, "param_groups": [{"params": [0]}]}
+    learner = {"rows": rows, "optimizer": optimizer, "schedule": {}, "scaler": {}, "taught": True}
+    return TrainingState(1, 9, True, 1, "d", {}, rows, learner, [], [random_states()], run)
+
+
+def saved(folder, name: str, moment: int) -> Path:
+    small_state(name).write(folder / name)
+    os.utime(folder / name / FILE, (moment, moment))
+    return folder / name
+
+
+def test_the_newest_whole_state(tmp_path, caplog):
+    names = CheckpointNames("n", "safetensors")
+    with pytest.raises(UserError, match="holds no state of n that can be used"):
+        TrainingState.latest(tmp_path, names)
+    for moment, name in enumerate(["n-step00000009-state", "n-state", "n-000002-state", "n-step00000003-state"]):
+        saved(tmp_path, name, moment)
+    for name in ("n2-state", "n-state-1", "nn-000001-state", "n-step3-state"):
+        saved(tmp_path, name, 99)
+    newest = tmp_path / "n-step00000003-state"
+    assert TrainingState.latest(tmp_path, names) == newest
+    (newest / FILE).write_bytes((newest / FILE).read_bytes()[:100])
+    assert TrainingState.latest(tmp_path, names) == tmp_path / "n-000002-state"
+    assert "n-step00000003-state/state.pt is damaged" in caplog.text
+
+
+def test_resume_latest(command, tmp_path, capsys):
+    more = ["--save_every_n_steps=2", "--save_state"]
+    assert run("sd1", command("out", *more, "--resume=latest")) == 1
+    assert "holds no state of mychar" in capsys.readouterr().err
+    assert run("sd1", command("out", *more)) == 0
+    wanted = tensors(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / f"{TOKEN}-state")
+    (tmp_path / "out" / RESULT).unlink()
+    assert run("sd1", command("out", *more, "--resume=latest")) == 0
+    assert "Going on after step 6 of 7" in capsys.readouterr().err
+    assert_same(tensors(tmp_path / "out"), wanted)
+    assert not list((tmp_path / "out").glob("*-1*"))
+
+
+# ---- what stands in the place of a state
+
+
+def test_a_state_of_the_same_run_is_replaced_and_any_other_is_kept(tmp_path):
+    one = small_state("one")
+    folder = tmp_path / "n-state"
+    assert one.write(folder) is None
+    assert replace(one, step=2).write(folder) is None
+    assert TrainingState.read(folder).step == 2
+    assert replace(one, run="two").write(folder) == tmp_path / "n-state-1"
+    assert TrainingState.read(tmp_path / "n-state-1").step == 2
+    (folder / FILE).unlink()
+    (folder / "mine").touch()
+    assert one.write(folder) == tmp_path / "n-state-2"
+    assert sorted(path.name for path in (tmp_path / "n-state-2").iterdir()) == ["README.txt", "mine"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["n-state", "n-state-1", "n-state-2"]
+
+
+def test_a_state_that_fails_leaves_no_folder_of_its_name(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="n-state cannot be written: No space left on device"):
+        small_state().write(tmp_path / "n-state")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_in_the_optimizers_step_counts_it(command, tmp_path, monkeypatch, capsys):
+    """What is kept under the name of a step is what that step has made."""
+    assert run("sd1", command("whole", "--save_every_n_steps=1")) == 0
+    update, updates = Learner._update_rows, []
+
+    def interrupted(learner):
+        update(learner)
+        updates.append(learner)
+        if len(updates) == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Learner, "_update_rows", interrupted)
+    assert run("sd1", command("out")) == 130
+    assert "The vectors of step 3 are kept in" in capsys.readouterr().err
+    name = f"{TOKEN}-step00000003.safetensors"
+    assert_same(tensors(tmp_path / "out", name), tensors(tmp_path / "whole", name))

@@ -1,0 +1,37 @@
+"""A run may be killed, or its disk be full, at any moment: no file is damaged, and a resumed run ends in the same bits.
+
+Every file event of a short run with states counts: opening for writing, writing (half of it is done), fsync, replace,
+rename, mkdir, unlink, rmdir. At each of them a run is struck, what it left is looked at, and it is resumed with
+--resume=latest, or begun anew where there was no state yet. By default every 12th event of each kind; the environment
+variable FILE_EVENTS_STRIDE says otherwise, and 1 strikes at all of them (a quarter of an hour).
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.parametrize("kind", ["kill", "full"])
+def test_whatever_happens_at_a_file_event(kind, tiny_sd1):
+    stride = os.environ.get("FILE_EVENTS_STRIDE", "12")
+    path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    done = subprocess.run(
+        [sys.executable, str(TESTS / "file_events.py"), str(tiny_sd1), kind, stride],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(f"{kind}: {found['struck']} of {found['events']} file events")
+    assert found["struck"] > 5
+    assert found["wrong"] == []
