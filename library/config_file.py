@@ -2,7 +2,6 @@
 
 import json
 import logging
-import tomllib
 from argparse import ArgumentTypeError
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from library.errors import UserError, closest
 from library.option_types import Option, boolean, checked, written
+from library.text_files import parse_toml, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,8 @@ def read_config_file(path: Path, known: Mapping[str, Option]) -> dict[str, Any]:
     A key with an empty text or list counts as not given. Unknown keys are named in one warning. Raises UserError for
     a missing or broken file and for a value that does not fit its option.
     """
-    content, values, unknown = _read_toml(path), {}, []
+    what = f"The file {path} of --config_file"
+    content, values, unknown = parse_toml(read_text(path, what), what), {}, []
     if isinstance(content.get("datasets"), list):
         raise UserError(f"{path} describes a dataset. Give it with --dataset_config instead of --config_file.")
     for key, value in _flattened(content).items():
@@ -53,26 +54,6 @@ def read_config_file(path: Path, known: Mapping[str, Option]) -> dict[str, Any]:
     if unknown:
         logger.warning("%s: unknown keys, which change nothing: %s.", path, _with_guesses(unknown, known))
     return values
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"The file {path} of --config_file does not exist.") from None
-    except OSError as error:
-        raise UserError(f"The file {path} of --config_file cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"The file {path} of --config_file is not UTF-8 text. Save it as UTF-8.") from error
-    try:
-        return tomllib.loads(content)
-    except tomllib.TOMLDecodeError as error:
-        hint = ""
-        if "Invalid value" in str(error):
-            hint = " Text needs quotes, and true and false are written small."
-        elif "hex" in str(error) or "\\" in str(error):
-            hint = " In double quotes, write the backslashes of Windows paths as /, or use single quotes."
-        raise UserError(f"The file {path} of --config_file is not valid TOML: {error}.{hint}") from error
 
 
 def _flattened(tables: Mapping[str, Any]) -> dict[str, Any]:

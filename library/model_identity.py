@@ -3,13 +3,13 @@
 Only Stable Diffusion 1.x, 2.x and XL are trained. Everything else is named, with what to do about it.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from library.architectures import SD1, SD2, SDXL, Architecture
 from library.errors import UserError
+from library.text_files import parse_json, read_text
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -154,10 +154,7 @@ def read_config(file: Path) -> dict | None:
     """The content of a JSON file, or None if there is none. Raises UserError if it is no JSON object."""
     if not file.is_file():
         return None
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON: {error}.") from error
+    content = parse_json(read_text(file, str(file)), str(file))
     if not isinstance(content, dict):
         raise UserError(f"{file} is not a configuration: it holds no JSON object.")
     return content

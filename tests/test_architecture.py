@@ -12,7 +12,7 @@ MODULES = sorted((ROOT / "library").glob("*.py"))
 
 # Lower layers know nothing of higher ones; modules of one layer may use each other.
 LAYERS = [
-    "errors interruptions concept_distance",
+    "errors interruptions concept_distance text_files",
     "option_types placeholder buckets resizing data_options training_options output_options options",
     "atomic_files captions config_file console option_checks option_notices options_page arguments dataset_schema "
     "dataset_sources batch_order",
