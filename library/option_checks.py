@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import UserError, did_you_mean
+from library.option_types import Option, shown
 from library.options import Options, as_dict, declared_options
 from library.output_options import REPO_TYPES, VISIBILITIES
+from library.text_files import is_unicode
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +68,17 @@ def check_limits(options: Options) -> None:
         value = values.get(name)
         if option.limits and value is not None and not option.allows(value):
             raise UserError(f"--{name} is {value}; it must be {option.limits}.")
+        _check_unicode(name, option, value)
     for name in ("lr_warmup_steps", "lr_decay_steps"):
         if isinstance(values[name], float) and values[name] > 1:
             raise UserError(f"--{name} is {values[name]:.0%} of all steps; a share must be at most 100%.")
+
+
+def _check_unicode(name: str, option: Option, value: Any) -> None:
+    """Refuse bytes that are not UTF-8 where no file name is meant: no prompt, tokenizer or metadata can hold them."""
+    for text in value if isinstance(value, tuple) else (value,):
+        if isinstance(text, str) and not is_unicode(text, odd_names=option.is_place):
+            raise UserError(f"--{name} {shown(text)} is not valid UTF-8. Type it again in a UTF-8 terminal or file.")
 
 
 def check_combinations(options: Options) -> None:

@@ -40,9 +40,7 @@ def _settings(options: LoggingOptions) -> dict[str, dict[str, Any]]:
     settings = parse_toml(read_text(file, what), what)
     strange = [name for name, values in settings.items() if name not in _TRACKERS or not isinstance(values, dict)]
     if strange:
-        raise UserError(
-            f"{what} holds {', '.join(strange)}; it may hold the tables [tensorboard] and [wandb]."
-        )
+        raise UserError(f"{what} holds {', '.join(strange)}; it may hold the tables [tensorboard] and [wandb].")
     return settings
 
 

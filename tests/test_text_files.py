@@ -128,7 +128,7 @@ def test_names_that_no_file_can_have(name):
         ("prompts", ["mychar \udcff"]),
         ("prompts", [{"prompt": "mychar", "negative_prompt": "\ud800"}]),
         ("metadata", {"a.png": {"caption": "mychar \ud800"}}),
-        ("metadata", {"a.png": {"caption": "mychar \udcff"}}),
+        ("metadata", {"a.png": {"caption": "of a file name \udcff"}}),
         ("metadata", {"a\ud800.png": {"caption": "mychar"}}),
         ("model", {"_class_name": "\ud800"}),
     ],
