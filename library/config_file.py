@@ -2,8 +2,10 @@
 
 import json
 import logging
+import os
 from argparse import ArgumentTypeError
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,15 +86,21 @@ def _with_guesses(unknown: list[str], known: Mapping[str, Option]) -> str:
 
 def write_config_file(path: Path, values: Mapping[str, Any]) -> None:
     """Write options as flat TOML, whole or not at all. Raises UserError where the file exists or cannot be written."""
-    if path.exists():
+    if os.path.lexists(path):  # Path.exists raises for a name that is too long
         raise UserError(f"{path} exists already and is not overwritten. Choose another name for --config_file.")
     # JSON's texts, numbers, booleans and lists are TOML's too; only DEL must not stand for itself.
     lines = (f"{name} = {json.dumps(written(value), ensure_ascii=False)}\n" for name, value in values.items())
     content = "".join(lines).replace("\x7f", "\\u007f")
     unfinished = path.with_name(f"{path.name}.tmp")
     try:
-        unfinished.write_text(content, encoding="utf-8")
+        unfinished.write_bytes(content.encode("utf-8"))
         unfinished.replace(path)
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{path} of --config_file cannot be written: TOML is UTF-8, and {error.object[error.start - 20 : error.end]!r} "
+            "is not. Rename that file or folder."
+        ) from error
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written: {error.strerror}.") from error
+        with suppress(OSError):
+            unfinished.unlink()
+        raise UserError(f"{path} of --config_file cannot be written: {error.strerror}. Check its folder.") from error

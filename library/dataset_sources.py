@@ -15,11 +15,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Table:
-    """One table, and where it stands; ``subsets`` are the tables inside a dataset."""
+    """One table, and where it stands; ``subsets`` are the tables inside a dataset.
+
+    One that is ``found`` was not named by the user, and counts only if there are images in it.
+    """
 
     place: str
     values: dict[str, Any]
     subsets: tuple["Table", ...] = ()
+    found: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ def _folder_tables(option: str, base: str) -> list[Table]:
             )
             continue
         values = {"image_dir": str(folder), "num_repeats": repeats, "class_tokens": class_tokens}
-        tables.append(Table(f"--{option}, folder {folder}", values))
+        tables.append(Table(f"--{option}, folder {folder}", values, found=True))
     if not tables:
         raise UserError(
             f"--{option}: {base} has no sub-folder named <repeats>_<words>, such as 10_mychar. Pictures that lie in it "

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -190,16 +191,29 @@ def _check_output(options: Options) -> None:
             f'--output_name "{name[:20]}…" is too long for a file name: {len(os.fsencode(name))} bytes. At most '
             f"{LONGEST_NAME} leave room for the step and the ending."
         )
-    if options.save.output_dir is None:
-        return
-    folder = Path(options.save.output_dir)
+    if options.save.output_dir is not None:
+        check_folder("--output_dir", options.save.output_dir)
+    if options.logging.trackers and options.logging.logging_dir is not None:
+        check_folder("--logging_dir", options.logging.logging_dir)
+
+
+def check_folder(option: str, given: str) -> None:
+    """Raise UserError unless files can be written into a folder that is there, or can be made."""
+    folder = Path(given)
     try:
-        existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        places = (folder, *folder.absolute().parents)
+        existing = next(place for place in places if place.exists() or place.is_symlink())
     except OSError as error:
-        raise UserError(f"--output_dir {folder} cannot be a folder: {error.strerror}. Choose another one.") from error
+        raise UserError(f"{option} {folder} cannot be a folder: {error.strerror}. Choose another one.") from error
     if not existing.is_dir():
-        raise UserError(f"--output_dir {folder}: {existing} is a file, not a folder. Choose another folder.")
-    if not os.access(existing, os.W_OK):
+        what = "is a file, not a folder" if existing.exists() else "is a link to a folder that does not exist"
+        raise UserError(f"{option} {folder}: {existing} {what}. Choose another folder.")
+    try:
+        # Asking for permissions says nothing of read-only and full disks, nor anything to a superuser.
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
         raise UserError(
-            f"--output_dir {folder}: {existing} is not writable. Choose another folder or change its rights."
-        )
+            f"{option} {folder}: {existing} is not writable ({error.strerror}). Choose another folder or change its "
+            "permissions."
+        ) from error
