@@ -96,9 +96,9 @@ def write_config_file(path: Path, values: Mapping[str, Any]) -> None:
         unfinished.write_bytes(content.encode("utf-8"))
         unfinished.replace(path)
     except UnicodeEncodeError as error:
+        odd = error.object[max(error.start - 20, 0) : error.end]
         raise UserError(
-            f"{path} of --config_file cannot be written: TOML is UTF-8, and {error.object[error.start - 20 : error.end]!r} "
-            "is not. Rename that file or folder."
+            f"{path} of --config_file cannot be written: TOML is UTF-8, and {odd!r} is not. Rename that file or folder."
         ) from error
     except OSError as error:
         with suppress(OSError):

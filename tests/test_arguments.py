@@ -1,5 +1,6 @@
 """The command line, alone and with a configuration file, up to checked options."""
 
+import errno
 import logging
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 from departures import departure
 from golden_data import golden_cases
 
+from library import option_checks
 from library.arguments import build_parser, parse, read_values
 from library.errors import UserError
 from library.option_checks import check_combinations, check_limits, safe_file_name, settle
@@ -403,3 +405,29 @@ def test_texts_are_unicode(name):
 def test_file_names_need_not_be_unicode(tmp_path):
     folder = f"{tmp_path}/\udcff"
     assert parse(build_parser("Train.", "sd"), [*COMMAND, f"--output_dir={folder}"]).save.output_dir == folder
+
+
+@pytest.mark.parametrize("name", ["output_dir", "logging_dir"])
+@pytest.mark.parametrize("place", ["file", "file/below/it", "dangling", "dangling/below", "x" * 300])
+def test_folders_that_cannot_be_written_are_refused_at_once(tmp_path, name, place):
+    (tmp_path / "file").write_text("a file")
+    (tmp_path / "dangling").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match=rf"^--{name} "):
+        parse(build_parser("Train.", "sd"), [*COMMAND, f"--{name}={tmp_path / place}"])
+
+
+@pytest.mark.parametrize("name", ["output_dir", "logging_dir"])
+def test_a_folder_on_a_disk_that_takes_no_files_is_refused_at_once(tmp_path, name, monkeypatch):
+    """Permissions say nothing of a read-only disk, nor anything to a superuser: a file is tried."""
+
+    def refused(dir):
+        raise OSError(errno.EROFS, "Read-only file system", str(dir))
+
+    monkeypatch.setattr(option_checks.tempfile, "TemporaryFile", refused)
+    with pytest.raises(UserError, match=r"is not writable \(Read-only file system\)"):
+        parse(build_parser("Train.", "sd"), [*COMMAND, f"--{name}={tmp_path}"])
+
+
+def test_trying_a_folder_leaves_nothing_behind(tmp_path):
+    parse(build_parser("Train.", "sd"), [*COMMAND, f"--output_dir={tmp_path / 'a' / 'b'}"])
+    assert not list(tmp_path.iterdir())
