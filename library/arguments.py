@@ -24,6 +24,8 @@ An option that a --config_file switches on is switched off again with =false: --
 A text that it gives is taken back with an empty one: --vae="".
 """
 
+_LONGEST_MESSAGE = 400
+
 
 class OptionParser(argparse.ArgumentParser):
     """An argument parser whose errors are UserErrors, and which knows the model family it serves."""
@@ -37,6 +39,8 @@ class OptionParser(argparse.ArgumentParser):
         message = message.removeprefix("argument ")
         if ": ignored explicit argument" in message:  # argparse's words for a value at a flag
             message = f"{message.split(':')[0]} is a flag: give it alone, or with =true or =false"
+        if len(message) > _LONGEST_MESSAGE:  # argparse repeats whole values
+            message = f"{message[: _LONGEST_MESSAGE // 2]} … {message[-_LONGEST_MESSAGE // 2 :]}"
         raise UserError(message if message.endswith((".", "?")) else f"{message}.")
 
     def parse_args(self, args=None, namespace=None):
@@ -45,6 +49,14 @@ class OptionParser(argparse.ArgumentParser):
         if unknown:
             self._refuse(unknown)
         return parsed
+
+    def _get_values(self, action, arg_strings):
+        """Take "--" for a value where it is one, as in ``--caption_separator=--``; argparse makes nothing of it."""
+        if arg_strings != ["--"]:
+            return super()._get_values(action, arg_strings)
+        value = self._get_value(action, "--")
+        self._check_value(action, value)
+        return [value] if action.nargs == "*" else value
 
     def _refuse(self, unknown: list[str]) -> NoReturn:
         for argument in unknown:

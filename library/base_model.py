@@ -17,10 +17,10 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from library.architectures import CONFIGS, SD2, VOCABULARY, TextEncoderLayout
-from library.errors import UserError
+from library.errors import UserError, first_line
 from library.model_family import ModelFamily
 from library.model_folder import ModelFolder, fetch_from_hub, fetch_vae, find_weights, looks_like_hub_id
-from library.model_identity import Identity, identify_file, identify_folder, read_config
+from library.model_identity import Identity, identify_file, identify_folder, positive_number, read_config
 from library.options import ModelOptions
 from library.single_file import SingleFile, modern_vae_names, vae_component
 from library.weight_files import Tensors, open_weights
@@ -105,7 +105,8 @@ class BaseModel:
         if isinstance(source, SingleFile):
             return source.config("vae")["scaling_factor"]
         usual = read_config(CONFIGS / self.architecture.name / "vae" / "config.json")["scaling_factor"]
-        return (read_config(source.path / "vae" / "config.json") or {}).get("scaling_factor", usual)
+        file = source.path / "vae" / "config.json"
+        return positive_number(read_config(file) or {}, "scaling_factor", usual, file)
 
     @cached_property
     def _hash(self) -> str | None:
@@ -222,7 +223,8 @@ def _check_family(name: str, identity: Identity, family: ModelFamily) -> None:
 
 def _prediction_type(source: SingleFile | ModelFolder) -> str | None:
     if isinstance(source, ModelFolder):
-        return (read_config(source.path / "scheduler" / "scheduler_config.json") or {}).get("prediction_type")
+        said = (read_config(source.path / "scheduler" / "scheduler_config.json") or {}).get("prediction_type")
+        return said if isinstance(said, str) else None
     if "v_pred" in source.weights.shapes:  # an empty tensor by which v-prediction models of SDXL mark themselves
         return "v_prediction"
     said = {"v": "v_prediction", "epsilon": "epsilon"}
@@ -231,9 +233,15 @@ def _prediction_type(source: SingleFile | ModelFolder) -> str | None:
 
 def _read_tokenizer(folder: Path) -> CLIPTokenizer:
     try:
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True, model_max_length=77)
-    except Exception as error:  # transformers raises whatever the damaged file leads to
-        raise UserError(f"{folder} holds a tokenizer that cannot be read ({error}).") from error
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True, model_max_length=77)
+        ids = tokenizer("a photo").input_ids
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # whatever a damaged file leads to; panics of the Rust beneath are no Exception
+        raise UserError(f"{folder} holds a tokenizer that cannot be read ({first_line(error)}).") from error
+    if len(ids) < 3 or (ids[0], ids[-1]) != (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        raise UserError(f"{folder} does not hold a tokenizer of CLIP. Use the tokenizer that belongs to the model.")
+    return tokenizer
 
 
 def _empty(make: Callable[[], nn.Module], where: str) -> nn.Module:

@@ -11,6 +11,8 @@ from library.errors import UserError
 # Tried in this order when no extension is asked for.
 DEFAULT_EXTENSIONS = (".caption", ".txt")
 
+LARGEST_CAPTION = 2**20  # bytes
+
 # Face detectors name their cut-outs `name_cx_cy_w_h`; such a picture may share the caption of `name`.
 _FACE_PIECES = 4
 
@@ -52,7 +54,12 @@ def read_caption(path: str, *, all_lines: bool) -> str:
     try:
         # Unbuffered: one system call per small file is what makes ten thousand of them quick.
         with open(path, "rb", buffering=0) as file:
-            text = file.readall().decode("utf-8-sig")
+            content = file.read(LARGEST_CAPTION + 1)
+        if len(content) > LARGEST_CAPTION:
+            raise UserError(
+                f'The caption file "{path}" has more than {LARGEST_CAPTION:,} bytes, so it is not a caption. Remove it.'
+            )
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
             f'The caption file "{path}" is not UTF-8 text (byte {error.start} cannot be decoded). '

@@ -2,14 +2,16 @@
 
 import json
 import logging
-import tomllib
+import os
 from argparse import ArgumentTypeError
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from library.errors import UserError, closest
 from library.option_types import Option, boolean, checked, written
+from library.text_files import parse_toml, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +43,8 @@ def read_config_file(path: Path, known: Mapping[str, Option]) -> dict[str, Any]:
     A key with an empty text or list counts as not given. Unknown keys are named in one warning. Raises UserError for
     a missing or broken file and for a value that does not fit its option.
     """
-    content, values, unknown = _read_toml(path), {}, []
+    what = f"The file {path} of --config_file"
+    content, values, unknown = parse_toml(read_text(path, what), what), {}, []
     if isinstance(content.get("datasets"), list):
         raise UserError(f"{path} describes a dataset. Give it with --dataset_config instead of --config_file.")
     for key, value in _flattened(content).items():
@@ -53,26 +56,6 @@ def read_config_file(path: Path, known: Mapping[str, Option]) -> dict[str, Any]:
     if unknown:
         logger.warning("%s: unknown keys, which change nothing: %s.", path, _with_guesses(unknown, known))
     return values
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"The file {path} of --config_file does not exist.") from None
-    except OSError as error:
-        raise UserError(f"The file {path} of --config_file cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"The file {path} of --config_file is not UTF-8 text. Save it as UTF-8.") from error
-    try:
-        return tomllib.loads(content)
-    except tomllib.TOMLDecodeError as error:
-        hint = ""
-        if "Invalid value" in str(error):
-            hint = " Text needs quotes, and true and false are written small."
-        elif "hex" in str(error) or "\\" in str(error):
-            hint = " In double quotes, write the backslashes of Windows paths as /, or use single quotes."
-        raise UserError(f"The file {path} of --config_file is not valid TOML: {error}.{hint}") from error
 
 
 def _flattened(tables: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,15 +86,21 @@ def _with_guesses(unknown: list[str], known: Mapping[str, Option]) -> str:
 
 def write_config_file(path: Path, values: Mapping[str, Any]) -> None:
     """Write options as flat TOML, whole or not at all. Raises UserError where the file exists or cannot be written."""
-    if path.exists():
+    if os.path.lexists(path):  # Path.exists raises for a name that is too long
         raise UserError(f"{path} exists already and is not overwritten. Choose another name for --config_file.")
     # JSON's texts, numbers, booleans and lists are TOML's too; only DEL must not stand for itself.
     lines = (f"{name} = {json.dumps(written(value), ensure_ascii=False)}\n" for name, value in values.items())
     content = "".join(lines).replace("\x7f", "\\u007f")
     unfinished = path.with_name(f"{path.name}.tmp")
     try:
-        unfinished.write_text(content, encoding="utf-8")
+        unfinished.write_bytes(content.encode("utf-8"))
         unfinished.replace(path)
+    except UnicodeEncodeError as error:
+        odd = error.object[max(error.start - 20, 0) : error.end]
+        raise UserError(
+            f"{path} of --config_file cannot be written: TOML is UTF-8, and {odd!r} is not. Rename that file or folder."
+        ) from error
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written: {error.strerror}.") from error
+        with suppress(OSError):
+            unfinished.unlink()
+        raise UserError(f"{path} of --config_file cannot be written: {error.strerror}. Check its folder.") from error

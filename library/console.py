@@ -144,7 +144,9 @@ def set_up_logging(options: RuntimeOptions) -> None:
     """
     if options.console_log_file and rank() == 0:
         try:
-            handler: logging.Handler = LogFile(options.console_log_file, mode="w", encoding="utf-8")
+            handler: logging.Handler = LogFile(
+                options.console_log_file, mode="w", encoding="utf-8", errors="backslashreplace"
+            )
         except OSError as error:
             raise UserError(
                 f"--console_log_file {options.console_log_file} cannot be written: {error.strerror}."

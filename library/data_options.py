@@ -61,9 +61,14 @@ class DatasetOptions:
         "Pictures per step. 1 to 4 is typical; more gives calmer steps and needs more memory.",
         read=whole_number,
         at_least=1,
+        at_most=4096,
     )
     dataset_repeats: int = option(
-        1, "How often each picture is seen per epoch, where no num_repeats says so.", read=whole_number, at_least=1
+        1,
+        "How often each picture is seen per epoch, where no num_repeats says so.",
+        read=whole_number,
+        at_least=1,
+        at_most=1_000_000,
     )
     enable_bucket: bool = flag(
         "Keep the pictures' shapes: each is trained in the bucket (a size of about the same area) that fits it best, "
@@ -74,6 +79,7 @@ class DatasetOptions:
         "Shortest side of a bucket in pixels. Useless without buckets.",
         read=whole_number,
         at_least=1,
+        at_most=65536,
     )
     max_bucket_reso: int = option(
         1024,
@@ -81,12 +87,14 @@ class DatasetOptions:
         "without buckets.",
         read=whole_number,
         at_least=1,
+        at_most=65536,
     )
     bucket_reso_steps: int = option(
         64,
         "Bucket sides are multiples of this many pixels: a multiple of 64 for SD 1 and 2, of 32 for SDXL.",
         read=whole_number,
         at_least=1,
+        at_most=65536,
     )
     bucket_no_upscale: bool = flag("Never enlarge a small picture: it gets a bucket of its own size.")
     skip_image_resolution: tuple[int, int] | None = option(
@@ -204,6 +212,7 @@ class DatasetOptions:
         "latents that --cache_latents keeps in memory.",
         read=whole_number,
         at_least=0,
+        at_most=1024,
     )
     persistent_data_loader_workers: bool = flag(
         "Keep those processes alive between epochs. This happens anyway, except with --dataset_class."
@@ -227,6 +236,7 @@ class CacheOptions:
         "Pictures encoded at once while caching. More is faster and needs more memory. Useless without a cache.",
         read=whole_number,
         at_least=1,
+        at_most=4096,
     )
     skip_cache_check: bool = flag(
         "Trust what cached files hold (picture and VAE may have changed since), for a faster start with very many "

@@ -37,7 +37,7 @@ class SubsetConfig:
 
     ``kind`` is "dreambooth" (a folder), "finetuning" (a metadata file) or "mask" (a folder with masks).
     ``caption_extension`` None means ``.caption``, then (without ``class_tokens``) ``.txt``. ``place`` says for messages
-    where it was asked for.
+    where it was asked for. A folder that was only ``found`` in a folder flag's may be empty.
     """
 
     kind: str
@@ -59,6 +59,7 @@ class SubsetConfig:
     resize_interpolation: str | None = None
     custom_attributes: dict[str, Any] | None = None
     place: str = ""
+    found: bool = field(default=False, repr=False)
 
     @property
     def source(self) -> str:
@@ -208,6 +209,7 @@ def _subset(table: Table, kind: str, above: _Chain) -> SubsetConfig:
         resize_interpolation=chain.get("resize_interpolation"),
         custom_attributes=chain.get("custom_attributes"),
         place=table.place,
+        found=table.found,
     )
 
 

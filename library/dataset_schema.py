@@ -6,11 +6,12 @@ Types are strict, as in sd-scripts: ``1`` is not a decimal number, ``true`` is n
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from library import data_options
 from library.errors import UserError, closest
+from library.option_types import LARGEST_NUMBER, option_of
 
 # What a subset takes its pictures from; each kind knows some keys of its own.
 DREAMBOOTH, FINETUNING, MASK = "dreambooth", "finetuning", "mask"
@@ -23,6 +24,8 @@ FILE, GENERAL, DATASET, SUBSET = "the file", "[general]", "[[datasets]]", "[[dat
 
 # Of a size to train at: nobody can mean more, and a slip of the finger should not fill the memory.
 _LONGEST_SIDE = 16384
+_LONGEST_SHOWN = 200
+_OPTIONS = {field.name: option_of(field) for field in fields(data_options.DatasetOptions)}
 INTERPOLATIONS = (*data_options.INTERPOLATIONS, "box")
 
 
@@ -42,14 +45,18 @@ def _is_number(value: Any) -> bool:
     return _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
 
 
-def _whole(least: float = -math.inf) -> Key:
-    limits = "" if least == -math.inf else f", {least} or more"
-    return Key(f"a whole number{limits}", lambda value: _is_whole(value) and value >= least)
+def _whole(least: int, most: int = LARGEST_NUMBER) -> Key:
+    return Key(f"a whole number from {least} to {most}", lambda value: _is_whole(value) and least <= value <= most)
 
 
-def _number(least: float, most: float = math.inf) -> Key:
-    limits = f"from {least} to {most}" if most < math.inf else f"of {least} or more"
-    return Key(f"a number {limits}", lambda value: _is_number(value) and least <= value <= most)
+def _whole_as(name: str) -> Key:
+    """A whole number within the limits of an option."""
+    limits = _OPTIONS[name]
+    return _whole(limits.at_least, limits.at_most)
+
+
+def _number(least: float, most: float = LARGEST_NUMBER) -> Key:
+    return Key(f"a number from {least} to {most}", lambda value: _is_number(value) and least <= value <= most)
 
 
 def _is_decimal(value: Any) -> bool:
@@ -65,6 +72,8 @@ def _is_size(value: Any) -> bool:
     return all(_is_whole(side) and 8 <= side <= _LONGEST_SIDE for side in sides)
 
 
+# Below 1 leaves the subset out, as in sd-scripts.
+_MOST_REPEATS = _OPTIONS["dataset_repeats"].at_most
 _FLAG = Key("true or false", lambda value: isinstance(value, bool))
 _TEXT = Key("a text in quotes", lambda value: isinstance(value, str))
 _FILLED_TEXT = Key("a text in quotes that is not empty", lambda value: isinstance(value, str) and value != "")
@@ -94,22 +103,24 @@ def _tables(header: str) -> Key:
 FILE_KEYS = {"general": _TABLE, "datasets": _tables(DATASET)}
 
 DATASET_KEYS = {
-    "batch_size": _whole(1),
+    "batch_size": _whole_as("train_batch_size"),
     "resolution": _SIZE,
     "enable_bucket": _FLAG,
     "bucket_no_upscale": _FLAG,
-    "bucket_reso_steps": _whole(1),
-    "min_bucket_reso": _whole(1),
-    "max_bucket_reso": _whole(1),
+    "bucket_reso_steps": _whole_as("bucket_reso_steps"),
+    "min_bucket_reso": _whole_as("min_bucket_reso"),
+    "max_bucket_reso": _whole_as("max_bucket_reso"),
     "skip_image_resolution": _SIZE,
-    "validation_seed": _whole(),
+    "validation_seed": Key("a whole number", _is_whole),
     "validation_split": _SPLIT,
     "network_multiplier": _MULTIPLIER,
     "resize_interpolation": _INTERPOLATION,
 }
 _DATASET_ONLY_KEYS = {"subsets": _tables(SUBSET)}
 SUBSET_KEYS = {
-    "num_repeats": _whole(),
+    "num_repeats": Key(
+        f"a whole number up to {_MOST_REPEATS}", lambda value: _is_whole(value) and value <= _MOST_REPEATS
+    ),
     "shuffle_caption": _FLAG,
     "caption_separator": _FILLED_TEXT,
     "keep_tokens": _whole(0),
@@ -164,7 +175,8 @@ def shown(value: Any) -> str:
         return "a table"
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
         return "a list of tables"
-    return json.dumps(value, ensure_ascii=False, default=str)
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
 
 
 def check_table(table: dict[str, Any], level: str, kind: str, place: str) -> None:

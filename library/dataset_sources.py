@@ -1,28 +1,29 @@
 """Where the description of the data comes from: a dataset file, folder flags, or a metadata file flag."""
 
-import json
 import logging
-import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import toml
-
 from library.dataset_schema import DREAMBOOTH, FILE, GENERAL, check_table
 from library.errors import UserError
 from library.options import DatasetOptions
+from library.text_files import parse_json, parse_toml, read_text
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Table:
-    """One table, and where it stands; ``subsets`` are the tables inside a dataset."""
+    """One table, and where it stands; ``subsets`` are the tables inside a dataset.
+
+    One that is ``found`` was not named by the user, and counts only if there are images in it.
+    """
 
     place: str
     values: dict[str, Any]
     subsets: tuple["Table", ...] = ()
+    found: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,37 +73,16 @@ def _dataset_table(values: dict[str, Any], file: Path, number: int) -> Table:
 
 
 def _parse(file: Path) -> dict[str, Any]:
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"The dataset file {file} is not UTF-8 text. Save it again as UTF-8.") from error
-    except OSError as error:
-        raise UserError(
-            f"The dataset file {file} cannot be read: {error.strerror or error}. Check --dataset_config."
-        ) from error
+    what = f"The dataset file {file}"
+    text = read_text(file, what)
     if file.suffix.lower() == ".toml":
-        return _parse_toml(text, file)
+        return parse_toml(text, what)
     if file.suffix.lower() != ".json":
-        raise UserError(f'The dataset file {file} ends in "{file.suffix}"; it must be a .toml or a .json file.')
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"The dataset file {file} is not valid JSON: {error}.") from error
+        raise UserError(f'{what} ends in "{file.suffix}"; it must be a .toml or a .json file.')
+    content = parse_json(text, what)
     if not isinstance(content, dict):
-        raise UserError(f'The dataset file {file} must hold one JSON object with "general" and "datasets".')
+        raise UserError(f'{what} must hold one JSON object with "general" and "datasets".')
     return content
-
-
-def _parse_toml(text: str, file: Path) -> dict[str, Any]:
-    try:
-        return toml.loads(text)
-    except (ValueError, IndexError, AttributeError, TypeError, KeyError):
-        pass  # toml's messages lead astray, and there are valid files that it cannot read.
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        advice = " Write Windows paths in single quotes or with /." if "\\" in text else ""
-        raise UserError(f"The dataset file {file} is not valid TOML: {error}.{advice}") from error
 
 
 def _from_metadata_flag(options: DatasetOptions) -> Source:
@@ -137,7 +117,7 @@ def _folder_tables(option: str, base: str) -> list[Table]:
             )
             continue
         values = {"image_dir": str(folder), "num_repeats": repeats, "class_tokens": class_tokens}
-        tables.append(Table(f"--{option}, folder {folder}", values))
+        tables.append(Table(f"--{option}, folder {folder}", values, found=True))
     if not tables:
         raise UserError(
             f"--{option}: {base} has no sub-folder named <repeats>_<words>, such as 10_mychar. Pictures that lie in it "

@@ -72,14 +72,15 @@ def _file_names(folder: str, option: str) -> set[str]:
 def load_image_sets(config: DatasetConfig) -> list[ImageSet]:
     """The picture sets of one dataset. Raises UserError naming the folder or file that is missing, empty or broken.
 
-    A picture that several subsets name counts once, in the last of them, as in sd-scripts; that is a warning.
+    A picture that several subsets name counts once, in the last of them, as in sd-scripts; that is a warning. So is an
+    empty sub-folder of a folder flag, as long as another one is not empty.
     """
-    sets = []
-    for subset in config.subsets:
-        found = load_image_set(subset)
-        if not len(found):
+    loaded = [load_image_set(subset) for subset in config.subsets]
+    sets = [found for found in loaded if len(found)]
+    for subset in (found.subset for found in loaded if not len(found)):
+        if not (sets and subset.found):
             raise UserError(_empty_message(subset))
-        sets.append(found)
+        logger.warning("%s It is skipped.", _empty_message(subset))
     sets = _without_repeated_paths(sets)
     _match_masks([found for found in sets if found.subset.conditioning_data_dir])
     return _without_small_images(sets, config)

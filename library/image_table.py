@@ -16,12 +16,13 @@ from library.captions import CaptionRules
 from library.dataset_config import DatasetConfig, SubsetConfig
 from library.errors import UserError
 from library.image_sets import ImageSet, balanced_repeats, held_out, load_image_sets, select
-from library.images import Framing
+from library.images import Framing, check_resized
 from library.latents import LatentEntry
 
 logger = logging.getLogger(__name__)
 
 Size = tuple[int, int]
+MOST_SAMPLES = 2_000_000  # an epoch; putting so many in order takes seconds already
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,12 @@ def load_tables(configs: Sequence[DatasetConfig], seed: int) -> tuple[ImageTable
         validation.extend((number, found, [1] * len(found)) for found in held)
     if not any(not found.subset.is_reg for _, found, _ in train):
         raise UserError(_nothing_message(bool(validation)))
+    samples = sum(sum(repeats) for _, _, repeats in train)
+    if samples > MOST_SAMPLES:
+        raise UserError(
+            f"An epoch would have {samples:,} samples (images times num_repeats); at most {MOST_SAMPLES:,} are "
+            "possible. Lower num_repeats: --max_train_steps decides how long a run is."
+        )
     configs = tuple(configs)
     return _table(configs, train), _table(configs, validation) if validation else None
 
@@ -236,8 +243,9 @@ def _table(configs: tuple[DatasetConfig, ...], parts: list[tuple[int, ImageSet, 
     bucket_of: list[int] = []
     resized: list[Size] = []
     for dataset, found, _ in parts:
-        for width, height in found.sizes.tolist():
+        for path, (width, height) in zip(found.paths, found.sizes.tolist(), strict=True):
             placement = choosers[dataset].place(width, height)
+            check_resized(path, (width, height), placement.resized, placement.bucket)
             bucket_of.append(numbers.setdefault((dataset, placement.bucket), len(numbers)))
             resized.append(placement.resized)
     # Buckets are listed by dataset and size, whatever the order in which pictures opened them.

@@ -36,16 +36,31 @@ IMAGE_EXTENSIONS = (
     *((".jxl",) if "JXL" in Image.OPEN else ()),
 )
 
-# How to turn a picture upright, by its EXIF orientation.
+# What Pillow may take a file for, whatever its name says. Others of its readers start programs, or are hardly used.
+_FORMATS = (
+    *("PNG", "JPEG", "WEBP", "BMP"),
+    *(("AVIF",) if features.check("avif") else ()),
+    *(("JXL",) if "JXL" in Image.OPEN else ()),
+)
+
+# How to turn pixels [h, w, channels] upright, by their EXIF orientation.
 _UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: np.rot90(pixels, 3),
+    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
+    8: np.rot90,
 }
+
+# Of one image file; more would take more than a gigabyte of memory in every loader worker.
+MOST_PIXELS = 110_000_000
+# Decoders that hold the image several times over.
+_HUNGRY_FORMATS = {"WEBP": 2, "AVIF": 2, "JXL": 4}
+# Of an image scaled to cover its bucket.
+MOST_RESIZED_PIXELS = 64_000_000
+_STRIP_PIXELS = 2**20
 _METADATA_KEYS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
 
 
@@ -104,8 +119,10 @@ def image_size(path: Path | str) -> Size:
     Raises UserError, naming the file, where there is no picture.
     """
     if str(path).lower().endswith(".webp") and (size := _plain_webp_size(path)) and _plausible(size):
+        _check_pixels(path, size, "WEBP")
         return size
     with _opened(path) as image:
+        _check_pixels(path, image.size, image.format)
         if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: a photo with its preview
             logger.warning(f"{path} is animated; only its first frame is used.")
         return _upright_size(image)
@@ -114,6 +131,28 @@ def image_size(path: Path | str) -> Size:
 def _upright_size(image: Image.Image) -> Size:
     width, height = image.size
     return (height, width) if _orientation(image) >= 5 else (width, height)
+
+
+def _check_pixels(path: Path | str, size: Size, image_format: str | None) -> None:
+    """Raise UserError for an image with more pixels than one process should hold."""
+    most = MOST_PIXELS // _HUNGRY_FORMATS.get(image_format, 1)
+    width, height = size
+    if width * height <= most:
+        return
+    side = math.sqrt(most / (width * height))
+    raise UserError(
+        f"The image {path} has {width}x{height} pixels; more than {most // 1_000_000} million take too much memory. "
+        f"Scale it down, to at most {max(int(width * side), 1)}x{max(int(height * side), 1)}; training uses far fewer."
+    )
+
+
+def check_resized(path: Path | str, size: Size, resized: Size, bucket: Size) -> None:
+    """Raise UserError for an image so long and thin that it would grow beyond measure to cover its bucket."""
+    if resized[0] * resized[1] > max(MOST_RESIZED_PIXELS, 4 * bucket[0] * bucket[1]):
+        raise UserError(
+            f"The image {path} has {size[0]}x{size[1]} pixels, a shape that has to be scaled to "
+            f"{resized[0]}x{resized[1]} to cover {bucket[0]}x{bucket[1]}. Crop it, or remove it."
+        )
 
 
 def _plain_webp_size(path: Path | str) -> Size | None:
@@ -150,14 +189,29 @@ def read_image(path: Path | str, *, alpha: bool = False, size: Size | None = Non
     16-bit values are scaled to 8 bits. Raises UserError, naming the file, where there is no whole picture, or one that
     has not the ``size`` that it had when the run began.
     """
+    pixels, orientation = _as_stored(path, alpha, size)
+    return np.ascontiguousarray(_UPRIGHT[orientation](pixels)) if orientation in _UPRIGHT else pixels
+
+
+def _as_stored(path: Path | str, alpha: bool, size: Size | None) -> tuple[np.ndarray, int]:
+    """The pixels as the file has them, and its EXIF orientation.
+
+    Strip by strip, for each step of a conversion holds a whole copy of what it is given.
+    """
     with _opened(path) as image:
+        _check_pixels(path, image.size, image.format)
         _refuse_other_size(path, _upright_size(image), size)
         orientation = _orientation(image)
-        image = _to_eight_bits(image)
-        image = image.convert("RGBA") if alpha else _on_white(image)
-        if orientation in _UPRIGHT:
-            image = image.transpose(_UPRIGHT[orientation])
-        return np.array(image)
+        image.load()
+        width, height = image.size
+        pixels = np.empty((height, width, 4 if alpha else 3), dtype=np.uint8)
+        rows = max(1, _STRIP_PIXELS // width)
+        for top in range(0, height, rows):
+            bottom = min(top + rows, height)
+            strip = image if rows >= height else image.crop((0, top, width, bottom))
+            strip = _to_eight_bits(strip)
+            pixels[top:bottom] = np.asarray(strip.convert("RGBA") if alpha else _on_white(strip))
+        return pixels, orientation
 
 
 def _refuse_other_size(path: Path | str, found: Size, noted: Size | None) -> None:
@@ -175,7 +229,7 @@ def _opened(path: Path | str) -> Iterator[Image.Image]:
         with warnings.catch_warnings():
             # Of large photos (twice as large ones are an error) and odd metadata; they name no file and change nothing.
             warnings.simplefilter("ignore")
-            with Image.open(path) as image:
+            with Image.open(path, formats=_FORMATS) as image:
                 yield image
     except UserError:
         raise
@@ -193,7 +247,8 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     if path.is_file() and path.stat().st_size == 0:
         return f"The image {path} is empty (0 bytes). Copy it again or remove it."
     if isinstance(error, UnidentifiedImageError):
-        return f"{path} is not an image in a format that can be read here. Convert it to PNG or JPEG, or remove it."
+        known = ", ".join(_FORMATS)
+        return f"{path} is not an image in a format that can be read here ({known}). Convert it, or remove it."
     reason = str(error).rstrip(".") or type(error).__name__
     return f"The image {path} cannot be read: {reason}. Copy or export it again, or remove it."
 

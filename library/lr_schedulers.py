@@ -125,7 +125,13 @@ def _adafactor_schedule(options: ScheduleOptions, choice: OptimizerChoice, warmu
         warmup, "Adafactor with relative_step", "Use --optimizer_args warmup_init=True, or relative_step=False."
     )
     if options.lr_scheduler_type or options.lr_scheduler not in ("constant", "adafactor"):
-        logger.warning("Adafactor with relative_step makes its own learning rate; the scheduler named is not used.")
+        name = "lr_scheduler_type" if options.lr_scheduler_type else "lr_scheduler"
+        logger.warning(
+            "Adafactor with relative_step makes its own learning rate; the scheduler named is not used: "
+            "--%s=%s has no effect without --optimizer_args relative_step=False.",
+            name,
+            getattr(options, name),
+        )
     return optimization.get_adafactor_schedule(choice.optimizer, choice.shown_rate)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from library.atomic_files import replacement
 from library.errors import UserError
+from library.text_files import LARGEST_METADATA, is_unicode, parse_json, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -46,14 +47,15 @@ def read_metadata(path: str, *, separator: str, all_lines: bool) -> list[Metadat
 
 def _raw_entries(path: str) -> Iterator[tuple[str, dict, str]]:
     """Yield (key, values, place for messages) of every picture in the file."""
-    text = _read_text(path)
+    what = f'The metadata file "{path}"'
+    text = read_text(path, what, largest=LARGEST_METADATA)
     if path.lower().endswith(".jsonl"):
         yield from _jsonl_entries(path, text)
         return
-    content = _parse(text, f'The metadata file "{path}"')
+    content = parse_json(text, what, odd_names=True)
     if not isinstance(content, dict):
         raise UserError(
-            f'The metadata file "{path}" must hold one JSON object, {{"picture": {{"caption": "…"}}, …}}, '
+            f'{what} must hold one JSON object, {{"picture": {{"caption": "…"}}, …}}, '
             f"but it holds a {type(content).__name__}."
         )
     for key, values in content.items():
@@ -66,27 +68,11 @@ def _jsonl_entries(path: str, text: str) -> Iterator[tuple[str, dict, str]]:
         if not line.strip():
             continue
         place = f'Line {number} of the metadata file "{path}"'
-        values = _object(_parse(line, place), place)
+        values = _object(parse_json(line, place, odd_names=True), place)
         key = _text(values, "image_path", place)
         if not key:
             raise UserError(f'{place} names no picture. Give its "image_path".')
         yield key, values, place
-
-
-def _read_text(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f'The metadata file "{path}" is not UTF-8 text. Save it again as UTF-8.') from error
-    except OSError as error:
-        raise UserError(f'The metadata file "{path}" cannot be read: {error.strerror or error}.') from error
-
-
-def _parse(text: str, place: str):
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place} is not valid JSON: {error}.") from error
 
 
 def _object(values, place: str) -> dict:
@@ -99,17 +85,14 @@ def _text(values: dict, key: str, place: str) -> str:
     value = values.get(key)
     if value is not None and not isinstance(value, str):
         raise UserError(f'{place} has "{key}": {value!r:.80}, which is not a text. Write it as one string.')
-    if value and key != "image_path" and not _is_text(value):
-        raise UserError(f'{place} has "{key}": {value!a:.80}, which holds half a character (a lone surrogate).')
+    if value and not is_unicode(value, odd_names=key == "image_path"):
+        raise UserError(f'{place} has "{key}": {value!r:.80}, which is not valid Unicode. Correct the text.')
     return value or ""
 
 
 def _is_text(value) -> bool:
     """Whether it is a string that can be written as UTF-8."""
-    try:
-        return isinstance(value, str) and value.encode() is not None
-    except UnicodeEncodeError:
-        return False
+    return isinstance(value, str) and is_unicode(value)
 
 
 def _is_size(size) -> bool:

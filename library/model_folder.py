@@ -9,7 +9,7 @@ from huggingface_hub.constants import HF_HUB_OFFLINE
 
 from library.architectures import Architecture, TextEncoderLayout
 from library.errors import UserError
-from library.model_identity import read_config
+from library.model_identity import read_config, read_object, whole_number
 from library.single_file import modern_vae_names
 from library.weight_files import Tensors, Weights, join_weights, open_weights
 
@@ -41,7 +41,8 @@ class ModelFolder:
 
     def vocabulary_size(self, layout: TextEncoderLayout) -> int:
         """How many tokens the text encoder knows, from the configuration alone."""
-        return self._config(layout.component).get("vocab_size", 49408)
+        file = self.path / layout.component / "config.json"
+        return whole_number(self._config(layout.component), "vocab_size", 49408, file)
 
     def check(self, with_vae: bool) -> None:
         """Raise UserError if a component is missing or cut off; reads headers (and ``.bin`` files) only."""
@@ -76,23 +77,26 @@ def find_weights(folder: Path, *, mmap: bool) -> Weights:
                     return open_weights(file, mmap=mmap)
                 # Both spellings exist: model.safetensors.index.fp16.json and model.fp16.safetensors.index.json.
                 for index in (f"{stem}{suffix}.index{variant}.json", f"{stem}{variant}{suffix}.index.json"):
-                    if (shards := read_config(folder / index)) is not None:
-                        return join_weights([folder / name for name in _shards(folder / index, shards)], mmap=mmap)
+                    if (shards := _shards(folder / index)) is not None:
+                        return join_weights(shards, mmap=mmap)
     raise UserError(
         f"{folder} holds no weights (no {_STEMS[0]}.safetensors or {_STEMS[1]}.safetensors). The model folder is "
         "incomplete; download or copy it again."
     )
 
 
-def _shards(index: Path, content: dict) -> list[str]:
-    """The files, beside it, that an index names. Raises UserError if it names none, or some elsewhere."""
+def _shards(index: Path) -> list[Path] | None:
+    """The files, beside it, that an index names, or None if there is no index. Raises UserError if it is damaged."""
+    if (content := read_object(index)) is None:
+        return None
     places = content.get("weight_map")
-    names = set(map(str, places.values())) if isinstance(places, dict) else set()
-    if not names or any(Path(name).name != name for name in names):
+    names = list(places.values()) if isinstance(places, dict) else []
+    # A shard lies beside its index; a path would lead elsewhere.
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
         raise UserError(
             f'{index} is damaged: its "weight_map" does not name files of this folder. Download or copy it again.'
         )
-    return sorted(names)
+    return [index.with_name(name) for name in sorted(set(names))]
 
 
 def looks_like_hub_id(name: str) -> bool:

@@ -3,13 +3,14 @@
 Only Stable Diffusion 1.x, 2.x and XL are trained. Everything else is named, with what to do about it.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from library.architectures import SD1, SD2, SDXL, Architecture
 from library.errors import UserError
+from library.text_files import parse_json, read_text
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -58,6 +59,8 @@ _FAMILY_TITLES = {
     "SD3": "a Stable Diffusion 3 model",
     "Lumina": "a Lumina model",
 }
+# Of configurations: far beyond any model there is.
+_MOST_LAYERS, _LARGEST_SIZE, _LONGEST_LIST = 200, 1_000_000, 200
 _UNCLIP = Identity("an unCLIP model, which is told images and not only prompts", advice=_PLAIN_MODEL)
 
 
@@ -117,7 +120,7 @@ def identify_folder(folder: Path) -> Identity:
     unet = read_config(folder / "unet" / "config.json")
     if unet is None:
         return _identify_other_folder(folder, pipeline)
-    channels = unet.get("in_channels", 4)
+    channels = whole_number(unet, "in_channels", 4, folder / "unet" / "config.json")
     if channels != 4:
         return _special_unet(channels)
     encoder = read_config(folder / "text_encoder" / "config.json")
@@ -127,7 +130,8 @@ def identify_folder(folder: Path) -> Identity:
         what = "the SDXL refiner" if refiner else "incomplete: it has no text_encoder folder with a config.json"
         return Identity(what, advice=_PLAIN_MODEL)
     if encoder.get("model_type", "clip_text_model") != "clip_text_model":
-        return Identity(f"a model with a {encoder['model_type']} text encoder, not CLIP", advice=_PLAIN_MODEL)
+        kind = f"{encoder['model_type']!s:.40}"
+        return Identity(f"a model with a {kind} text encoder, not CLIP", advice=_PLAIN_MODEL)
     if is_xl:
         return Identity(f"a {SDXL.title} model", SDXL)
     if unet.get("class_embed_type"):
@@ -149,7 +153,7 @@ def _identify_other_folder(folder: Path, pipeline: dict | None) -> Identity:
             "not a diffusers model folder (it has no model_index.json)",
             advice="Give a folder with model_index.json, unet, vae and text_encoder, or a checkpoint file.",
         )
-    kind = str(pipeline.get("_class_name"))
+    kind = f"{pipeline.get('_class_name')!s:.80}"
     title = next(
         (title for name, title in _FAMILY_TITLES.items() if name in kind), f"a model of another family ({kind})"
     )
@@ -157,13 +161,49 @@ def _identify_other_folder(folder: Path, pipeline: dict | None) -> Identity:
 
 
 def read_config(file: Path) -> dict | None:
+    """A component's configuration, or None if there is no such file.
+
+    Raises UserError if it is no JSON object, or holds sizes of which no model can be made: some would be tried for
+    hours, others fill the memory.
+    """
+    config = read_object(file)
+    for name, value in (config or {}).items():
+        values = value if isinstance(value, list) else [value]
+        most = _MOST_LAYERS if "layer" in name else _LARGEST_SIZE
+        numbers = [number for number in values if isinstance(number, int | float)]
+        if len(values) > _LONGEST_LIST or not all(abs(number) <= most for number in numbers):  # NaN is not <= either
+            raise _damaged(file, name, value)
+    return config
+
+
+def whole_number(config: dict, name: str, default: int, file: Path) -> int:
+    """A whole number above 0 of a configuration. Raises UserError, naming the file, for anything else."""
+    value = config.get(name, default)
+    if type(value) is not int or value < 1:
+        raise _damaged(file, name, value)
+    return value
+
+
+def positive_number(config: dict, name: str, default: float, file: Path) -> float:
+    """A number above 0 of a configuration. Raises UserError, naming the file, for anything else."""
+    value = config.get(name, default)
+    if type(value) not in (int, float) or value <= 0:
+        raise _damaged(file, name, value)
+    return value
+
+
+def _damaged(file: Path, name: str, value: Any) -> UserError:
+    return UserError(
+        f"{file} has {name}: {value!r:.80}, of which no model can be made. Download the model again, or use another "
+        "copy."
+    )
+
+
+def read_object(file: Path) -> dict | None:
     """The content of a JSON file, or None if there is none. Raises UserError if it is no JSON object."""
     if not file.is_file():
         return None
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON: {error}.") from error
+    content = parse_json(read_text(file, str(file)), str(file))
     if not isinstance(content, dict):
         raise UserError(f"{file} is not a configuration: it holds no JSON object.")
     return content

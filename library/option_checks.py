@@ -3,13 +3,16 @@
 import logging
 import os
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from library.errors import UserError, did_you_mean
+from library.option_types import Option, shown
 from library.options import Options, as_dict, declared_options
 from library.output_options import REPO_TYPES, VISIBILITIES
+from library.text_files import is_unicode
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +69,17 @@ def check_limits(options: Options) -> None:
         value = values.get(name)
         if option.limits and value is not None and not option.allows(value):
             raise UserError(f"--{name} is {value}; it must be {option.limits}.")
+        _check_unicode(name, option, value)
     for name in ("lr_warmup_steps", "lr_decay_steps"):
         if isinstance(values[name], float) and values[name] > 1:
             raise UserError(f"--{name} is {values[name]:.0%} of all steps; a share must be at most 100%.")
+
+
+def _check_unicode(name: str, option: Option, value: Any) -> None:
+    """Refuse bytes that are not UTF-8 where no file name is meant: no prompt, tokenizer or metadata can hold them."""
+    for text in value if isinstance(value, tuple) else (value,):
+        if isinstance(text, str) and not is_unicode(text, odd_names=option.is_place):
+            raise UserError(f"--{name} {shown(text)} is not valid UTF-8. Type it again in a UTF-8 terminal or file.")
 
 
 def check_combinations(options: Options) -> None:
@@ -181,16 +192,29 @@ def _check_output(options: Options) -> None:
             f'--output_name "{name[:20]}…" is too long for a file name: {len(os.fsencode(name))} bytes. At most '
             f"{LONGEST_NAME} leave room for the step and the ending."
         )
-    if options.save.output_dir is None:
-        return
-    folder = Path(options.save.output_dir)
+    if options.save.output_dir is not None:
+        check_folder("--output_dir", options.save.output_dir)
+    if options.logging.trackers and options.logging.logging_dir is not None:
+        check_folder("--logging_dir", options.logging.logging_dir)
+
+
+def check_folder(option: str, given: str) -> None:
+    """Raise UserError unless files can be written into a folder that is there, or can be made."""
+    folder = Path(given)
     try:
-        existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        places = (folder, *folder.absolute().parents)
+        existing = next(place for place in places if place.exists() or place.is_symlink())
     except OSError as error:
-        raise UserError(f"--output_dir {folder} cannot be a folder: {error.strerror}. Choose another one.") from error
+        raise UserError(f"{option} {folder} cannot be a folder: {error.strerror}. Choose another one.") from error
     if not existing.is_dir():
-        raise UserError(f"--output_dir {folder}: {existing} is a file, not a folder. Choose another folder.")
-    if not os.access(existing, os.W_OK):
+        what = "is a file, not a folder" if existing.exists() else "is a link to a folder that does not exist"
+        raise UserError(f"{option} {folder}: {existing} {what}. Choose another folder.")
+    try:
+        # Asking for permissions says nothing of read-only and full disks, nor anything to a superuser.
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
         raise UserError(
-            f"--output_dir {folder}: {existing} is not writable. Choose another folder or change its rights."
-        )
+            f"{option} {folder}: {existing} is not writable ({error.strerror}). Choose another folder or change its "
+            "permissions."
+        ) from error

@@ -14,26 +14,44 @@ from dataclasses import Field, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from library.text_files import is_unicode
+
 LearningRate = float | tuple[tuple[float, int | None], ...]
+
+# No option means more: what is larger is a slip that would overflow, fill the memory or never end somewhere else.
+LARGEST_NUMBER = 10**12
+_LONGEST_SHOWN = 100
 
 
 def shown(value: Any) -> str:
-    """Return a value as a message shows it: text in quotes, other things as TOML writes them."""
+    """Return a value as a message shows it: text in quotes, other things as TOML writes them, long ones cut off."""
     if isinstance(value, bool):
         return "true" if value else "false"
-    return f'"{value}"' if isinstance(value, str) else str(value)
+    text = printable(str(value))
+    text = text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
+    return f'"{text}"' if isinstance(value, str) else text
+
+
+def printable(text: str) -> str:
+    """Return the text with an escape in place of every lone surrogate, so that it can be written anywhere."""
+    return text.encode("utf-8", errors="backslashreplace").decode("utf-8")
 
 
 def whole_number(value: Any) -> int:
     """Read an integer from an int, a text such as "3", or a float without a fraction."""
-    if isinstance(value, str):
-        try:
-            return int(value)
-        except ValueError:
-            raise ArgumentTypeError(f"{shown(value)} is not a whole number.") from None
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
+    try:
+        result = value if isinstance(value, int | float) else int(value if isinstance(value, str) else "")
+    except ValueError:
+        raise ArgumentTypeError(f"{shown(value)} is not a whole number.") from None
+    if isinstance(value, bool) or result != result // 1:
         raise ArgumentTypeError(f"{shown(value)} is not a whole number.")
-    return int(value)
+    return int(_bounded(result, value))
+
+
+def _bounded(result: float, value: Any) -> float:
+    if abs(result) > LARGEST_NUMBER:
+        raise ArgumentTypeError(f"{shown(value)} is too large; no option takes more than {LARGEST_NUMBER}.")
+    return result
 
 
 def number(value: Any) -> float:
@@ -44,14 +62,18 @@ def number(value: Any) -> float:
         raise ArgumentTypeError(f"{shown(value)} is not a number.") from None
     if not math.isfinite(result):
         raise ArgumentTypeError(f"{shown(value)} is not a finite number.")
-    return result
+    return _bounded(result, value)
 
 
 def text(value: Any) -> str | None:
     """Read a text; an empty one means "not given" (None). Numbers become their digits."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ArgumentTypeError(f"{shown(value)} is not a text.")
-    return str(value) or None
+    found = str(value)
+    # Lone surrogates are how Python holds a file name that is not UTF-8; whether one can be meant is checked later.
+    if "\0" in found or not is_unicode(found, odd_names=True):
+        raise ArgumentTypeError(f"{shown(found.replace(chr(0), '?'))} holds what no text may hold.")
+    return found or None
 
 
 def boolean(value: Any) -> bool:
@@ -240,10 +262,10 @@ class Option:
     @property
     def limits(self) -> str | None:
         """The allowed range in words, or None."""
-        low = f"above {self.above:g}" if self.above is not None else None
+        low = f"above {self.above}" if self.above is not None else None
         if self.at_least is not None:
-            low = f"at least {self.at_least:g}"
-        high = f"at most {self.at_most:g}" if self.at_most is not None else None
+            low = f"at least {self.at_least}"
+        high = f"at most {self.at_most}" if self.at_most is not None else None
         return " and ".join(part for part in (low, high) if part) or None
 
     def allows(self, value: float) -> bool:

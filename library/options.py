@@ -73,6 +73,7 @@ class TokenOptions:
         "styles.",
         read=whole_number,
         at_least=1,
+        at_most=225,
     )
     weights: str | None = option(None, "Embedding file to start from instead of --init_word.", metavar="FILE")
     use_object_template: bool = flag(

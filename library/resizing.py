@@ -19,6 +19,8 @@ _TORCH = {
     "bicubic": "bicubic",
     "cubic": "bicubic",
 }
+# Numbers that are held as floats at a time: a quarter of a gigabyte.
+_MOST_FLOATS = 2**26
 INTERPOLATIONS = (*_PILLOW, *_TORCH, "nearest", "area")
 
 
@@ -49,6 +51,9 @@ def resize(image: np.ndarray, size: tuple[int, int], interpolation: str | None =
 
 def _torch_resize(image: np.ndarray, size: tuple[int, int], mode: str) -> np.ndarray:
     """torch's interpolation without antialiasing is OpenCV's, within one step of 255."""
+    if image.size > _MOST_FLOATS and image.shape[2] > 1:
+        channels = [_torch_resize(image[:, :, i : i + 1], size, mode) for i in range(image.shape[2])]
+        return np.concatenate(channels, axis=2)
     planes = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float()
     resized = torch.nn.functional.interpolate(planes, size=(size[1], size[0]), mode=mode)
     return resized[0].permute(1, 2, 0).round().clamp(0, 255).byte().numpy()
@@ -58,21 +63,28 @@ def _area_resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """OpenCV's INTER_AREA: the mean over the source area of each target pixel; linear as soon as one side grows."""
     height, width, channels = image.shape
     weights = _coverage if size[0] <= width and size[1] <= height else _linear
-    rows = _weigh_lines(image.reshape(height, width * channels), size[1], weights)
-    columns = rows.reshape(size[1], width, channels).swapaxes(0, 1).reshape(width, size[1] * channels)
-    pixels = _weigh_lines(columns, size[0], weights).reshape(size[0], size[1], channels).swapaxes(0, 1)
-    return np.ascontiguousarray(pixels.round().clip(0, 255).astype(np.uint8))
+    lines = image.reshape(height, width * channels)
+    made = np.empty((size[1], size[0], channels), dtype=np.uint8)
+    # An ordinary image is one block.
+    block = max(1, _MOST_FLOATS // (max(width, size[0]) * channels))
+    for top in range(0, size[1], block):
+        wanted = range(top, min(top + block, size[1]))
+        rows = _weigh_lines(lines, wanted, size[1], weights)
+        columns = rows.reshape(len(wanted), width, channels).swapaxes(0, 1).reshape(width, len(wanted) * channels)
+        pixels = _weigh_lines(columns, range(size[0]), size[0], weights).reshape(size[0], len(wanted), channels)
+        made[top : top + block] = pixels.swapaxes(0, 1).round().clip(0, 255)
+    return made
 
 
-def _weigh_lines(lines: np.ndarray, count: int, weights) -> np.ndarray:
-    """Make ``count`` lines, float32 [count, m], each a weighted sum of a few neighbouring ``lines`` [n, m].
+def _weigh_lines(lines: np.ndarray, wanted: range, count: int, weights) -> np.ndarray:
+    """Make the ``wanted`` of ``count`` lines, float32 [wanted, m], each a weighted sum of a few neighbouring ``lines``.
 
     Line by line, so that a large photo costs no large float copy and no large, almost empty weight matrix.
     """
-    made = np.empty((count, lines.shape[1]), dtype=np.float32)
-    for index in range(count):
+    made = np.empty((len(wanted), lines.shape[1]), dtype=np.float32)
+    for place, index in enumerate(wanted):
         first, factors = weights(index, len(lines), count)
-        made[index] = factors @ lines[first : first + len(factors)].astype(np.float32)
+        made[place] = factors @ lines[first : first + len(factors)].astype(np.float32)
     return made
 
 

@@ -1,10 +1,8 @@
 """The file of ``--sample_prompts``: what to draw during training, as lines of text, as TOML or as JSON."""
 
-import json
 import logging
 import math
 import re
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 
 from library.errors import UserError, closest
 from library.samplers import check_sampler
+from library.text_files import parse_json, parse_toml, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -133,22 +132,11 @@ def read_sample_prompts(path: str | Path) -> list[SamplePrompt]:
     parse = _PARSERS.get(path.suffix.lower())
     if parse is None:
         raise UserError(f"{file} must be a .txt, .toml or .json file, and its name must say so. Rename it.")
-    entries = parse(_read_text(path, file), file)
+    entries = parse(read_text(path, file), file)
     if not entries:
         raise UserError(f"{file} holds no prompt. Write one, for example a line of text in a .txt file.")
     _tell_what_has_no_effect(entries, file)
     return [_sample_prompt(values, f'Prompt {number} in "{path}"') for number, values in enumerate(entries, start=1)]
-
-
-def _read_text(path: Path, file: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{file} does not exist.") from None
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror or error}.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text. Save it again as UTF-8.") from error
 
 
 def _parse_text(text: str, file: str) -> list[_Values]:
@@ -157,10 +145,7 @@ def _parse_text(text: str, file: str) -> list[_Values]:
 
 
 def _parse_toml(text: str, file: str) -> list[_Values]:
-    try:
-        content = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{file} is not valid TOML: {error}. Texts need quotes.") from error
+    content = parse_toml(text, file)
     common = content.pop("prompt", {})
     if content:
         logger.warning("%s: only the table [prompt] is read, and not %s.", file, ", ".join(content))
@@ -174,10 +159,7 @@ def _parse_toml(text: str, file: str) -> list[_Values]:
 
 
 def _parse_json(text: str, file: str) -> list[_Values]:
-    try:
-        entries = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} is not valid JSON: {error}.") from error
+    entries = parse_json(text, file)
     if not isinstance(entries, list) or not all(isinstance(entry, dict | str) for entry in entries):
         raise UserError(f'{file} must hold a list of objects such as {{"prompt": "…", "seed": 1}}, or of texts.')
     return [

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import toml
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 
 from library.errors import UserError, survived
 from library.options import LoggingOptions, Options, as_dict, declared_options
+from library.text_files import parse_toml, read_text
 
 PROJECT = "textual_inversion"
 # What stands for an option's value in the help, where that value is a path.
@@ -36,17 +36,11 @@ def _settings(options: LoggingOptions) -> dict[str, dict[str, Any]]:
     file = options.log_tracker_config
     if file is None:
         return {"wandb": {"name": options.wandb_run_name}} if options.wandb_run_name else {}
-    try:
-        settings = toml.loads(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--log_tracker_config {file} cannot be read: {error.strerror or error}.") from error
-    except (toml.TomlDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"--log_tracker_config {file} is not valid TOML: {error}.") from error
+    what = f"--log_tracker_config {file}"
+    settings = parse_toml(read_text(file, what), what)
     strange = [name for name, values in settings.items() if name not in _TRACKERS or not isinstance(values, dict)]
     if strange:
-        raise UserError(
-            f"--log_tracker_config {file} holds {', '.join(strange)}; it may hold the tables [tensorboard] and [wandb]."
-        )
+        raise UserError(f"{what} holds {', '.join(strange)}; it may hold the tables [tensorboard] and [wandb].")
     return settings
 
 

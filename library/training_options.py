@@ -43,6 +43,7 @@ class NoiseOptions:
         "--noise_offset. Typical: 6 to 10; 0 is off.",
         read=whole_number,
         at_least=0,
+        at_most=100,
     )
     multires_noise_discount: float = option(
         0.3,
@@ -215,9 +216,15 @@ class ScheduleOptions:
 class TrainingOptions:
     """Length and repetition of the training"""
 
-    max_train_steps: int = option(1600, "Optimizer steps in all. Typical: 500 to 3000.", read=whole_number, at_least=1)
+    max_train_steps: int = option(
+        1600, "Optimizer steps in all. Typical: 500 to 3000.", read=whole_number, at_least=1, at_most=100_000_000
+    )
     max_train_epochs: int | None = option(
-        None, "Length in epochs instead; wins over --max_train_steps.", read=whole_number, at_least=1
+        None,
+        "Length in epochs instead; wins over --max_train_steps.",
+        read=whole_number,
+        at_least=1,
+        at_most=100_000_000,
     )
     seed: int | None = option(
         None,
@@ -231,6 +238,7 @@ class TrainingOptions:
         "Batches gathered into one optimizer step: a larger batch without the memory, at the price of time.",
         read=whole_number,
         at_least=1,
+        at_most=100_000,
     )
     gradient_checkpointing: bool = flag(
         "Compute intermediate results twice instead of keeping them: much less memory, about a third slower."
@@ -273,6 +281,7 @@ class RuntimeOptions:
         "Minutes that processes wait for each other before they give up. Useless with one process.",
         read=whole_number,
         zero_is_off=True,
+        at_most=1_000_000,
     )
     ddp_gradient_as_bucket_view: bool = flag("Share gradient memory between processes. Useless with one process.")
     ddp_static_graph: bool = flag("Tell DDP that the graph never changes. Useless with one process.")

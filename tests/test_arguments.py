@@ -1,14 +1,17 @@
 """The command line, alone and with a configuration file, up to checked options."""
 
+import errno
 import logging
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from departures import departure
 from golden_data import golden_cases
 
+from library import option_checks
 from library.arguments import build_parser, parse, read_values
 from library.errors import UserError
 from library.option_checks import check_combinations, check_limits, safe_file_name, settle
@@ -368,3 +371,80 @@ def test_a_secret_on_the_command_line_is_warned_of_and_one_in_the_file_is_not(ru
 @pytest.mark.parametrize("name", ["dataset_class", "optimizer_type", "lr_scheduler_type"])
 def test_options_that_run_code_say_so(name):
     assert "the code in it runs" in dict(declared_options())[name].help
+
+
+COMMAND = ["--pretrained_model_name_or_path=m", "--token_string=mychar", "--output_dir=o", "--train_data_dir=d"]
+# "--" is what argparse reads as the end of all options, and lone surrogates what the shell's odd bytes become.
+STRANGE = ["--", "-", "=", "%", "1" + "0" * 19, "-1" + "0" * 19, "9" * 5000, "-" + "9" * 4000, "nan", "inf%", "1e400"]
+STRANGE += ["1e308", "1e-320", "\udcff", "a\0b", "5e-3:" + "9" * 5000 + ",1", "()", "²"]
+
+
+@pytest.mark.parametrize("name", [name for name, option in declared_options() if not option.is_flag])
+def test_strange_values_are_taken_or_refused_in_a_sentence(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    parser = build_parser("Train.", "sd")
+    for value in [*STRANGE, "\ud800"]:
+        with suppress(UserError):
+            parse(parser, [*COMMAND, f"--{name}={value}"])
+
+
+@pytest.mark.parametrize("name", ["max_train_steps", "seed", "num_vectors_per_token", "ddp_timeout", "huber_c"])
+def test_two_dashes_are_no_number(name):
+    with pytest.raises(UserError, match=rf'--{name}: "--" is not a'):
+        parse(build_parser("Train.", "sd"), [*COMMAND, f"--{name}=--"])
+
+
+def test_two_dashes_are_a_text():
+    options = parse(build_parser("Train.", "sd"), [*COMMAND, "--caption_separator=--"])
+    assert options.dataset.caption_separator == "--"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("max_train_steps", "max_train_epochs", "train_batch_size", "dataset_repeats", "gradient_accumulation_steps"),
+        *("num_vectors_per_token", "max_bucket_reso", "min_bucket_reso", "bucket_reso_steps", "vae_batch_size"),
+        *("max_data_loader_n_workers", "ddp_timeout", "multires_noise_iterations", "seed"),
+    ],
+)
+@pytest.mark.parametrize("value", [2**33, 10**19])
+def test_counts_have_an_end(name, value):
+    with pytest.raises(UserError, match=rf'--{name}.*("{value}" is too large|it must be .*at most)'):
+        parse(build_parser("Train.", "sd"), [*COMMAND, f"--{name}={value}"])
+
+
+@pytest.mark.parametrize("name", ["token_string", "output_name", "init_word", "caption_prefix", "metadata_title"])
+def test_texts_are_unicode(name):
+    with pytest.raises(UserError, match=rf"--{name} .*not valid UTF-8"):
+        parse(build_parser("Train.", "sd"), [*COMMAND, f"--{name}=my\udcffchar"])
+
+
+def test_file_names_need_not_be_unicode(tmp_path):
+    folder = f"{tmp_path}/\udcff"
+    assert parse(build_parser("Train.", "sd"), [*COMMAND, f"--output_dir={folder}"]).save.output_dir == folder
+
+
+@pytest.mark.parametrize("name", ["output_dir", "logging_dir"])
+@pytest.mark.parametrize("place", ["file", "file/below/it", "dangling", "dangling/below", "x" * 300])
+def test_folders_that_cannot_be_written_are_refused_at_once(tmp_path, name, place):
+    (tmp_path / "file").write_text("a file")
+    (tmp_path / "dangling").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match=rf"^--{name} "):
+        parse(build_parser("Train.", "sd"), [*COMMAND, f"--{name}={tmp_path / place}"])
+
+
+@pytest.mark.parametrize("name", ["output_dir", "logging_dir"])
+def test_a_folder_on_a_disk_that_takes_no_files_is_refused_at_once(tmp_path, name, monkeypatch):
+    """Permissions say nothing of a read-only disk, nor anything to a superuser: a file is tried."""
+
+    def refused(dir):
+        raise OSError(errno.EROFS, "Read-only file system", str(dir))
+
+    monkeypatch.setattr(option_checks.tempfile, "TemporaryFile", refused)
+    with pytest.raises(UserError, match=r"is not writable \(Read-only file system\)"):
+        parse(build_parser("Train.", "sd"), [*COMMAND, f"--{name}={tmp_path}"])
+
+
+def test_trying_a_folder_leaves_nothing_behind(tmp_path):
+    parse(build_parser("Train.", "sd"), [*COMMAND, f"--output_dir={tmp_path / 'a' / 'b'}"])
+    assert not list(tmp_path.iterdir())

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -515,3 +516,68 @@ def test_hub_models_come_from_the_cache(tmp_path, other_vae, tiny_sd1, pipelines
     assert_same_weights(open_model("someone/tiny", vae="someone/tiny").vae(torch.float32), pipelines["sd1"].vae)
     with pytest.raises(UserError, match="someone/nothing is no file or folder here"):
         open_model("someone/tiny", vae="someone/nothing").vae(torch.float32)
+
+
+def nonsense_folder(original: Path, folder: Path, file: str, content: str) -> Path:
+    """A copy of a model folder in which one file holds something else; weights are linked."""
+    shutil.copytree(original, folder, copy_function=os.link)
+    (folder / file).unlink(missing_ok=True)
+    (folder / file).write_text(content)
+    return folder
+
+
+@pytest.mark.parametrize("value", [{}, [], "x", True, -1, 0, None, 1.5, 10**9, [[]]])
+@pytest.mark.parametrize(
+    ("component", "key"),
+    [
+        ("unet", "in_channels"),
+        ("unet", "block_out_channels"),
+        ("unet", "down_block_types"),
+        ("text_encoder", "vocab_size"),
+        ("text_encoder", "hidden_size"),
+        ("text_encoder", "num_hidden_layers"),
+        ("vae", "latent_channels"),
+        ("vae", "scaling_factor"),
+        ("vae", "block_out_channels"),
+        ("scheduler", "prediction_type"),
+    ],
+)
+def test_nonsense_in_a_folder_is_a_sentence(tiny_sd1, tmp_path, component, key, value):
+    name = f"{component}/{'scheduler_config' if component == 'scheduler' else 'config'}.json"
+    config = json.loads((tiny_sd1 / name).read_text()) | {key: value}
+    folder = nonsense_folder(tiny_sd1, tmp_path / "model", name, json.dumps(config))
+    try:
+        model = open_model(folder)
+        model.check_parts()
+        model.tokenizers()
+        model.text_encoders(torch.float32)
+        model.unet(torch.float32)
+        model.vae(torch.float32)
+    except UserError as error:
+        assert "model" in str(error)  # noqa: PT017
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize(
+    "content", ["", "{}", "[]", "1", "[" * 100_000, '{"model": {}}', '{"bos_token": {}}', '{"added_tokens": [[]]}']
+)
+def test_nonsense_for_a_tokenizer_is_a_sentence(tiny_sd1, tmp_path, name, content):
+    folder = nonsense_folder(tiny_sd1, tmp_path / "model", f"tokenizer/{name}", content)
+    try:
+        (tokenizer,) = open_model(folder).tokenizers()
+    except UserError as error:
+        assert "tokenizer" in str(error)  # noqa: PT017
+    else:
+        ids = tokenizer("a photo").input_ids
+        assert (ids[0], ids[-1]) == (49406, 49407)
+
+
+@pytest.mark.parametrize(
+    "index", [{}, {"weight_map": []}, {"weight_map": {"a": 1}}, {"weight_map": {"a": "../x.safetensors"}}]
+)
+def test_a_damaged_index_of_shards_is_a_sentence(tiny_sd1, tmp_path, index):
+    name = "unet/diffusion_pytorch_model.safetensors"
+    folder = nonsense_folder(tiny_sd1, tmp_path / "model", f"{name}.index.json", json.dumps(index))
+    (folder / name).unlink()
+    with pytest.raises(UserError, match=r"index\.json does not list the model's files"):
+        open_model(folder).check_parts()

@@ -261,8 +261,24 @@ def test_output_config_overwrites_nothing(tmp_path):
         write_config_file(tmp_path / "none" / "out.toml", {"seed": 1})
 
 
+@pytest.mark.parametrize("place", ["none/out.toml", "file/out.toml", "file/below/out.toml", f"{'x' * 300}.toml"])
+def test_output_config_where_nothing_can_be_written(tmp_path, place):
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises(UserError, match=r"of --config_file cannot be written: .*\. Check its folder"):
+        parse(build_parser("Train.", "sd"), [f"--config_file={tmp_path / place}", "--output_config", "--seed=3"])
+
+
+def test_output_config_of_a_path_that_is_not_utf8(tmp_path):
+    arguments = [f"--config_file={tmp_path / 'c.toml'}", "--output_config", "--train_data_dir=a/\udcff"]
+    with pytest.raises(UserError, match=r"TOML is UTF-8, and 'a/\\udcff' is not"):
+        parse(build_parser("Train.", "sd"), arguments)
+    assert not list(tmp_path.iterdir())
+
+
 @given(
-    text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1), number=st.floats(1e-12, 1.0), flag=st.booleans()
+    text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1),
+    number=st.floats(1e-12, 1.0),
+    flag=st.booleans(),
 )
 def test_what_is_written_is_read_back(tmp_path_factory, text, number, flag):
     path = tmp_path_factory.mktemp("written") / "out.toml"

@@ -165,7 +165,7 @@ def test_other_endings(tmp_path):
 
 def test_missing_file(tmp_path):
     message = refusal(lambda: load_flags([f"--dataset_config={tmp_path / 'no.toml'}"]))
-    assert f"{tmp_path / 'no.toml'} cannot be read: No such file" in message
+    assert f"{tmp_path / 'no.toml'} does not exist" in message
 
 
 def test_folder_instead_of_a_file(tmp_path):

@@ -5,8 +5,10 @@ import pytest
 from datasets import configs_of, make_picture, subset_of
 from PIL import Image
 
+from library.dataset_config import load_dataset_configs
 from library.errors import UserError
 from library.image_sets import balanced_repeats, held_out, list_images, load_image_set, load_image_sets
+from library.options import DatasetOptions
 
 
 def _sets(folder, *subsets, **options):
@@ -220,3 +222,33 @@ def test_a_subset_whose_images_are_all_left_out_is_no_error_while_another_has_so
     subsets = [{"image_dir": str(tmp_path / folder)} for folder in ("small", "large")]
     config = configs_of(tmp_path, {"resolution": 64, "subsets": subsets}, skip_image_resolution=(32, 32))[0]
     assert [found.sizes.tolist() for found in load_image_sets(config)] == [[[64, 64]]]
+
+
+@pytest.mark.parametrize("flag", ["train_data_dir", "reg_data_dir"])
+def test_an_empty_sub_folder_of_a_folder_flag_is_skipped(tmp_path, caplog, flag):
+    make_picture(tmp_path / "train" / "2_mychar" / "a.png", (64, 64))
+    make_picture(tmp_path / "reg" / "1_girl" / "b.png", (64, 64))
+    empty = tmp_path / flag.removesuffix("_data_dir") / "3_empty"
+    empty.mkdir()
+    options = DatasetOptions(
+        train_data_dir=str(tmp_path / "train"), reg_data_dir=str(tmp_path / "reg"), resolution=(64, 64)
+    )
+    (config,) = load_dataset_configs(options, bucket_step=64)
+    assert [len(found) for found in load_image_sets(config)] == [1, 1]
+    assert f'"{empty}" holds no pictures' in caplog.text
+    assert "skipped" in caplog.text
+
+
+def test_nothing_but_empty_sub_folders_is_an_error(tmp_path):
+    for name in ("1_a", "2_b"):
+        (tmp_path / name).mkdir()
+    (config,) = load_dataset_configs(DatasetOptions(train_data_dir=str(tmp_path), resolution=(64, 64)), bucket_step=64)
+    with pytest.raises(UserError, match=r"1_a.* holds no pictures"):
+        load_image_sets(config)
+
+
+def test_an_empty_folder_that_a_file_names_is_an_error(tmp_path):
+    make_picture(tmp_path / "full" / "a.png")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty.* holds no pictures"):
+        _sets(tmp_path, {"image_dir": str(tmp_path / "full")}, {"image_dir": str(tmp_path / "empty")})

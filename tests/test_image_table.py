@@ -167,3 +167,15 @@ def test_a_split_that_keeps_no_picture_is_a_warning(tmp_path, caplog):
 
 def test_no_split_no_validation(tmp_path):
     assert load_tables(_split(tmp_path), 1)[1] is None
+
+
+@pytest.mark.parametrize("regularisation", [[], [1]])
+def test_an_epoch_has_an_end(tmp_path, regularisation):
+    """Many repeats of many pictures would fill the memory with the order of an epoch."""
+    subsets = [{"image_dir": _folder(tmp_path / "images", 3), "num_repeats": 1_000_000}]
+    for repeats in regularisation:
+        reg = {"image_dir": _folder(tmp_path / "reg", 1), "num_repeats": repeats, "is_reg": True, "class_tokens": "x"}
+        subsets.append(reg)
+    expected = "6,000,000" if regularisation else "3,000,000"
+    with pytest.raises(UserError, match=rf"{expected} samples .* at most 2,000,000 .* num_repeats"):
+        _table(tmp_path, {"resolution": 32, "subsets": subsets})

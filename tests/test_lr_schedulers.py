@@ -241,6 +241,14 @@ def test_adafactor_shows_the_rate_it_makes(caplog):
     assert schedule.get_last_lr() == [pytest.approx(0.5 * 1e-2, rel=0.05)]  # RMS of the row × Adafactor's largest step
 
 
+@pytest.mark.parametrize("given", [{"lr_scheduler_type": "StepLR"}, {"lr_scheduler": "cosine"}])
+def test_adafactor_names_the_schedule_it_does_not_use(caplog, given):
+    choice = build_optimizer(OptimizerOptions("Adafactor"), [nn.Parameter(torch.ones(2, 4))])
+    build_lr_schedule(ScheduleOptions(**given), choice, STEPS)
+    ((name, value),) = given.items()
+    assert f"--{name}={value} has no effect without --optimizer_args relative_step=False" in caplog.text
+
+
 def test_schedule_free_optimizers_need_no_schedule(caplog):
     pytest.importorskip("schedulefree")
     options = OptimizerOptions("RAdamScheduleFree", learning_rate=0.01)

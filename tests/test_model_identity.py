@@ -6,7 +6,7 @@ import pytest
 
 from library.architectures import SD1, SD2, SDXL
 from library.errors import UserError
-from library.model_identity import identify_file, identify_folder
+from library.model_identity import identify_file, identify_folder, read_config
 
 UNET = "model.diffusion_model."
 TO_K = f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
@@ -141,3 +141,39 @@ def test_a_broken_configuration_is_an_error_that_names_the_file(tmp_path, conten
     (tmp_path / "model_index.json").write_text(content)
     with pytest.raises(UserError, match=r"model_index\.json"):
         identify_folder(tmp_path)
+
+
+NONSENSE = [{}, [], None, "x", True, -1, 0, 1e300, float("nan"), 10**12, [[[]]], {"a": {}}, [10**9] * 1000, "\ud800"]
+
+
+@pytest.mark.parametrize("component", ["unet", "text_encoder", "model_index"])
+@pytest.mark.parametrize("key", ["in_channels", "_class_name", "model_type", "hidden_size", "addition_embed_type"])
+def test_nonsense_in_a_folder_is_named(tmp_path, component, key):
+    """Whatever a value is, the folder is named, or the file that is broken is."""
+    for nonsense in NONSENSE:
+        configs = {"unet": {"in_channels": 4}, "text_encoder": dict(ENCODER), "model_index": {"_class_name": "X"}}
+        if component == "model_index":
+            del configs["unet"]
+        configs[component][key] = nonsense
+        folder = write_folder(tmp_path, **configs)
+        try:
+            assert len(identify_folder(folder).what) < 200
+        except UserError as error:
+            assert "config.json has" in str(error) or "not valid Unicode" in str(error)  # noqa: PT017
+        (tmp_path / "unet" / "config.json").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"num_hidden_layers": 10**9},
+        {"layers_per_block": [2, 10**9]},
+        {"max_position_embeddings": 10**12},
+        {"block_out_channels": [32] * 1000},
+        {"layer_norm_eps": float("nan")},
+    ],
+)
+def test_sizes_of_which_no_model_is_made(tmp_path, config):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=rf"config\.json has {next(iter(config))}: .* no model can be made"):
+        read_config(tmp_path / "config.json")
