@@ -270,7 +270,7 @@ def test_output_config_where_nothing_can_be_written(tmp_path, place):
 
 def test_output_config_of_a_path_that_is_not_utf8(tmp_path):
     arguments = [f"--config_file={tmp_path / 'c.toml'}", "--output_config", "--train_data_dir=a/\udcff"]
-    with pytest.raises(UserError, match=r"TOML is UTF-8, and 'a/\\udcff' is not"):
+    with pytest.raises(UserError, match=r"TOML is UTF-8, and .*udcff' is not"):
         parse(build_parser("Train.", "sd"), arguments)
     assert not list(tmp_path.iterdir())
 

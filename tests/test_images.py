@@ -501,3 +501,38 @@ def test_flip_mirrors_left_to_right():
 def test_to_tensor_maps_0_to_minus_1_and_255_to_1():
     tensor = to_tensor(np.array([[[0, 127, 255]]], dtype=np.uint8))
     assert tensor.flatten().tolist() == pytest.approx([-1, -0.003921568, 1])
+
+
+def test_more_pixels_than_a_process_should_hold_are_refused_with_the_size_that_works(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "MOST_PIXELS", 5000)
+    for extension, size in (("png", "70x70"), ("webp", "50x50")):
+        Image.new("RGB", (100, 100)).save(tmp_path / f"a.{extension}")
+        for read in (image_size, read_image):
+            with pytest.raises(UserError, match=rf"a\.{extension} has 100x100 pixels.* at most {size}"):
+                read(tmp_path / f"a.{extension}")
+
+
+def test_what_would_grow_beyond_measure_is_refused():
+    thin = BucketChooser(BucketRules((512, 512))).place(30000, 1)
+    with pytest.raises(UserError, match=r"thin\.png has 30000x1 pixels.*15360000x512"):
+        images.check_resized("thin.png", (30000, 1), thin.resized, thin.bucket)
+    wide = BucketChooser(BucketRules((1024, 1024))).place(5000, 100)
+    images.check_resized("wide.png", (5000, 100), wide.resized, wide.bucket)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "I;16"])
+@pytest.mark.parametrize("alpha", [False, True])
+def test_strips_make_the_same_pixels(tmp_path, monkeypatch, mode, alpha):
+    values = np.random.default_rng(1).integers(0, 256, (37, 23, 4)).astype(np.uint8)
+    image = Image.fromarray(values[:, :, 0].astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(values)
+    (image if mode == "I;16" else image.convert(mode)).save(tmp_path / "a.png")
+    whole = read_image(tmp_path / "a.png", alpha=alpha)
+    monkeypatch.setattr(images, "_STRIP_PIXELS", 100)
+    assert np.array_equal(read_image(tmp_path / "a.png", alpha=alpha), whole)
+
+
+def test_only_the_formats_that_are_named_are_tried(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.tiff")
+    (tmp_path / "a.tiff").rename(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"a\.png is not an image in a format that can be read here \(PNG, JPEG"):
+        image_size(tmp_path / "a.png")

@@ -159,7 +159,7 @@ def test_nonsense_in_a_folder_is_named(tmp_path, component, key):
         try:
             assert len(identify_folder(folder).what) < 200
         except UserError as error:
-            assert "config.json has" in str(error) or "not valid Unicode" in str(error)  # noqa: PT017
+            assert ".json has" in str(error) or "not valid Unicode" in str(error)  # noqa: PT017
         (tmp_path / "unet" / "config.json").unlink(missing_ok=True)
 
 
