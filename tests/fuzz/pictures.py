@@ -132,14 +132,14 @@ def box_file(chunks: Sequence[Chunk]) -> bytes:
     return b"".join(struct.pack(">I", len(c) + 8) + name + c for name, c in chunks)
 
 
-_FORMS: dict[str, tuple[Callable[[bytes], list[Chunk]], Callable[[Sequence[Chunk]], bytes]]] = {
+FORMS: dict[str, tuple[Callable[[bytes], list[Chunk]], Callable[[Sequence[Chunk]], bytes]]] = {
     "png": (png_chunks, png_file),
     "webp": (riff_chunks, riff_file),
     "jpg": (jpeg_chunks, jpeg_file),
     "bmp": (lambda data: [(b"", data[:14]), (b"", data[14:54]), (b"", data[54:])], lambda c: b"".join(d for _, d in c)),
     "avif": (box_chunks, box_file),
 }
-_BASES = {kind: _bases(kind) for kind in _MODES}
+BASES = {kind: _bases(kind) for kind in _MODES}
 _NAMES = {
     "png": (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf", b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"acTL", b"fcTL"),
     "webp": (b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ANIM", b"ANMF", b"EXIF", b"ICCP", b"XMP "),
@@ -186,7 +186,7 @@ def _recipes(kind: str) -> st.SearchStrategy:
     doings = ("poke",) * 8 + ("unpacked", "drop", "repeat", "swap", "rename", "exif", "exif", "exif")
     change = st.tuples(st.sampled_from(doings), st.integers(0, 50), pokes(2))
     return st.tuples(
-        st.integers(0, len(_BASES[kind]) - 1), st.lists(change, max_size=3), st.one_of(st.just([]), pokes(1))
+        st.integers(0, len(BASES[kind]) - 1), st.lists(change, max_size=3), st.one_of(st.just([]), pokes(1))
     )
 
 
@@ -206,7 +206,7 @@ def _look_at(file: Path, alpha: bool) -> tuple[int, int]:
 
 def _image_files(kind: str):
     def prepare(folder: Path):
-        read, write = _FORMS[kind]
+        read, write = FORMS[kind]
         file = folder / f"input.{kind}"
 
         def act(recipe: tuple[int, list, list[Poke]]):
@@ -214,7 +214,7 @@ def _image_files(kind: str):
             if number < 0:
                 content = _GIANTS[-1 - number]()
             else:
-                content = poked(write(_changed(kind, read(_BASES[kind][number]), changes)), last)
+                content = poked(write(_changed(kind, read(BASES[kind][number]), changes)), last)
             file.write_bytes(content)
             return _look_at(file, alpha=len(changes) % 2 == 1)
 
@@ -256,8 +256,9 @@ _SEEDS = {
     "bmp": tuple((0, [("poke", 1, [("u32", place, number)])], []) for place in (4, 8) for number in (0, 2**31, 30000)),
     "avif": (),
 }
-_QUICK = {"png": 400, "jpg": 500, "webp": 400, "bmp": 400, "avif": 100}
+_QUICK = {"png": 300, "jpg": 400, "webp": 300, "bmp": 300, "avif": 100}
 
 TARGETS = tuple(
-    Target(f"image.{kind}", _image_files(kind), _recipes(kind), _SEEDS[kind], _QUICK[kind]) for kind in _MODES
+    Target(f"image.{kind}", _image_files(kind), _recipes(kind), (0, [], []), _SEEDS[kind], _QUICK[kind])
+    for kind in _MODES
 )

@@ -26,12 +26,14 @@ _NO_MORE = object()
 class Target:
     """``prepare`` makes a folder ready and returns what a child does with a recipe there.
 
-    ``seeds`` are recipes that are always tried first; ``quick`` is how many others CI tries.
+    ``plain`` is a recipe without damage, which must succeed. ``seeds`` are recipes that are always tried first;
+    ``quick`` is how many others CI tries.
     """
 
     name: str
     prepare: Callable[[Path], Callable[[Any], Any]]
     recipes: hypothesis.strategies.SearchStrategy
+    plain: Any
     seeds: tuple = ()
     quick: int = 1000
 
@@ -121,6 +123,8 @@ def prober(target: Target) -> Iterator[Prober]:
 def check(target: Target, inputs: int) -> None:
     """Assert that the seeds and ``inputs`` recipes, always the same ones, end in success or in a UserError."""
     with prober(target) as probe:
+        undamaged = probe(target.plain)
+        assert undamaged.kind == "ok", undamaged.detail
 
         @settings(
             max_examples=inputs, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)

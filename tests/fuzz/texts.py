@@ -231,6 +231,7 @@ def _prompt_file(suffix: str, text: Callable[[Any], str]):
 
 _PROMPT = {"prompt": "a mychar (red:1.3)", "negative_prompt": "[blur]", "width": 512, "height": 640, "seed": 1}
 _PROMPT |= {"sample_steps": 20, "scale": 7.5, "sample_sampler": "ddim"}
+_PROMPT_TABLE = {"prompt": {**_PROMPT, "subset": [_PROMPT]}}
 _PROMPT_KEYS = (*_PROMPT, "subset", "guidance_scale", "controlnet_image")
 _PROMPT_LINE = "a mychar (red:1.3) [blue] --w 512 --h 640 --d 1 --s 20 --l 7.5 --n ugly --ss ddim\n# note\nmychar1\n"
 _PROMPT_TEXTS = st.tuples(st.just(_PROMPT_LINE), st.just([]), splices(4))
@@ -359,23 +360,27 @@ _CACHE_SEEDS = (
 )
 
 TARGETS = (
-    Target("dataset.toml", _dataset_file(".toml", _as_toml), _dataset_recipes(), _DATASET_SEEDS, 700),
-    Target("dataset.json", _dataset_file(".json", json_text), _dataset_recipes(), _DATASET_SEEDS, 700),
-    Target("config.toml", _config, st.tuples(st.just(_CONFIG), edits(_OPTIONS), splices()),
+    Target("dataset.toml", _dataset_file(".toml", _as_toml), _dataset_recipes(),
+           (DREAMBOOTH, [], []), _DATASET_SEEDS, 500),
+    Target("dataset.json", _dataset_file(".json", json_text), _dataset_recipes(),
+           (DREAMBOOTH, [], []), _DATASET_SEEDS, 500),
+    Target("config.toml", _config, st.tuples(st.just(_CONFIG), edits(_OPTIONS), splices()), (_CONFIG, [], []),
            tuple((text, [], []) for text in _TEXT_SEEDS), 300),
-    Target("command_line", _command_line, _COMMANDS, _COMMAND_SEEDS, 300),
-    Target("prompts.txt", _prompt_file(".txt", str), _PROMPT_TEXTS,
-           tuple((text, [], []) for text in (*_TEXT_SEEDS, "a \ud800", "(a:" + "9" * 5000 + ")", "(a:1e999)")), 1000),
-    Target("prompts.toml", _prompt_file(".toml", _as_toml), _prompt_trees({"prompt": {**_PROMPT, "subset": [_PROMPT]}}),
-           tuple((text, [], []) for text in _TEXT_SEEDS), 1000),
+    Target("command_line", _command_line, _COMMANDS, ("sd", tuple(_GIVEN)), _COMMAND_SEEDS, 300),
+    Target("prompts.txt", _prompt_file(".txt", str), _PROMPT_TEXTS, (_PROMPT_LINE, [], []),
+           tuple((text, [], []) for text in (*_TEXT_SEEDS, "a \ud800", "(a:" + "9" * 5000 + ")", "(a:1e999)")), 700),
+    Target("prompts.toml", _prompt_file(".toml", _as_toml), _prompt_trees(_PROMPT_TABLE),
+           (_PROMPT_TABLE, [], []),
+           tuple((text, [], []) for text in _TEXT_SEEDS), 700),
     Target("prompts.json", _prompt_file(".json", json_text), _prompt_trees([_PROMPT, _PROMPT_LINE]),
-           (*((text, [], []) for text in _TEXT_SEEDS), (["a \ud800"], [], [])), 1000),
-    Target("captions", _captions, _CAPTION_RECIPES, _CAPTION_SEEDS, 500),
+           ([_PROMPT], [], []),
+           (*((text, [], []) for text in _TEXT_SEEDS), (["a \ud800"], [], [])), 700),
+    Target("captions", _captions, _CAPTION_RECIPES, (1, "mychar", {}, []), _CAPTION_SEEDS, 400),
     Target("metadata.json", _metadata_file(".json", json_text),
-           st.tuples(st.just(_ENTRIES), edits(_METADATA_KEYS), splices()),
-           (*((text, [], []) for text in _TEXT_SEEDS), *_ODD_METADATA), 700),
+           st.tuples(st.just(_ENTRIES), edits(_METADATA_KEYS), splices()), (_ENTRIES, [], []),
+           (*((text, [], []) for text in _TEXT_SEEDS), *_ODD_METADATA), 500),
     Target("metadata.jsonl", _metadata_file(".jsonl", _as_lines),
-           st.tuples(st.just(_LINES), edits(_METADATA_KEYS), splices()),
-           (*((text, [], []) for text in _TEXT_SEEDS), *_ODD_LINES), 700),
-    Target("metadata_cache.json", _folder_cache, st.tuples(edits(_CACHE_KEYS), splices()), _CACHE_SEEDS, 700),
+           st.tuples(st.just(_LINES), edits(_METADATA_KEYS), splices()), (_LINES, [], []),
+           (*((text, [], []) for text in _TEXT_SEEDS), *_ODD_LINES), 500),
+    Target("metadata_cache.json", _folder_cache, st.tuples(edits(_CACHE_KEYS), splices()), ([], []), _CACHE_SEEDS, 500),
 )  # fmt: skip

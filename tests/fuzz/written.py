@@ -226,6 +226,6 @@ _NPZ_SEEDS = (
 )
 
 TARGETS = (
-    Target("state", _state, object_recipes(_STATE_KEYS), _STATE_SEEDS, 300),
-    Target("latents.npz", _npz, _NPZ_RECIPES, _NPZ_SEEDS, 300),
+    Target("state", _state, object_recipes(_STATE_KEYS), (None, [], False, []), _STATE_SEEDS, 300),
+    Target("latents.npz", _npz, _NPZ_RECIPES, ([], False, []), _NPZ_SEEDS, 300),
 )  # fmt: skip
