@@ -18,6 +18,7 @@ from library.hub import download_state
 from library.latent_files import refuse_shared_names
 from library.model_family import FAMILIES, ModelFamily
 from library.new_word import NewWord
+from library.objective import followed
 from library.option_notices import notices
 from library.options import Options, TokenOptions
 from library.trackers import check_trackers
@@ -38,6 +39,7 @@ def train(options: Options, family_name: str) -> Path | None:
     state = find_state(options)
     options = state.begun_alike(options) if state else options
     model = BaseModel.open(options.model, family)
+    options = followed(options, model.objective, model.name)
     if not options.dataset.debug_dataset:
         model.check_parts()
     word = NewWord.check(options.token, model.tokenizers())

@@ -37,7 +37,13 @@ ADDED = {
     "preserve_embedding_norm",
     "learning_report",
 }
-OTHER_DEFAULTS = {"save_model_as": "safetensors", "caption_extension": None, "learning_rate": None}
+OTHER_DEFAULTS = {
+    "save_model_as": "safetensors",
+    "caption_extension": None,
+    "learning_rate": None,
+    "v_parameterization": None,  # unset, both follow the model
+    "zero_terminal_snr": None,
+}
 MORE_CHOICES = {"max_token_length": {75}, "dynamo_backend": {"no"}}
 # A text in sd-scripts that is taken apart later; here it is read at once.
 READ_AS = {
