@@ -21,6 +21,7 @@ from library.errors import UserError, first_line
 from library.model_family import ModelFamily
 from library.model_folder import ModelFolder, fetch_from_hub, fetch_vae, find_weights, looks_like_hub_id
 from library.model_identity import Identity, identify_file, identify_folder, positive_number, read_config
+from library.objective import objective_of
 from library.options import ModelOptions
 from library.single_file import SingleFile, modern_vae_names, vae_component
 from library.weight_files import Tensors, open_weights
@@ -34,8 +35,7 @@ _UNUSED = ("embeddings.position_ids", "logit_scale", "text_projection.weight")
 class BaseModel:
     """The frozen model that an embedding is trained for; made by :meth:`open`.
 
-    ``name`` is what the user called it, without folders. ``prediction_type`` is "epsilon" or "v_prediction" where the
-    model says it (a folder's scheduler, or a file's metadata), else None.
+    ``name`` is what the user called it, without folders. ``objective`` is what it says about its training.
     """
 
     def __init__(self, source: SingleFile | ModelFolder, options: ModelOptions, name: str):
@@ -43,7 +43,7 @@ class BaseModel:
         self.options = options
         self.name = name
         self.architecture = source.architecture
-        self.prediction_type = _prediction_type(source)
+        self.objective = objective_of(source)
 
     @classmethod
     def open(cls, options: ModelOptions, family: ModelFamily, configs: Path = CONFIGS) -> "BaseModel":
@@ -74,7 +74,7 @@ class BaseModel:
         return model
 
     def _check_flags(self, name: str) -> None:
-        """Compare --v2 and --v_parameterization with what the model is."""
+        """Compare --v2 with what the model is."""
         is_v2 = self.architecture is SD2
         if self.options.v2 != is_v2:
             flag = "add --v2" if is_v2 else "leave --v2 out"
@@ -83,13 +83,6 @@ class BaseModel:
                 hint = " (and --v_parameterization for the 768-pixel models)" if is_v2 else ""
                 raise UserError(f"{message}{hint}.")
             logger.warning("%s. It is trained as what it is.", message)
-        wanted = "v_prediction" if self.options.v_parameterization else "epsilon"
-        if self.prediction_type not in (None, wanted):
-            flag = "leave --v_parameterization out" if self.options.v_parameterization else "add --v_parameterization"
-            logger.warning(
-                "%s says that it predicts %s, but this run trains with %s. The embedding will be wrong unless you %s.",
-                name, self.prediction_type, wanted, flag,
-            )  # fmt: skip
 
     def check_parts(self) -> None:
         """Raise UserError if a part that a training needs is missing or cut off, before any of them is loaded."""
@@ -219,16 +212,6 @@ def _check_family(name: str, identity: Identity, family: ModelFamily) -> None:
             f"{name} is {identity.what}, but this script trains {family.title}. Use {identity.architecture.script} "
             "with the same options."
         )
-
-
-def _prediction_type(source: SingleFile | ModelFolder) -> str | None:
-    if isinstance(source, ModelFolder):
-        said = (read_config(source.path / "scheduler" / "scheduler_config.json") or {}).get("prediction_type")
-        return said if isinstance(said, str) else None
-    if "v_pred" in source.weights.shapes:  # an empty tensor by which v-prediction models of SDXL mark themselves
-        return "v_prediction"
-    said = {"v": "v_prediction", "epsilon": "epsilon"}
-    return said.get(source.weights.metadata.get("modelspec.prediction_type", ""))
 
 
 def _read_tokenizer(folder: Path) -> CLIPTokenizer:

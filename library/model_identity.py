@@ -52,6 +52,7 @@ _PARTS = (
     ),
     (("model.diffusion_model.",), "a model of another family", _OTHER_FAMILY),
 )
+_UNET_START = "model.diffusion_model.input_blocks.0.0.weight"
 _EMBEDDING_NAMES = ("emb_params", "emp_params", "clip_g", "clip_l", "string_to_param.*")
 _FAMILY_TITLES = {
     "Flux": "a FLUX model",
@@ -61,15 +62,23 @@ _FAMILY_TITLES = {
 }
 # Of configurations: far beyond any model there is.
 _MOST_LAYERS, _LARGEST_SIZE, _LONGEST_LIST = 200, 1_000_000, 200
+_EDM = ("edm_vpred.sigma_max", "edm_mean", "edm_std")
+_EDM_ADVICE = (
+    "It was trained with another noise schedule and objective, so an embedding trained here would be wrong for it. "
+    "Give an ordinary base model of the same kind."
+)
+# Ends of the names of what other programs keep beside weights that must be multiplied out.
+_QUANTIZED = (".scale_weight", ".weight_scale", "scaled_fp8", ".comfy_quant", ".absmax", ".quant_map")
 _UNCLIP = Identity("an unCLIP model, which is told images and not only prompts", advice=_PLAIN_MODEL)
 
 
 def identify_file(shapes: Shapes) -> Identity:
     """Name a single-file checkpoint by its tensors."""
+    is_checkpoint = _UNET_START in shapes  # with the remains of a LoRA in it, perhaps
     for parts, what, advice in _MARKS:
-        if any(part in name for name in shapes for part in parts):
+        if not (is_checkpoint and what == "a LoRA file") and any(part in name for name in shapes for part in parts):
             return Identity(what, advice=advice)
-    if "model.diffusion_model.input_blocks.0.0.weight" in shapes:
+    if is_checkpoint:
         return _identify_unet_file(shapes)
     if shapes and (any(name in shapes for name in _EMBEDDING_NAMES) or _looks_like_embedding(shapes)):
         return Identity("an embedding", advice="To train it further, give it as --weights, and its base model here.")
@@ -86,13 +95,25 @@ def _looks_like_embedding(shapes: Shapes) -> bool:
 
 
 def _identify_unet_file(shapes: Shapes) -> Identity:
-    channels = size_of(shapes, "model.diffusion_model.input_blocks.0.0.weight", 1)
+    channels = size_of(shapes, _UNET_START, 1)
     slots = {slot for slot in ("cond_stage_model", "conditioner.embedders.0", "conditioner.embedders.1")
              if any(name.startswith(f"{slot}.") for name in shapes)}  # fmt: skip
     if channels != 4:
         return _special_unet(channels)
+    if edm := [name for name in _EDM if name in shapes]:
+        return Identity(f"an EDM model ({edm[0]}; CosXL and Playground 2.5 are such models)", advice=_EDM_ADVICE)
+    if quantized := next((name for name in shapes if name.endswith(_QUANTIZED)), None):
+        return Identity(
+            f"a checkpoint with quantized weights ({quantized})",
+            advice="Give a copy in float16, bfloat16 or float32, or in plain float8.",
+        )
     if slots == {"conditioner.embedders.0"}:
         return Identity("the SDXL refiner", advice="An embedding is trained on the SDXL base model; give that instead.")
+    if slots and _is_distilled(shapes, levels=3 if "conditioner.embedders.1" in slots else 4):
+        return Identity(
+            "a model with a distilled U-Net, which lacks blocks (such as SSD-1B, Segmind-Vega, small-SD, tiny-SD)",
+            advice="Give its diffusers folder, or train on the base model that it was distilled from.",
+        )
     if "conditioner.embedders.1" in slots:
         return Identity(f"a {SDXL.title} checkpoint", SDXL)
     if not slots:
@@ -104,6 +125,16 @@ def _identify_unet_file(shapes: Shapes) -> Identity:
     is_sd2 = width == 1024 or any(name.startswith("cond_stage_model.model.") for name in shapes)
     architecture = SD2 if is_sd2 else SD1
     return Identity(f"a {architecture.title} checkpoint", architecture)
+
+
+def _is_distilled(shapes: Shapes, levels: int) -> bool:
+    """Whether whole blocks are missing that every ordinary U-Net with so many levels has."""
+    unet = "model.diffusion_model."
+    blocks = {tuple(name.removeprefix(unet).split(".")[:2]) for name in shapes if name.startswith(unet)}
+    found = [{block for block in blocks if block[0] == side} for side in ("input_blocks", "output_blocks")]
+    middle = any(name.startswith(f"{unet}middle_block.1.transformer_blocks.") for name in shapes)
+    complete = f"{unet}out.2.weight" in shapes
+    return complete and (not middle or any(len(side) < 3 * levels for side in found))
 
 
 def _special_unet(channels: int) -> Identity:
@@ -120,6 +151,11 @@ def identify_folder(folder: Path) -> Identity:
     unet = read_config(folder / "unet" / "config.json")
     if unet is None:
         return _identify_other_folder(folder, pipeline)
+    scheduler = read_config(folder / "scheduler" / "scheduler_config.json") or {}
+    if str(scheduler.get("_class_name")).startswith("EDM"):
+        return Identity(
+            f"an EDM model ({scheduler['_class_name']}, as in CosXL and Playground 2.5)", advice=_EDM_ADVICE
+        )
     channels = whole_number(unet, "in_channels", 4, folder / "unet" / "config.json")
     if channels != 4:
         return _special_unet(channels)

@@ -93,9 +93,9 @@ def check_combinations(options: Options) -> None:
         )
     if loss.v_pred_like_loss is not None and model.v_parameterization:
         raise UserError("--v_pred_like_loss is for models that predict noise. Leave it out with --v_parameterization.")
-    if noise.zero_terminal_snr and not model.v_parameterization:
+    if noise.zero_terminal_snr and model.v_parameterization is False:
         logger.warning(
-            "--zero_terminal_snr without --v_parameterization: a model that predicts noise learns nothing from pure "
+            "--zero_terminal_snr with --v_parameterization=false: a model that predicts noise learns nothing from pure "
             "noise. The results may be unexpected."
         )
     if model.v2 and model.clip_skip is not None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from library.data_options import CacheOptions, DatasetOptions
-from library.option_types import Option, flag, option, option_of, whole_number
+from library.option_types import Option, boolean, flag, option, option_of, whole_number
 from library.output_options import HubOptions, LoggingOptions, MetadataOptions, SampleOptions, SaveOptions
 from library.training_options import (
     DeepSpeedOptions,
@@ -32,7 +32,11 @@ class ModelOptions:
         metavar="MODEL",
     )
     v2: bool = flag("The model is Stable Diffusion 2.x. Only train_textual_inversion.py.")
-    v_parameterization: bool = flag("The model predicts v instead of noise (SD 2 at 768 pixels, some SDXL models).")
+    v_parameterization: bool | None = option(
+        None,
+        "The model predicts v instead of noise (SD 2 at 768 pixels, some SDXL models). Unset: as the model says.",
+        read=boolean,
+    )
     vae: str | None = option(
         None, "Another VAE than the model's own: a file, a folder, or a Hugging Face name.", metavar="VAE"
     )

@@ -105,7 +105,8 @@ def _check_members(archive: zipfile.ZipFile, length: int) -> dict[str, zipfile.Z
     """The parts by name. Raises DamagedError where one is compressed (torch never does it) or longer than the file."""
     members = {member.filename: member for member in archive.infolist()}
     for member in members.values():
-        if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1 or member.file_size > length:
+        is_stored = member.compress_type == zipfile.ZIP_STORED and member.compress_size == member.file_size
+        if not is_stored or member.flag_bits & 1 or member.file_size > length:
             raise DamagedError("its parts are not stored as torch stores them")
     return members
 

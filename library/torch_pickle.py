@@ -203,7 +203,14 @@ def _parameter(data: Any, *_: Any) -> StoredTensor:
 def _tensor_with_attributes(function: Any, _: Any, arguments: Any, state: Any) -> StoredTensor:
     if function.run not in (_tensor, _tensor_with_dtype, _parameter):
         raise RefusedError("tensors of a special kind")
-    tensor = function.run(*arguments)
+    return _with_attributes(function.run(*arguments), state)
+
+
+def _parameter_with_attributes(data: Any, _: Any, __: Any, state: Any) -> StoredTensor:
+    return _with_attributes(_parameter(data), state)
+
+
+def _with_attributes(tensor: StoredTensor, state: Any) -> StoredTensor:
     if isinstance(state, tuple):  # attributes, and those of slots
         state = state[0]
     plain = {name: value for name, value in (state or {}).items() if isinstance(value, bool | int | float | str)}
@@ -295,7 +302,7 @@ _CALLS = {
     "torch._utils _rebuild_tensor_v2": _tensor,
     "torch._utils _rebuild_tensor_v3": _tensor_with_dtype,
     "torch._utils _rebuild_parameter": _parameter,
-    "torch._utils _rebuild_parameter_with_state": _parameter,
+    "torch._utils _rebuild_parameter_with_state": _parameter_with_attributes,
     "torch._tensor _rebuild_from_type_v2": _tensor_with_attributes,
     "torch Tensor": _refuse("tensors in an outdated form"),
     "torch._utils _rebuild_sparse_tensor": _refuse("sparse tensors"),

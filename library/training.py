@@ -21,6 +21,7 @@ from library.latent_files import refuse_shared_names
 from library.launcher import with_launcher
 from library.model_family import FAMILIES, ModelFamily
 from library.new_word import NewWord
+from library.objective import followed
 from library.option_notices import notices
 from library.options import Options, TokenOptions
 from library.trackers import check_trackers
@@ -45,10 +46,14 @@ def train(options: Options, family_name: str) -> Path | None:
     state = find_state(options)
     options = state.begun_alike(options) if state else options
     model = BaseModel.open(options.model, family)
+    options = followed(options, model.objective, model.name)
     if not options.dataset.debug_dataset:
         model.check_parts()
     word = NewWord.check(options.token, model.tokenizers())
     machine = runtime.Machine.create(options.runtime)
+    # What is in force, wherever it comes from: states record it.
+    in_force = replace(options.runtime, mixed_precision=machine.precision.mixed_precision)
+    options = replace(options, runtime=in_force)
     seed = state.seed if state and options.training.seed is None else options.training.seed
     data = find_data(options, family, word, runtime.seed_everything(seed))
     if options.dataset.debug_dataset:

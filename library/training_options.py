@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from library.option_types import (
     LearningRate,
+    boolean,
     flag,
     int_or_float,
     learning_rate,
@@ -73,9 +74,11 @@ class NoiseOptions:
         at_least=0,
         at_most=1000,
     )
-    zero_terminal_snr: bool = flag(
+    zero_terminal_snr: bool | None = option(
+        None,
         "Noise schedule that ends in pure noise. Only for models made with it (v-prediction, for example some SD 2 and "
-        "SDXL v-pred models)."
+        "SDXL v-pred models). Unset: as the model says.",
+        read=boolean,
     )
 
 

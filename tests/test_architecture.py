@@ -20,7 +20,7 @@ LAYERS = [
     "metadata_files caption_files embedding_files report runtime trackers architectures weight_files latent_files "
     "launcher lookout stored_tensors safetensors_header torch_pickle torch_files "
     "batches prompt_weights samplers sample_prompts",
-    "frozen_vae latents learning_watch model_identity single_file model_folder model_family base_model "
+    "frozen_vae latents learning_watch model_identity single_file model_folder model_family base_model objective "
     "checkpoints text_encoding new_word image_sets image_table",
     "hub preflight dataset sampling custom_dataset debug_dataset denoising",
     "learning_report learner training_state state_fields sample_album results",

@@ -265,7 +265,7 @@ def test_workers_that_do_not_exist_cannot_persist(run, warnings):
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (["--zero_terminal_snr"], "--zero_terminal_snr without --v_parameterization"),
+        (["--zero_terminal_snr", "--v_parameterization=false"], "--zero_terminal_snr with --v_parameterization=false"),
         (["--v2", "--clip_skip=2"], "--clip_skip is unusual with --v2"),
     ],
 )

@@ -260,28 +260,6 @@ def test_v2_that_does_not_fit_a_folder_is_a_warning(given, v2, said, request, ca
     assert model.tokenizers()[0].pad_token_id == (0 if given == "sd2" else 49407)
 
 
-@pytest.mark.parametrize(
-    ("family", "v_parameterization", "said"),
-    [("sd2", False, "add --v_parameterization"), ("sd1", True, "leave --v_parameterization out")],
-)
-def test_a_prediction_type_that_does_not_fit_is_a_warning(family, v_parameterization, said, request, caplog):
-    open_model(folder_of(family, request), family, v_parameterization=v_parameterization)
-    assert said in caplog.text
-
-
-def test_files_may_say_their_prediction_type(tmp_path, tiny_sdxl_file, caplog):
-    tensors = load_file(tiny_sdxl_file)
-    save_file(tensors | {"v_pred": torch.zeros(0)}, tmp_path / "marked.safetensors")
-    save_file(tensors, tmp_path / "described.safetensors", {"modelspec.prediction_type": "epsilon"})
-    assert open_model(tiny_sdxl_file, "sdxl").prediction_type is None
-    assert caplog.text == ""
-    assert open_model(tmp_path / "marked.safetensors", "sdxl").prediction_type == "v_prediction"
-    assert "add --v_parameterization" in caplog.text
-    described = open_model(tmp_path / "described.safetensors", "sdxl", v_parameterization=True)
-    assert described.prediction_type == "epsilon"
-    assert "leave --v_parameterization out" in caplog.text
-
-
 @pytest.mark.parametrize("path", ["/nowhere/model.safetensors", "folder/model.ckpt", "model", "./a/b", "a/b/c"])
 def test_a_path_that_does_not_exist(path):
     with pytest.raises(UserError, match="does not exist"):

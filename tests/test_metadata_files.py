@@ -137,7 +137,7 @@ def test_relative_keys_need_a_folder(tmp_path):
 @pytest.mark.parametrize(
     ("content", "phrases"),
     [
-        ("[" * 100_000, ["meta.json", "not valid JSON"]),
+        ("[" * 100_000, ["meta.json", "levels deep"]),
         ('{"a.png": {"image_size": [' + "9" * 5000 + ", 1]}}", ["meta.json", "not valid JSON"]),
         (r'{"a.png": {"caption": "x\ud800"}}', ['"a.png"', '"caption"', "surrogate"]),
         (r'{"a\ud800.png": {"caption": "x"}}', ["meta.json", "cannot be a path"]),

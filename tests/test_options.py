@@ -44,6 +44,8 @@ OTHER_DEFAULTS = {
     "caption_extension": None,
     "learning_rate": None,
     "mixed_precision": None,
+    "v_parameterization": None,  # unset, both follow the model
+    "zero_terminal_snr": None,
 }
 MORE_CHOICES = {"max_token_length": {75}, "dynamo_backend": {"no"}}
 # A text in sd-scripts that is taken apart later; here it is read at once.

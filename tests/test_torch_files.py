@@ -129,6 +129,18 @@ def test_a_zip_over_several_disks(tmp_path):
         load_torch(file)
 
 
+def test_a_part_that_claims_gigabytes(tmp_path):
+    """The list of a zip archive gives two lengths, and zipfile reads by the one that torch does not look at."""
+    data = bytearray(rewritten({"a": ROWS}, lambda parts: None))
+    entry = data.index(b"PK\1\2", 0)
+    while entry >= 0:
+        data[entry + 20 : entry + 24] = (3 * 2**30).to_bytes(4, "little")
+        entry = data.find(b"PK\1\2", entry + 4)
+    (tmp_path / "x.pt").write_bytes(data)
+    found = outcome(lambda: open_weights(tmp_path / "x.pt"))
+    assert "not stored as torch stores them" in found.detail
+
+
 def test_what_states_hold_comes_back(tmp_path):
     table = torch.randn(5, 3)
     parameter = torch.nn.Parameter(ROWS.clone())
