@@ -86,7 +86,7 @@ def build_parser(description: str, family: str) -> OptionParser:
 def _add(group: argparse._ArgumentGroup, name: str, option: Option) -> None:
     help_text = described(option).replace("%", "%%")
     if option.is_flag:
-        group.add_argument(f"--{name}", action="store_true", help=help_text)
+        group.add_argument(f"--{name}", action="store_true", default=option.default, help=help_text)
         # argparse looks a whole argument up before it splits it at "=", so these are options of their own.
         for action, words in (("store_false", ("false", "False", "0")), ("store_true", ("true", "True", "1"))):
             spelt = [f"--{name}={word}" for word in words]

@@ -18,7 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from library.architectures import CONFIGS, SD2, VOCABULARY, TextEncoderLayout
 from library.errors import UserError, first_line
-from library.model_family import ModelFamily
+from library.model_family import END_OF_TEXT, START_OF_TEXT, ModelFamily
 from library.model_folder import ModelFolder, fetch_from_hub, fetch_vae, find_weights, looks_like_hub_id
 from library.model_identity import Identity, identify_file, identify_folder, positive_number, read_config
 from library.objective import objective_of
@@ -222,7 +222,7 @@ def _read_tokenizer(folder: Path) -> CLIPTokenizer:
         raise
     except BaseException as error:  # whatever a damaged file leads to; panics of the Rust beneath are no Exception
         raise UserError(f"{folder} holds a tokenizer that cannot be read ({first_line(error)}).") from error
-    if len(ids) < 3 or (ids[0], ids[-1]) != (tokenizer.bos_token_id, tokenizer.eos_token_id):
+    if len(ids) < 3 or (ids[0], ids[-1]) != (START_OF_TEXT, END_OF_TEXT):
         raise UserError(f"{folder} does not hold a tokenizer of CLIP. Use the tokenizer that belongs to the model.")
     return tokenizer
 

@@ -16,7 +16,7 @@ from library.architectures import Architecture
 from library.errors import UserError
 from library.options import ModelOptions
 
-END_OF_TEXT = 49407  # CLIP's EOS
+START_OF_TEXT, END_OF_TEXT = 49406, 49407  # CLIP's BOS and EOS
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,7 @@ def _watching(outcome: Outcome) -> Iterator[None]:
         return run_trainer(trainer)
 
     def stepping(learner: Learner, batches: list, *more: Any) -> float:
+        batches = list(batches)
         outcome.rates.append(learner.schedule.get_last_lr()[0])
         loss = optimizer_step(learner, batches, *more)
         outcome.losses.append(loss)

@@ -61,6 +61,14 @@ def test_both_families_take_every_option_with_its_default(family):
     assert {name: option.default for name, option in declared_options()} == read_values(parser, [])
 
 
+@pytest.mark.parametrize(("flag", "value"), [("", None), ("=false", False), ("=true", True), (None, True)])
+@pytest.mark.parametrize("name", ["v_parameterization", "zero_terminal_snr"])
+def test_flags_that_follow_the_model_unless_they_are_given(run, name, flag, value):
+    given = [] if flag == "" else [f"--{name}{flag or ''}"]
+    options = run("--dataset_config=d.toml", *given)
+    assert (options.model if name == "v_parameterization" else options.noise).__getattribute__(name) is value
+
+
 def test_values_arrive_in_their_groups(run):
     options = run(
         "--resolution=512,768",

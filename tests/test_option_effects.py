@@ -6,6 +6,7 @@ The tests themselves are in the other ``test_option_effects_*`` files and those 
 import pytest
 import test_hub
 import test_learning_report
+import test_metadata_files
 import test_option_effects_data
 import test_option_effects_learning
 import test_option_effects_model
@@ -25,6 +26,7 @@ MODULES = [
     test_option_effects_model,
     test_option_effects_output,
     test_learning_report,
+    test_metadata_files,
     test_sample_album,
     test_trackers,
     test_training_state,

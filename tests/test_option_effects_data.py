@@ -136,7 +136,7 @@ CAPTIONS = {
     "caption_separator": (
         f"sun; {TOKEN}; hat",
         ["--caption_separator=;", "--shuffle_caption", "--keep_tokens=3"],
-        f"sun, {TOKEN}, hat",
+        f"sun; {TOKEN}; hat",
     ),
     "secondary_separator": (f"{TOKEN}, red;;;hat", ["--secondary_separator=;;;"], f"{TOKEN}, red,hat"),
     "keep_tokens_separator": (

@@ -16,10 +16,10 @@ from runs import TOKEN, arguments, write_dataset
 from safetensors.torch import load_file, save_file
 from tiny_models import build_pipeline, ldm_vae, save_folder
 
-from library import runtime, weight_files
+from library import runtime, trainer, weight_files
 from library.base_model import BaseModel
 from library.captions import OBJECT_TEMPLATES, STYLE_TEMPLATES
-from library.frozen_layers import FrozenConv2d, FrozenLinear
+from library.frozen_layers import FrozenConv2d, FrozenLinear, fold, unfold
 from library.frozen_vae import vae_fingerprint
 from library.latents import LatentCache
 from library.options import RuntimeOptions
@@ -277,10 +277,21 @@ def test_eight_bit_base(bench, family):
     assert {layer.weight.dtype for layer in layers} == {torch.float8_e4m3fn}
     assert folded.losses == pytest.approx(plain.losses, rel=0.02)
     assert folded.losses != plain.losses
-    for start, one, two, exact in zip(folded.trainer.starts, *folded.rows, plain.rows[1], strict=True):
+    for start, one, two in zip(folded.trainer.starts, *folded.rows, strict=True):
         assert (one - start).norm() > 1e-3
         assert (two - one).norm() > 1e-3
-        assert torch.cosine_similarity((two - start).flatten(), (exact - start).flatten(), dim=0) > 0.5
+    # The gradient of a random U-Net is of the size of the rounding: what it must equal is that of the rounded weights.
+    rounded = bench(family=family, steps=2, patches=[patch.object(trainer, "freeze_layers", round_weights)])
+    assert folded.losses == pytest.approx(rounded.losses, rel=1e-5)
+    for ours, exact in zip(folded.rows[1], rounded.rows[1], strict=True):
+        assert torch.allclose(ours, exact, atol=1e-4)
+
+
+def round_weights(unet: torch.nn.Module, *, float8: bool = False) -> None:
+    """Give the layers that 8 bits can hold the values that those would have."""
+    for layer in unet.modules():
+        if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):
+            layer.weight.data = unfold(*fold(layer.weight), layer.weight.dtype)
 
 
 # ---- memory
