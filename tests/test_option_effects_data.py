@@ -134,7 +134,7 @@ CAPTIONS = {
     "caption_prefix": ("hat", [f"--caption_prefix={TOKEN},"], f"{TOKEN}, hat"),
     "caption_suffix": (TOKEN, ["--caption_suffix=in a park"], f"{TOKEN} in a park"),
     "caption_separator": (
-        f"sun; {TOKEN}; hat",
+        f"sun;{TOKEN};hat",
         ["--caption_separator=;", "--shuffle_caption", "--keep_tokens=3"],
         f"sun; {TOKEN}; hat",
     ),
