@@ -34,8 +34,11 @@ def main() -> int:
         print(_line(target.name, count, time.monotonic() - started), flush=True)
         _show_failures(target, count, given.keep)
     failed = sum(failure.count for count in counts.values() for failure in count.failures.values())
+    idle = [name for name, count in counts.items() if not (count.accepted and count.refused)]
     print(f"{sum(count.inputs for count in counts.values()):,} inputs, {failed:,} failures")
-    return 1 if failed else 0
+    if idle:
+        print(f"Nothing was accepted, or nothing refused, by {', '.join(idle)}: nothing is tried there.")
+    return 1 if failed or idle else 0
 
 
 def _try_one(target: Target, recipe: str) -> int:
@@ -50,7 +53,7 @@ def _try_one(target: Target, recipe: str) -> int:
 def _line(name: str, count: Count, seconds: float) -> str:
     failed = sum(failure.count for failure in count.failures.values())
     return (
-        f"{name:24} {count.inputs:9,} inputs  {count.accepted:9,} accepted  {failed:6,} failures  {seconds:7.1f} s  "
+        f"{name:24} {count.inputs:9,} inputs  {count.accepted:9,} accepted  {count.refused:9,} refused  {failed:6,} failures  {seconds:7.1f} s  "
         f"slowest {count.slowest:.2f} s"
     )
 
