@@ -53,8 +53,8 @@ def _try_one(target: Target, recipe: str) -> int:
 def _line(name: str, count: Count, seconds: float) -> str:
     failed = sum(failure.count for failure in count.failures.values())
     return (
-        f"{name:24} {count.inputs:9,} inputs  {count.accepted:9,} accepted  {count.refused:9,} refused  {failed:6,} failures  {seconds:7.1f} s  "
-        f"slowest {count.slowest:.2f} s"
+        f"{name:24} {count.inputs:9,} inputs  {count.accepted:9,} accepted  {count.refused:9,} refused  "
+        f"{failed:6,} failures  {seconds:7.1f} s  slowest {count.slowest:.2f} s"
     )
 
 

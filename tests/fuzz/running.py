@@ -24,7 +24,7 @@ _SECONDS, _MEMORY = 5.0, 2**30
 _NO_MORE = object()
 
 
-class LeftAside(UserError):
+class LeftAsideError(UserError):
     """Raised by a target where the library rightly made a damaged file anew instead of refusing it."""
 
 
@@ -82,9 +82,10 @@ def _listening(action: Callable[[Any], Any]) -> Callable[[Any], Any]:
             logger.handlers[:], logger.propagate = [_Heard()], False
             logger.setLevel(logging.INFO)
             logging.captureWarnings(True)
-            sys.stdout = sys.stderr = nowhere = Path(os.devnull).open("w", encoding="utf-8")
-            for descriptor in (1, 2):  # what libraries in C say
-                os.dup2(nowhere.fileno(), descriptor)
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for descriptor in (1, 2):
+                os.dup2(nowhere, descriptor)
+            sys.stdout = sys.stderr = os.fdopen(nowhere, "w")  # under pytest they are other files
         return action(recipe)
 
     return act

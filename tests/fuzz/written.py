@@ -13,7 +13,7 @@ from datasets import make_picture
 from hypothesis import strategies as st
 
 from fuzz.mutations import poked, pokes
-from fuzz.running import LeftAside, Target
+from fuzz.running import LeftAsideError, Target
 from fuzz.tensors import BOMB, ROWS, STRANGE, STRANGE_NAMES, object_recipes, pickled_bytes, torch_bomb
 from library.images import Framing
 from library.latents import LatentCache, LatentEntry
@@ -117,7 +117,7 @@ def _npz(folder: Path):
         assert loaded.alpha_mask.shape == (64, 64)
         assert torch.isfinite(loaded.alpha_mask).all()
         if reasons:
-            raise LeftAside(f"made anew: {reasons}")
+            raise LeftAsideError(f"made anew: {reasons}")
 
     return act
 
