@@ -247,7 +247,7 @@ _GIANTS = (
     lambda: zeros_png(13000, 13000, 16, 6),
     lambda: zeros_png(13000, 13000, 16, 0),
     lambda: zeros_png(2**31 - 1, 1, 1, 0),
-    lambda: zeros_png(100_000, 1000, 8, 0),
+    lambda: zeros_png(60_000, 1000, 8, 0),
 )
 _WEBP_WITHOUT_SIZE = tuple((number, [("poke", 0, [("u16", 6, 0), ("u16", 8, 0)])], []) for number in range(5))
 _SEEDS = {

@@ -61,6 +61,7 @@ class Count:
     inputs: int = 0
     accepted: int = 0
     refused: int = 0
+    seconds: float = 0.0
     slowest: float = 0.0  # seconds
     slowest_recipe: Any = None
     failures: dict[str, Failure] = field(default_factory=dict)
@@ -155,19 +156,17 @@ def check(target: Target, inputs: int) -> None:
     assert kinds.keys() == {"ok", "error"}, kinds
 
 
-def explore(target: Target, inputs: int, seed: int, tell: Callable[[Count], None] = lambda count: None) -> Count:
-    """Try the seeds and ``inputs`` random recipes, and collect what fails instead of stopping at it."""
-    count = Count()
+def explore(target: Target, inputs: int, seed: int, count: Count) -> None:
+    """Try ``inputs`` random recipes, at first the seeds too, and collect in ``count`` what fails."""
+    started = time.monotonic()
     with prober(target) as probe:
-        for recipe in (target.plain, *target.seeds):
-            _try(probe, recipe, count)
-        number = 0
-        while count.inputs < inputs:
-            _round(probe, target, min(_ROUND, inputs - count.inputs), seed * 100_000 + number, count)
+        if not count.inputs:
+            for recipe in (target.plain, *target.seeds):
+                _try(probe, recipe, count)
+        for number, done in enumerate(range(0, inputs, _ROUND)):
+            _round(probe, target, min(_ROUND, inputs - done), seed * 100_000 + number, count)
             probe.renew()
-            number += 1
-            tell(count)
-    return count
+    count.seconds += time.monotonic() - started
 
 
 def _round(probe: Prober, target: Target, inputs: int, seed: int, count: Count) -> None:
