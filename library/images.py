@@ -337,7 +337,8 @@ def check_mask_size(mask_size: Size, path: Path | str, image_size: Size, image_p
 
 def _take(image: np.ndarray, cut: Cut, framing: Framing) -> np.ndarray:
     width, height = framing.bucket
-    return resize(image, cut.resized, framing.interpolation)[cut.top : cut.top + height, cut.left : cut.left + width]
+    window = (cut.left, cut.top, cut.left + width, cut.top + height)
+    return resize(image, cut.resized, framing.interpolation, window)
 
 
 def choose_cut(framing: Framing, size: Size, face: Face | None, rng: random.Random | None) -> Cut:

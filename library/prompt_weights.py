@@ -3,6 +3,8 @@
 import itertools
 import re
 
+import numpy as np
+
 _FACTOR = {"(": 1.1, "[": 1 / 1.1}  # by what one pair of brackets without a number multiplies
 _OPENING = {")": "(", "]": "["}
 
@@ -25,26 +27,23 @@ def parse_weights(text: str) -> list[tuple[str, float]]:
     opened is text, and so is a number that cannot be read. An empty prompt is one empty part.
     """
     texts: list[str] = []
-    weights: list[float] = []
+    factors: list[tuple[int, int, float]] = []  # from which text to before which other one, and by how much
     open_at: dict[str, list[int]] = {"(": [], "[": []}
-
-    def multiply(start: int, factor: float) -> None:
-        weights[start:] = [weight * factor for weight in weights[start:]]
-
     for piece in _PIECE.finditer(text):
         bracket = piece["bracket"]
         opening = "(" if piece["weight"] else _OPENING.get(bracket)
         if bracket in open_at:
             open_at[bracket].append(len(texts))
         elif opening and open_at[opening]:
-            multiply(open_at[opening].pop(), float(piece["weight"] or _FACTOR[opening]))
+            factors.append((open_at[opening].pop(), len(texts), float(piece["weight"] or _FACTOR[opening])))
         else:
             texts.append(piece[0] if piece["escaped"] is None else piece["escaped"])
-            weights.append(1.0)
-    for opening, starts in open_at.items():
-        for start in starts:
-            multiply(start, _FACTOR[opening])
-    parts = itertools.groupby(zip(texts, weights, strict=True), key=lambda part: part[1])
+    factors += [(start, len(texts), _FACTOR[opening]) for opening, starts in open_at.items() for start in starts]
+    weights = np.ones(len(texts))
+    with np.errstate(over="ignore", invalid="ignore"):
+        for start, end, factor in factors:
+            weights[start:end] *= factor
+    parts = itertools.groupby(zip(texts, weights.tolist(), strict=True), key=lambda part: part[1])
     return [("".join(text for text, _ in group), weight) for weight, group in parts] or [("", 1.0)]
 
 

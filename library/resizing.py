@@ -19,30 +19,44 @@ _TORCH = {
     "bicubic": "bicubic",
     "cubic": "bicubic",
 }
-# Numbers that are held as floats at a time: a quarter of a gigabyte.
+# Numbers that are held as floats at a time: a quarter of a gigabyte; some of the filters hold them two or three times.
 _MOST_FLOATS = 2**26
+_MOST_AREA_FLOATS = 2**24
 INTERPOLATIONS = (*_PILLOW, *_TORCH, "nearest", "area")
 
 
-def resize(image: np.ndarray, size: tuple[int, int], interpolation: str | None = None) -> np.ndarray:
-    """Resize ``image``, uint8 [H, W, 3 or 4], to ``size`` (width, height).
+def resize(
+    image: np.ndarray,
+    size: tuple[int, int],
+    interpolation: str | None = None,
+    window: tuple[int, int, int, int] | None = None,
+) -> np.ndarray:
+    """Resize ``image``, uint8 [H, W, 3 or 4], to ``size`` (width, height); of it return ``window``, or all.
 
+    The window is (left, top, right, bottom), in pixels of the resized image.
     Without an interpolation: "area" where neither side grows, else "lanczos", as sd-scripts does. An image that has the
     size already is returned as it is.
     """
     height, width = image.shape[:2]
-    if (width, height) == tuple(size):
-        return image
+    left, top, right, bottom = window or (0, 0, *size)
     if interpolation is None:
         interpolation = "area" if size[0] <= width and size[1] <= height else "lanczos"
+    if interpolation == "area" and (width, height) != tuple(size):
+        return _area_resize(image, size, range(left, right), range(top, bottom))
+    whole = _resize_whole(image, size, interpolation)
+    return whole if window is None else whole[top:bottom, left:right]
+
+
+def _resize_whole(image: np.ndarray, size: tuple[int, int], interpolation: str) -> np.ndarray:
+    height, width = image.shape[:2]
+    if (width, height) == tuple(size):
+        return image
     if interpolation in _PILLOW:
         return np.array(Image.fromarray(image).resize(size, _PILLOW[interpolation]))
     if interpolation in _TORCH:
         return _torch_resize(image, size, _TORCH[interpolation])
     if interpolation == "nearest":
         return image[_nearest(height, size[1])][:, _nearest(width, size[0])]
-    if interpolation == "area":
-        return _area_resize(image, size)
     raise UserError(
         f'resize_interpolation "{interpolation}" is unknown.{did_you_mean(interpolation, INTERPOLATIONS)} '
         f"Choose one of {', '.join(INTERPOLATIONS)}."
@@ -59,20 +73,23 @@ def _torch_resize(image: np.ndarray, size: tuple[int, int], mode: str) -> np.nda
     return resized[0].permute(1, 2, 0).round().clamp(0, 255).byte().numpy()
 
 
-def _area_resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """OpenCV's INTER_AREA: the mean over the source area of each target pixel; linear as soon as one side grows."""
+def _area_resize(image: np.ndarray, size: tuple[int, int], across: range, down: range) -> np.ndarray:
+    """OpenCV's INTER_AREA: the mean over the source area of each target pixel; linear as soon as one side grows.
+
+    Only the columns ``across`` and the rows ``down`` of the target are made.
+    """
     height, width, channels = image.shape
     weights = _coverage if size[0] <= width and size[1] <= height else _linear
     lines = image.reshape(height, width * channels)
-    made = np.empty((size[1], size[0], channels), dtype=np.uint8)
+    made = np.empty((len(down), len(across), channels), dtype=np.uint8)
     # An ordinary image is one block.
-    block = max(1, _MOST_FLOATS // (max(width, size[0]) * channels))
-    for top in range(0, size[1], block):
-        wanted = range(top, min(top + block, size[1]))
+    block = max(1, _MOST_AREA_FLOATS // (max(width, size[0]) * channels))
+    for start in range(0, len(down), block):
+        wanted = down[start : start + block]
         rows = _weigh_lines(lines, wanted, size[1], weights)
         columns = rows.reshape(len(wanted), width, channels).swapaxes(0, 1).reshape(width, len(wanted) * channels)
-        pixels = _weigh_lines(columns, range(size[0]), size[0], weights).reshape(size[0], len(wanted), channels)
-        made[top : top + block] = pixels.swapaxes(0, 1).round().clip(0, 255)
+        pixels = _weigh_lines(columns, across, size[0], weights).reshape(len(across), len(wanted), channels)
+        made[start : start + block] = pixels.swapaxes(0, 1).round().clip(0, 255)
     return made
 
 

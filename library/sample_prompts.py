@@ -10,7 +10,7 @@ from typing import Any
 
 from library.errors import UserError, closest
 from library.samplers import check_sampler
-from library.text_files import parse_json, parse_toml, read_text
+from library.text_files import check_lines, parse_json, parse_toml, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -215,6 +215,8 @@ def _sample_prompt(values: _Values, place: str) -> SamplePrompt:
     for key, (accepts, wanted) in _KEYS.items():
         if key in values and not accepts(values[key]):
             raise UserError(f"{place}: {key} must be {wanted}, not {values[key]!r:.80}.")
+    for key in ("prompt", "negative_prompt"):
+        check_lines(values.get(key, ""), f"{place}: {key}")
     return SamplePrompt(
         prompt=values["prompt"],
         negative_prompt=values.get("negative_prompt", SamplePrompt.negative_prompt),

@@ -14,6 +14,8 @@ from library.errors import UserError
 # Far more than anyone writes by hand, far less than a checkpoint that was named by mistake.
 LARGEST_FILE = 16 * 2**20
 LARGEST_METADATA = 256 * 2**20  # a million images
+# Of a caption or a prompt: 75 to 225 tokens of it count, and looking at a million signs takes half a minute.
+LONGEST_LINE = 2**16
 _DEEPEST = 64
 # What is longer than a float can say is a slip, and Python itself refuses to print it.
 _LONGEST_NUMBER = 308
@@ -120,6 +122,15 @@ def _check_content(content: Any, what: str, *, odd_names: bool) -> None:
             for inner in ((*value, *value.values()) if isinstance(value, dict) else value)
         ]
         depth += 1
+
+
+def check_lines(text: str, what: str) -> None:
+    """Raise UserError where a line of a caption or a prompt is so long that it cannot be one."""
+    if len(text) > LONGEST_LINE and (longest := max(map(len, text.split("\n")))) > LONGEST_LINE:
+        raise UserError(
+            f"{what} has {longest:,} characters in one line; at most {LONGEST_LINE:,} are read, and only 75 to 225 "
+            "tokens count. Shorten it. Is it the right file?"
+        )
 
 
 def is_unicode(text: str, *, odd_names: bool = False) -> bool:

@@ -130,7 +130,8 @@ class TrainingState:
                 f"--resume: {file} is damaged, or holds objects that cannot be read safely. "
                 "Use an older state, or start from an embedding file with --weights."
             ) from error
-        known = isinstance(content, dict) and content.pop("format", None) == _FORMAT
+        number = content.pop("format", None) if isinstance(content, dict) else None
+        known = isinstance(number, int) and number == _FORMAT
         if not known or not _NEEDED <= content.keys() <= _FIELDS:
             raise UserError(f"--resume: {file} was written by another version. Start from a file with --weights.")
         if (field := malformed_field(content)) is not None:

@@ -119,6 +119,7 @@ def test_what_was_written_is_usable_and_read_back(tmp_path):
     [
         ({"latents": np.full((4, 12, 20), np.nan)}, "not finite"),
         ({"latents": np.where(np.arange(960) == 7, np.inf, 0).reshape(4, 12, 20)}, "not finite"),
+        ({"latents": np.full((4, 12, 20), 1e300)}, "not finite"),  # and it is not in the float32 that is trained on
         ({"original_size": np.array([100, 150])}, "of another picture"),
         ({"made_from": np.array(replace(ORIGIN, framing="160x108 default").text())}, "of another picture"),
         ({"made_from": np.array(replace(ORIGIN, hidden_colours=True).text())}, "of another picture"),
@@ -140,6 +141,14 @@ def test_contents_are_checked_unless_the_check_is_skipped(tmp_path, change, why)
     write_slot(file, WANTED, _arrays() | change)
     assert why_unusable(file, WANTED) == why
     assert why_unusable(file, WANTED, skip_check=True) == ""
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf, 1e300])
+def test_a_mask_must_be_finite_too(tmp_path, value):
+    file, wanted = tmp_path / "image.npz", replace(WANTED, alpha_mask=True)
+    arrays = _arrays(wanted)
+    write_slot(file, wanted, arrays | {"alpha_mask": np.full(arrays["alpha_mask"].shape, value)})
+    assert why_unusable(file, wanted) == "not finite"
 
 
 def test_shapes_are_always_checked(tmp_path):

@@ -8,6 +8,7 @@ from departures import departure
 from golden_data import golden_cases
 from hypothesis import given
 from hypothesis import strategies as st
+from limits import outcome
 
 from library.prompt_weights import escape, parse_weights
 
@@ -59,3 +60,9 @@ def test_every_prompt_can_be_read(prompt):
     assert all(one[1] != other[1] for one, other in itertools.pairwise(parts))
     letters = "".join(text for text, _ in parts)
     assert letters.count("a") == prompt.count("a")
+
+
+@pytest.mark.parametrize("prompt", ["(a" * 20_000, "(a" * 20_000 + ")" * 20_000, "[a" * 20_000, "(" * 60_000])
+def test_brackets_within_brackets_take_no_time(prompt):
+    """Each of them changes the weight of all that follows."""
+    assert outcome(lambda: len(parse_weights(prompt)), seconds=3).kind == "ok"

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from golden_data import golden_arrays, golden_cases
+from limits import outcome
 from PIL import Image
 
 from library.errors import UserError
@@ -92,3 +93,19 @@ def test_area_that_enlarges_decides_between_two_pixels_as_opencv_does():
     made = resize(image, (51, 1), "area")[0, :, 0].astype(int)
     assert np.abs(made[:8] - [95, 115, 141, 194, 211, 214, 207, 233]).max() <= 1
     assert np.abs(made[29:37] - [142, 61, 114, 77, 10, 10, 152, 211]).max() <= 1
+
+
+@pytest.mark.parametrize("interpolation", [*INTERPOLATIONS, None])
+@pytest.mark.parametrize("size", [(30, 20), (90, 10), (70, 61), (33, 45)])
+def test_a_window_is_a_part_of_the_whole(size, interpolation):
+    image, window = _noise(33, 45), (7, 3, 29, 9)
+    part = resize(image, size, interpolation, window)
+    assert np.array_equal(part, resize(image, size, interpolation)[3:9, 7:29])
+
+
+def test_a_window_of_a_long_image_takes_little():
+    """The largest that is read: only what is kept of it is made."""
+    image = np.zeros((1000, 100_000, 3), dtype=np.uint8)
+    window = (25_000, 0, 25_512, 512)
+    found = outcome(lambda: resize(image, (51_200, 512), "area", window).shape, seconds=4, memory=2**29)
+    assert found == ("ok", "(512, 512, 3)")

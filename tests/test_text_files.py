@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from dataset_files import dataset_options
+from datasets import prompts
 
 from library.caption_files import read_caption
 from library.config_file import read_config_file
@@ -16,7 +17,7 @@ from library.metadata_files import read_metadata
 from library.model_identity import read_config
 from library.options import LoggingOptions, declared_options
 from library.sample_prompts import read_sample_prompts
-from library.text_files import parse_json, parse_toml, read_text
+from library.text_files import LONGEST_LINE, parse_json, parse_toml, read_text
 from library.trackers import check_trackers
 
 MANY = 1_000_000
@@ -166,3 +167,18 @@ def test_a_caption_that_is_no_caption(tmp_path):
     message = refusal(lambda: read_caption(str(tmp_path / "a.txt"), all_lines=False))
     assert "a.txt" in message
     assert "bytes" in message
+
+
+@pytest.mark.parametrize("content", ["[" * MANY, '{"a":' * MANY, "a b" * MANY, "(a" * MANY])
+def test_a_line_that_is_no_prompt_and_no_caption(content, tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text(content)
+    assert f"{len(content):,} characters" in refusal(lambda: read_sample_prompts(file))
+    assert f"{len(content):,} characters" in refusal(lambda: prompts().repaired(content))
+
+
+def test_lines_may_be_long_and_many(tmp_path):
+    content = "\n".join(["a" * LONGEST_LINE] * 3)
+    (tmp_path / "a.txt").write_text(content)
+    assert [prompt.prompt for prompt in read_sample_prompts(tmp_path / "a.txt")] == content.split("\n")
+    assert prompts().repaired(content) == content

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import itertools
 import os
 import sys
 import time
@@ -16,7 +17,8 @@ def main() -> int:
     names = [target.name for target in TARGETS]
     parser = argparse.ArgumentParser(prog="python -m fuzz", description=__doc__)
     parser.add_argument("targets", nargs="*", metavar="target", help=f"some of: {', '.join(names)} (default: all)")
-    parser.add_argument("--inputs", type=int, default=100_000, help="in all, shared by the targets by their speed")
+    parser.add_argument("--inputs", type=int, default=100_000, help="a round, shared by the targets by their speed")
+    parser.add_argument("--minutes", type=float, default=0, help="begin rounds of other inputs until then")
     parser.add_argument("--seed", type=int, default=1, help="another one gives other inputs")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where files of failing inputs are kept")
     parser.add_argument("--recipe", help="try this one recipe of the one target named, and show what happens")
@@ -26,16 +28,22 @@ def main() -> int:
     chosen = [target for target in TARGETS if not given.targets or target.name in given.targets]
     if given.recipe:
         return _try_one(chosen[0], given.recipe)
-    share = given.inputs / sum(target.quick for target in chosen)
-    counts = {}
-    for target in chosen:
-        started = time.monotonic()
-        counts[target.name] = count = explore(target, round(share * target.quick), given.seed)
-        print(_line(target.name, count, time.monotonic() - started), flush=True)
-        _show_failures(target, count, given.keep)
+    share, end = given.inputs / sum(target.quick for target in chosen), time.monotonic() + 60 * given.minutes
+    counts = {target.name: Count() for target in chosen}
+    for number in itertools.count():
+        for target in chosen:
+            explore(target, round(share * target.quick), given.seed + 1000 * number, counts[target.name])
+            print(_line(target.name, counts[target.name]), flush=True)
+            _show_failures(target, counts[target.name], given.keep)
+        print(f"{sum(count.inputs for count in counts.values()):,} inputs after {number + 1} rounds\n", flush=True)
+        if time.monotonic() >= end:
+            break
     failed = sum(failure.count for count in counts.values() for failure in count.failures.values())
-    print(f"{sum(count.inputs for count in counts.values()):,} inputs, {failed:,} failures")
-    return 1 if failed else 0
+    idle = [name for name, count in counts.items() if not (count.accepted and count.refused)]
+    print(f"{failed:,} failures")
+    if idle:
+        print(f"Nothing was accepted, or nothing refused, by {', '.join(idle)}: nothing is tried there.")
+    return 1 if failed or idle else 0
 
 
 def _try_one(target: Target, recipe: str) -> int:
@@ -47,11 +55,11 @@ def _try_one(target: Target, recipe: str) -> int:
     return 0 if found.sound else 1
 
 
-def _line(name: str, count: Count, seconds: float) -> str:
+def _line(name: str, count: Count) -> str:
     failed = sum(failure.count for failure in count.failures.values())
     return (
-        f"{name:24} {count.inputs:9,} inputs  {count.accepted:9,} accepted  {failed:6,} failures  {seconds:7.1f} s  "
-        f"slowest {count.slowest:.2f} s"
+        f"{name:24} {count.inputs:9,} inputs  {count.accepted:9,} accepted  {count.refused:9,} refused  "
+        f"{failed:6,} failures  {count.seconds:7.1f} s  slowest {count.slowest:.2f} s"
     )
 
 

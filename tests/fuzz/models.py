@@ -85,7 +85,7 @@ def _folder(folder: Path):
         _hide_weights(model, recipe[0].endswith(".index.json"))
         opened = _open(model)
         assert opened.vae_scale_factor > 0
-        str(opened.prediction_type)
+        assert opened.objective.prediction_type in (None, "epsilon", "v_prediction")
 
     return act
 

@@ -13,7 +13,7 @@ from PIL import Image
 from fuzz.mutations import Poke, poked, pokes
 from fuzz.running import Target
 from library.buckets import BucketChooser, BucketRules
-from library.images import Framing, frame_image, image_size, read_image
+from library.images import Framing, check_resized, frame_image, image_size, read_image
 
 Chunk = tuple[bytes, bytes]
 
@@ -196,6 +196,7 @@ def _look_at(file: Path, alpha: bool) -> tuple[int, int]:
     assert width > 0, size
     assert height > 0, size
     placement = BucketChooser(_RULES).place(width, height)
+    check_resized(file, size, placement.resized, placement.bucket)
     framed = frame_image(file, Framing(placement.resized, placement.bucket), alpha=alpha)
     assert framed.pixels.shape == (placement.bucket[1], placement.bucket[0], 3)
     if width * height < 2**22:
@@ -246,7 +247,7 @@ _GIANTS = (
     lambda: zeros_png(13000, 13000, 16, 6),
     lambda: zeros_png(13000, 13000, 16, 0),
     lambda: zeros_png(2**31 - 1, 1, 1, 0),
-    lambda: zeros_png(100_000, 1000, 8, 0),
+    lambda: zeros_png(60_000, 1000, 8, 0),
 )
 _WEBP_WITHOUT_SIZE = tuple((number, [("poke", 0, [("u16", 6, 0), ("u16", 8, 0)])], []) for number in range(5))
 _SEEDS = {

@@ -167,7 +167,8 @@ def _deep(levels: int) -> dict:
 def made(tree: Any) -> Any:
     """The objects that a tree names."""
     if isinstance(tree, dict):
-        return STRANGE[tree["!"]]() if tree.keys() == {"!"} and tree["!"] in STRANGE else _made_items(tree)
+        name = tree.get("!") if len(tree) == 1 else None
+        return STRANGE[name]() if isinstance(name, str) and name in STRANGE else _made_items(tree)
     return [made(item) for item in tree] if isinstance(tree, list) else tree
 
 
@@ -187,7 +188,10 @@ def torch_bytes(content: Any, *, legacy: bool = False) -> bytes:
 
 @cache
 def torch_bomb() -> bytes:
-    """A torch file whose one tensor is gigabytes of zeros, a thousandth of that when packed."""
+    """A torch file whose one tensor is gigabytes of zeros, a thousandth of that when packed.
+
+    Made before a child is forked: it takes as long as the child has.
+    """
     pickled = torch_bytes({"emb_params": torch.zeros(1).expand(BOMB // 4 // 768, 768)})
     packed = io.BytesIO()
     with (
@@ -263,6 +267,7 @@ def _rows_for(file: Path, keys: tuple[str, ...], widths: tuple[int, ...]) -> Non
 def _embedding(suffix: str, content: Callable[[Any], bytes]):
     def prepare(folder: Path):
         file = folder / f"input{suffix}"
+        torch_bomb()
 
         def act(recipe):
             file.write_bytes(content(recipe))
@@ -276,6 +281,7 @@ def _embedding(suffix: str, content: Callable[[Any], bytes]):
 def _checkpoint(suffix: str, content: Callable[[Any], bytes]):
     def prepare(folder: Path):
         file = folder / f"input{suffix}"
+        torch_bomb()
 
         def act(recipe):
             file.write_bytes(content(recipe))

@@ -13,7 +13,7 @@ from datasets import make_picture, prompts
 from hypothesis import strategies as st
 
 from fuzz.mutations import FRAGMENTS, HOSTILE, edited, edits, encoded, json_text, spliced, splices, toml_text, values
-from fuzz.running import Target
+from fuzz.running import LeftAsideError, Target
 from library.arguments import build_parser, parse
 from library.captions import CaptionMoment, CaptionRules, process_caption, token_presence
 from library.dataset import TrainingData
@@ -348,6 +348,8 @@ def _folder_cache(folder: Path):
         file.write_bytes(encoded(content))
         (folder / "input.json").write_bytes(encoded(content))
         load_data(DatasetOptions(dataset_config="dataset.json"), words)
+        if file.read_bytes() != encoded(content):
+            raise LeftAsideError("made anew")
 
     return act
 

@@ -13,8 +13,8 @@ from datasets import make_picture
 from hypothesis import strategies as st
 
 from fuzz.mutations import poked, pokes
-from fuzz.running import Target
-from fuzz.tensors import BOMB, ROWS, STRANGE, STRANGE_NAMES, object_recipes, pickled_bytes
+from fuzz.running import LeftAsideError, Target
+from fuzz.tensors import BOMB, ROWS, STRANGE, STRANGE_NAMES, object_recipes, pickled_bytes, torch_bomb
 from library.images import Framing
 from library.latents import LatentCache, LatentEntry
 from library.options import Options
@@ -58,6 +58,7 @@ def _resume(folder: Path) -> None:
 def _state(folder: Path):
     file, tree = folder / FILE, _state_tree()
     STRANGE["random"] = random_states
+    torch_bomb()
 
     def act(recipe):
         content = pickled_bytes(tree, recipe)
@@ -99,20 +100,24 @@ def _npz(folder: Path):
     first.fill([entry], _Encoder())
     file = first.file(entry)
     members = _members(file.read_bytes())
+    bomb = _npz_bomb(members)
 
     def act(recipe):
-        content = _npz_bytes(members, recipe)
+        content = bomb if recipe[0] == "bomb" else _npz_bytes(members, recipe)
         for name in folder.glob("*.npz"):
             name.unlink()
         file.write_bytes(content)
         (folder / "input.npz").write_bytes(content)
         found = cache_()
-        found.fill([entry], _Encoder())
+        reasons = found.fill([entry], _Encoder()).reasons
         loaded = found.load(entry)
         assert loaded.latents.shape == (4, 8, 8)
         assert torch.isfinite(loaded.latents).all()
         assert loaded.flipped.shape == (4, 8, 8)
         assert loaded.alpha_mask.shape == (64, 64)
+        assert torch.isfinite(loaded.alpha_mask).all()
+        if reasons:
+            raise LeftAsideError(f"made anew: {reasons}")
 
     return act
 
@@ -125,8 +130,6 @@ def _members(content: bytes) -> dict[str, bytes]:
 def _npz_bytes(members: dict[str, bytes], recipe) -> bytes:
     """The archive with arrays replaced, their headers edited and their bytes poked, and the sums right."""
     changes, packed, last = recipe
-    if changes == "bomb":
-        return _npz_bomb(members)
     members = dict(members)
     for what, place, value in changes:
         name = sorted(members)[place % len(members)]
