@@ -188,13 +188,13 @@ def _load_metadata(subset: SubsetConfig) -> ImageSet:
     rules = subset.captions
     entries = read_metadata(subset.metadata_file, separator=rules.separator, all_lines=rules.wildcard)
     paths = [_picture_path(entry.key, subset) for entry in entries]
-    _refuse_outside(paths, subset)
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
         raise UserError(
             f'The metadata file "{subset.metadata_file}" lists {len(missing)} of {len(paths)} pictures that do not '
             f"exist: {_some(missing)}. Check its keys and image_dir."
         )
+    _refuse_outside(paths, subset)
     sizes = [image_size(path) for path in paths]
     stale = [e.key for e, size in zip(entries, sizes, strict=True) if e.image_size not in (None, size, size[::-1])]
     if stale:
@@ -211,19 +211,22 @@ def _without_caption(paths: list[str], captions: list[str]) -> list[str]:
 
 
 def _picture_path(key: str, subset: SubsetConfig) -> str:
-    """The file of a metadata key: an absolute path, or a path in ``image_dir``, whose extension may be left out."""
+    """The file of a metadata key: an absolute path, or a path in ``image_dir``, whose extension may be left out.
+
+    A relative path may also be one from the folder that this run was started in, as sd-scripts' tools write it with
+    ``--full_path``.
+    """
     if not _can_be_a_path(key):
         raise UserError(f'The metadata file "{subset.metadata_file}" lists {key!a:.80}, which cannot be a path.')
-    if not os.path.isabs(key) and not subset.image_dir:
-        raise UserError(
-            f'The metadata file "{subset.metadata_file}" lists "{key}" by its relative path, so the subset must say in '
-            "which folder it is: add image_dir."
-        )
     path = os.path.join(subset.image_dir or "", key)
-    if os.path.splitext(path)[1].lower() in IMAGE_EXTENSIONS or os.path.isfile(path):
-        return path
-    candidates = (path + extension for extension in sorted(IMAGE_EXTENSIONS))
-    return next((candidate for candidate in candidates if os.path.isfile(candidate)), path)
+    candidates = [path, *(path + extension for extension in sorted(IMAGE_EXTENSIONS)), key]
+    found = next((candidate for candidate in candidates if os.path.isfile(candidate)), None)
+    if not (found or os.path.isabs(key) or subset.image_dir):
+        raise UserError(
+            f'The metadata file "{subset.metadata_file}" lists "{key}", which is not found from here. Say in which '
+            "folder it is: add image_dir (--train_data_dir with --in_json)."
+        )
+    return found or path
 
 
 def _can_be_a_path(key: str) -> bool:

@@ -512,6 +512,19 @@ def test_more_pixels_than_a_process_should_hold_are_refused_with_the_size_that_w
                 read(tmp_path / f"a.{extension}")
 
 
+@pytest.mark.parametrize(
+    ("mode", "subsampling", "needed"), [("RGB", 2, 10_000), ("RGB", 0, 11_112), ("CMYK", 0, 13_334)]
+)
+def test_progressive_images_count_by_what_their_decoder_holds(tmp_path, monkeypatch, mode, subsampling, needed):
+    Image.new(mode, (100, 100)).save(tmp_path / "a.jpg", progressive=True, subsampling=subsampling)
+    monkeypatch.setattr(images, "MOST_PIXELS", needed)
+    assert read_image(tmp_path / "a.jpg").shape == (100, 100, 3)
+    monkeypatch.setattr(images, "MOST_PIXELS", needed - 1)
+    for read in (image_size, read_image):
+        with pytest.raises(UserError, match="too much memory"):
+            read(tmp_path / "a.jpg")
+
+
 def test_what_would_grow_beyond_measure_is_refused():
     thin = BucketChooser(BucketRules((512, 512))).place(30000, 1)
     with pytest.raises(UserError, match=r"thin\.png has 30000x1 pixels.*15360000x512"):
