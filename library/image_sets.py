@@ -15,7 +15,7 @@ import numpy as np
 
 from library.caption_files import DEFAULT_EXTENSIONS, caption_extensions, caption_name, read_caption
 from library.dataset_config import DatasetConfig, SubsetConfig
-from library.errors import UserError
+from library.errors import UserError, counted
 from library.images import IMAGE_EXTENSIONS, check_mask_size, image_size
 from library.metadata_files import NO_FILE, FolderCache, read_metadata
 
@@ -199,8 +199,8 @@ def _load_metadata(subset: SubsetConfig) -> ImageSet:
     stale = [e.key for e, size in zip(entries, sizes, strict=True) if e.image_size not in (None, size, size[::-1])]
     if stale:
         logger.warning(
-            'The metadata file "%s" gives %d picture(s) another size than the files have, and the files are right: %s.',
-            *(subset.metadata_file, len(stale), _some(stale)),
+            'The metadata file "%s" lists a wrong size for %s; the actual size is used: %s.',
+            *(subset.metadata_file, counted(len(stale), "image"), _some(stale)),
         )
     captions = [entry.caption for entry in entries]
     return ImageSet(subset, paths, captions, _size_array(sizes), _without_caption(paths, captions))
@@ -290,8 +290,8 @@ def _without_repeated_paths(sets: list[ImageSet]) -> list[ImageSet]:
         rows = {path: row for row, path in enumerate(found.paths) if last[path] == number}
         if len(rows) < len(found):
             logger.warning(
-                '%d picture(s) of "%s" are listed again later in the same dataset; only the last entry of each counts.',
-                *(len(found) - len(rows), found.subset.source),
+                '%s of "%s" listed again later in the same dataset; only the last entry of each counts.',
+                *(counted(len(found) - len(rows), "image"), found.subset.source),
             )
             found = select(found, list(rows.values()))
         kept.append(found)

@@ -20,6 +20,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError, features
 from library.buckets import Size, centre_offset
 from library.errors import UserError
 from library.resizing import resize
+from library.text_files import not_downloaded
 
 with suppress(ImportError):  # Pillow reads JPEG XL only with this plugin, which registers itself.
     import pillow_jxl  # noqa: F401
@@ -256,6 +257,9 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     if path.is_file() and path.stat().st_size == 0:
         return f"The image {path} is empty (0 bytes). Copy it again or remove it."
     if isinstance(error, UnidentifiedImageError):
+        with path.open("rb") as file:
+            if reason := not_downloaded(file.read(64)):
+                return f"The image {path} cannot be read: {reason}. Fetch it again, or remove it."
         known = ", ".join(_FORMATS)
         return f"{path} is not an image in a format that can be read here ({known}). Convert it, or remove it."
     reason = str(error).rstrip(".") or type(error).__name__

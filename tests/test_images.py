@@ -277,6 +277,8 @@ def test_more_pixels_than_pillow_allows_are_a_named_error_and_a_large_photo_is_s
     [
         (b"", "is empty"),
         (b"hello, I am a text", "not an image"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0123", "run `git lfs pull`"),
+        (b"<!doctype html><html>", "it is a web page"),
         (None, "does not exist"),
         ("folder", "cannot be read"),
     ],
