@@ -32,6 +32,11 @@ def survived(what_happened: str) -> Iterator[None]:
         logger.debug("Where it happened:", exc_info=True)
 
 
+def counted(count: int, noun: str) -> str:
+    """A number and what it counts, in the right form: "1 image", "1,200 images"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def first_line(error: Exception) -> str:
     """The first line of another library's error that says something, or what kind of error it is."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

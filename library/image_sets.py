@@ -15,7 +15,7 @@ import numpy as np
 
 from library.caption_files import DEFAULT_EXTENSIONS, caption_extensions, caption_name, read_caption
 from library.dataset_config import DatasetConfig, SubsetConfig
-from library.errors import UserError
+from library.errors import UserError, counted
 from library.images import IMAGE_EXTENSIONS, check_mask_size, image_size
 from library.metadata_files import NO_FILE, FolderCache, read_metadata
 
@@ -188,19 +188,19 @@ def _load_metadata(subset: SubsetConfig) -> ImageSet:
     rules = subset.captions
     entries = read_metadata(subset.metadata_file, separator=rules.separator, all_lines=rules.wildcard)
     paths = [_picture_path(entry.key, subset) for entry in entries]
-    _refuse_outside(paths, subset)
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
         raise UserError(
             f'The metadata file "{subset.metadata_file}" lists {len(missing)} of {len(paths)} pictures that do not '
             f"exist: {_some(missing)}. Check its keys and image_dir."
         )
+    _refuse_outside(paths, subset)
     sizes = [image_size(path) for path in paths]
     stale = [e.key for e, size in zip(entries, sizes, strict=True) if e.image_size not in (None, size, size[::-1])]
     if stale:
         logger.warning(
-            'The metadata file "%s" gives %d picture(s) another size than the files have, and the files are right: %s.',
-            *(subset.metadata_file, len(stale), _some(stale)),
+            'The metadata file "%s" lists a wrong size for %s; the actual size is used: %s.',
+            *(subset.metadata_file, counted(len(stale), "image"), _some(stale)),
         )
     captions = [entry.caption for entry in entries]
     return ImageSet(subset, paths, captions, _size_array(sizes), _without_caption(paths, captions))
@@ -211,19 +211,22 @@ def _without_caption(paths: list[str], captions: list[str]) -> list[str]:
 
 
 def _picture_path(key: str, subset: SubsetConfig) -> str:
-    """The file of a metadata key: an absolute path, or a path in ``image_dir``, whose extension may be left out."""
+    """The file of a metadata key: an absolute path, or a path in ``image_dir``, whose extension may be left out.
+
+    A relative path may also be one from the folder that this run was started in, as sd-scripts' tools write it with
+    ``--full_path``.
+    """
     if not _can_be_a_path(key):
         raise UserError(f'The metadata file "{subset.metadata_file}" lists {key!a:.80}, which cannot be a path.')
-    if not os.path.isabs(key) and not subset.image_dir:
-        raise UserError(
-            f'The metadata file "{subset.metadata_file}" lists "{key}" by its relative path, so the subset must say in '
-            "which folder it is: add image_dir."
-        )
     path = os.path.join(subset.image_dir or "", key)
-    if os.path.splitext(path)[1].lower() in IMAGE_EXTENSIONS or os.path.isfile(path):
-        return path
-    candidates = (path + extension for extension in sorted(IMAGE_EXTENSIONS))
-    return next((candidate for candidate in candidates if os.path.isfile(candidate)), path)
+    candidates = [path, *(path + extension for extension in sorted(IMAGE_EXTENSIONS)), key]
+    found = next((candidate for candidate in candidates if os.path.isfile(candidate)), None)
+    if not (found or os.path.isabs(key) or subset.image_dir):
+        raise UserError(
+            f'The metadata file "{subset.metadata_file}" lists "{key}", which is not found from here. Say in which '
+            "folder it is: add image_dir (--train_data_dir with --in_json)."
+        )
+    return found or path
 
 
 def _can_be_a_path(key: str) -> bool:
@@ -287,8 +290,8 @@ def _without_repeated_paths(sets: list[ImageSet]) -> list[ImageSet]:
         rows = {path: row for row, path in enumerate(found.paths) if last[path] == number}
         if len(rows) < len(found):
             logger.warning(
-                '%d picture(s) of "%s" are listed again later in the same dataset; only the last entry of each counts.',
-                *(len(found) - len(rows), found.subset.source),
+                '%s of "%s" listed again later in the same dataset; only the last entry of each counts.',
+                *(counted(len(found) - len(rows), "image"), found.subset.source),
             )
             found = select(found, list(rows.values()))
         kept.append(found)

@@ -14,7 +14,7 @@ import numpy as np
 from library.buckets import BucketChooser, size_conditioning_crop
 from library.captions import CaptionRules
 from library.dataset_config import DatasetConfig, SubsetConfig
-from library.errors import UserError
+from library.errors import UserError, counted
 from library.image_sets import ImageSet, balanced_repeats, held_out, load_image_sets, select
 from library.images import Framing, check_resized
 from library.latents import LatentEntry
@@ -192,8 +192,8 @@ def _split(config: DatasetConfig, sets: list[ImageSet], seed: int) -> tuple[list
         rows = held_out(len(found), share, seed if config.validation_seed is None else config.validation_seed)
         if not rows:
             logger.warning(
-                "validation_split %s of %d picture(s) is less than half a picture: none is held out of %s.",
-                *(share, len(found), found.subset.source),
+                "validation_split %s of %s is less than half an image: none is held out of %s.",
+                *(share, counted(len(found), "image"), found.subset.source),
             )
         rest = sorted(set(range(len(found))) - set(rows))
         train.extend([select(found, rest)] if rest else [])

@@ -20,6 +20,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError, features
 from library.buckets import Size, centre_offset
 from library.errors import UserError
 from library.resizing import resize
+from library.text_files import not_downloaded
 
 with suppress(ImportError):  # Pillow reads JPEG XL only with this plugin, which registers itself.
     import pillow_jxl  # noqa: F401
@@ -119,10 +120,10 @@ def image_size(path: Path | str) -> Size:
     Raises UserError, naming the file, where there is no picture.
     """
     if str(path).lower().endswith(".webp") and (size := _plain_webp_size(path)) and _plausible(size):
-        _check_pixels(path, size, "WEBP")
+        _check_pixels(path, size, _HUNGRY_FORMATS["WEBP"])
         return size
     with _opened(path) as image:
-        _check_pixels(path, image.size, image.format)
+        _check_pixels(path, image.size, _hunger(image))
         if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: a photo with its preview
             logger.warning(f"{path} is animated; only its first frame is used.")
         return _upright_size(image)
@@ -133,9 +134,18 @@ def _upright_size(image: Image.Image) -> Size:
     return (height, width) if _orientation(image) >= 5 else (width, height)
 
 
-def _check_pixels(path: Path | str, size: Size, image_format: str | None) -> None:
+def _hunger(image: Image.Image) -> float:
+    """How many times the memory of an ordinary image its decoder takes."""
+    if image.info.get("progressive"):
+        # Two bytes a coefficient, of the whole image, beside Pillow's four bytes a pixel; nine a pixel are ordinary.
+        areas = [across * down for _, across, down, *_ in image.layer]
+        return max(1, (4 + 2 * sum(areas) / max(areas)) / 9)
+    return _HUNGRY_FORMATS.get(image.format, 1)
+
+
+def _check_pixels(path: Path | str, size: Size, hunger: float) -> None:
     """Raise UserError for an image with more pixels than one process should hold."""
-    most = MOST_PIXELS // _HUNGRY_FORMATS.get(image_format, 1)
+    most = int(MOST_PIXELS / hunger)
     width, height = size
     if width * height <= most:
         return
@@ -199,7 +209,7 @@ def _as_stored(path: Path | str, alpha: bool, size: Size | None) -> tuple[np.nda
     Strip by strip, for each step of a conversion holds a whole copy of what it is given.
     """
     with _opened(path) as image:
-        _check_pixels(path, image.size, image.format)
+        _check_pixels(path, image.size, _hunger(image))
         _refuse_other_size(path, _upright_size(image), size)
         orientation = _orientation(image)
         image.load()
@@ -247,6 +257,9 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     if path.is_file() and path.stat().st_size == 0:
         return f"The image {path} is empty (0 bytes). Copy it again or remove it."
     if isinstance(error, UnidentifiedImageError):
+        with path.open("rb") as file:
+            if reason := not_downloaded(file.read(64)):
+                return f"The image {path} cannot be read: {reason}. Fetch it again, or remove it."
         known = ", ".join(_FORMATS)
         return f"{path} is not an image in a format that can be read here ({known}). Convert it, or remove it."
     reason = str(error).rstrip(".") or type(error).__name__

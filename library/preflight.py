@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from library.captions import CaptionRules, process_caption, token_presence
-from library.errors import UserError
+from library.errors import UserError, counted
 from library.image_table import ImageTable, calm_rules
 from library.placeholder import Placeholder
 from library.tokens import PromptTokenizer
@@ -67,25 +67,21 @@ def _first(names: Sequence[str]) -> str:
     return f"{shown}, …" if len(names) > _SHOWN_FILES else shown
 
 
-def _counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
-
-
 def _are(count: int, noun: str) -> str:
-    return f"{_counted(count, noun)} {'is' if count == 1 else 'are'}"
+    return f"{counted(count, noun)} {'is' if count == 1 else 'are'}"
 
 
 def _contents(table: ImageTable, validation: ImageTable | None) -> list[str]:
     samples = table.samples_in_buckets()
     batches = int((-(-samples // table.batch_sizes)).sum())
     lines = [
-        f"Training data: {_counted(len(table), 'picture')}, {_counted(int(samples.sum()), 'sample')} in "
+        f"Training data: {counted(len(table), 'picture')}, {counted(int(samples.sum()), 'sample')} in "
         f"{batches:,} batch{'es' if batches > 1 else ''} an epoch."
     ]
     for number in range(len(table.configs)):
         lines += _dataset_contents(table, number, samples)
     if validation is not None:
-        lines.append(f"  {_counted(len(validation), 'picture')} held out for validation")
+        lines.append(f"  {counted(len(validation), 'picture')} held out for validation")
     return lines
 
 
@@ -112,7 +108,7 @@ def _dataset_contents(table: ImageTable, number: int, samples: np.ndarray) -> li
 
 
 def _amount(pictures: int, samples: int) -> str:
-    return f"{_counted(pictures, 'picture')}, {_counted(samples, 'sample')}"
+    return f"{counted(pictures, 'picture')}, {counted(samples, 'sample')}"
 
 
 def _check_templates(prompts: PromptTokenizer, templates: Sequence[str], report: Report) -> None:
@@ -138,23 +134,23 @@ def _check_presence(table: ImageTable, word: Placeholder, report: Report) -> Non
     total = len(table) - regular
     if len(lacking) == total:
         raise UserError(
-            f'No caption holds the word "{word.text}", so nothing could be learned (looked at {total} picture(s): '
-            f"{_first(lacking)}). Write --token_string into the captions, set caption_prefix or class_tokens, or use "
-            "--use_object_template or --use_style_template."
+            f'No caption holds the token "{word.text}", so nothing could be learned (looked at '
+            f"{counted(total, 'image')}: {_first(lacking)}). Write --token_string into the captions, set "
+            "caption_prefix or class_tokens, or use --use_object_template or --use_style_template."
         )
     if lacking:
         report.warnings.append(
-            f'{len(lacking)} of {total} captions do not hold the word "{word.text}", and their pictures teach it '
-            f"nothing: {_first(lacking)}."
+            f"{len(lacking)} of {counted(total, 'caption')} {'lacks' if len(lacking) == 1 else 'lack'} the token "
+            f'"{word.text}"; an image without it teaches it nothing: {_first(lacking)}.'
         )
     if partly:
         report.warnings.append(
-            f'{len(partly)} caption(s) hold the word "{word.text}" only in some of their lines or {{a|b}} choices; '
-            f"where it is not drawn, the picture teaches nothing: {_first(partly)}."
+            f'{counted(len(partly), "caption")} with the token "{word.text}" only in some lines or {{a|b}} choices; '
+            f"where it is not drawn, the image teaches nothing: {_first(partly)}."
         )
     if regular:
         report.lines.append(
-            f"  {_counted(regular - held, 'regularisation picture')} without the word, as it should be: they cannot "
+            f"  {counted(regular - held, 'regularisation picture')} without the word, as it should be: they cannot "
             "move its vectors"
         )
     if held:
@@ -192,19 +188,19 @@ def _check_lengths(table: ImageTable, prompts: PromptTokenizer, report: Report) 
     _require_rows(kept, prompts)
     if losing:
         report.warnings.append(
-            f'{len(losing)} caption(s) are so long that vectors of the word "{word.text}" are cut off: '
-            f"{_first(losing)}. Move the word to the front{_longer(prompts)}."
+            f'{_are(len(losing), "caption")} so long that vectors of the token "{word.text}" are cut off: '
+            f"{_first(losing)}. Move the token to the front{_longer(prompts)}."
         )
     if straying:
         report.warnings.append(
-            f"{len(straying)} caption(s) are longer than {prompts.capacity} tokens and shuffled, so the word "
+            f"{_are(len(straying), 'caption')} longer than {prompts.capacity} tokens and shuffled, so the placeholder "
             f'"{word.text}" can end up in what is cut off: {_first(straying)}. Put it first and set keep_tokens = 1'
             f"{_longer(prompts)}."
         )
     if len(cut) > len(losing):
         report.warnings.append(
-            f"{len(cut)} caption(s) are longer than {prompts.capacity} tokens; what is behind is not read: "
-            f"{_first(cut)}. Shorten them{_longer(prompts)}."
+            f"{_are(len(cut), 'caption')} longer than {prompts.capacity} tokens; the rest is ignored: "
+            f"{_first(cut)}. Shorten {'it' if len(cut) == 1 else 'them'}{_longer(prompts)}."
         )
 
 
@@ -312,7 +308,7 @@ def _warn_of_missing_captions(table: ImageTable, report: Report) -> None:
     missing = [path for found in table.sets for path in found.uncaptioned]
     if missing:
         report.warnings.append(
-            f"{_counted(len(missing), 'picture')} without a caption, neither in a file of the same name nor as "
+            f"{counted(len(missing), 'picture')} without a caption, neither in a file of the same name nor as "
             f"class_tokens: {_first(missing)}."
         )
 
@@ -345,8 +341,9 @@ def _warn_of_cropping(table: ImageTable, report: Report) -> None:
     if len(cropped):
         names = [f"{table.path(index)} ({kept[index]:.0%} is seen)" for index in cropped[: _SHOWN_FILES + 1]]
         report.warnings.append(
-            f"{_counted(len(cropped), 'picture')} will lose more than half of what they show, for no bucket has their "
-            f"shape: {_first(names)}. Crop them yourself, or set enable_bucket = true and a larger max_bucket_reso."
+            f"{counted(len(cropped), 'image')} will lose over half {'its' if len(cropped) == 1 else 'their'} area to "
+            f"cropping, because no bucket fits the aspect ratio: {_first(names)}. Crop by hand, or set "
+            "enable_bucket = true and a larger max_bucket_reso."
         )
 
 
@@ -369,8 +366,8 @@ def _warn_of_duplicates(table: ImageTable, report: Report) -> None:
                 pairs.append(f"{path} = {other}")
     if pairs:
         report.warnings.append(
-            f"{_are(len(pairs), 'picture')} as like as copies to others in the same dataset, and count as often as "
-            f"they occur: {_first(sorted(pairs))}."
+            f"{counted(len(pairs), 'image')} {'appears' if len(pairs) == 1 else 'appear'} to be copied from others in "
+            f"the same dataset; each copy is trained on: {_first(sorted(pairs))}."
         )
 
 

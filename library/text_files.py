@@ -144,6 +144,17 @@ def is_unicode(text: str, *, odd_names: bool = False) -> bool:
     return True
 
 
+def not_downloaded(start: bytes) -> str | None:
+    """What a file is whose content did not come, by its first bytes: the end of a sentence; None for any other file."""
+    if not start:
+        return "it is empty"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, so the file itself was not fetched (run `git lfs pull`)"
+    if start.lstrip()[:1] == b"<":
+        return "it is a web page, so the download did not work"
+    return None
+
+
 def _too_deep(what: str) -> UserError:
     return UserError(f"{what} is nested more than {_DEEPEST} levels deep, so it is not such a file. Check the path.")
 

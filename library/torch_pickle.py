@@ -70,6 +70,13 @@ class _Parameters(dict):
     """What stands for a ParameterDict, in which old embedding files keep their vectors."""
 
 
+class _Unneeded:
+    """What stands for a value of numpy's that trainers keep beside the weights; it is read past, never made."""
+
+    def __init__(self, *_: Any):
+        pass
+
+
 @dataclass(frozen=True)
 class _Call:
     """What stands for a class or function of a pickle: the function of this module that does its work."""
@@ -149,7 +156,7 @@ class _Machine:
         if isinstance(target, _Parameters):
             parameters = state.get("_parameters") if isinstance(state, dict) else None
             target.update(parameters if isinstance(parameters, dict) else {})
-        elif type(target) is not OrderedDict:  # torch keeps versions of modules there
+        elif not isinstance(target, OrderedDict | _Unneeded):  # torch keeps versions of modules there
             raise RefusedError("Python objects besides tensors")
 
     def storage(self) -> None:
@@ -266,6 +273,7 @@ _REAL = {
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
     torch.bool,
 }  # fmt: skip
+_TRAINERS = ("pytorch_lightning.", "lightning.")  # such as the first Stable Diffusion's
 _STORAGES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -294,6 +302,12 @@ _CALLS = {
     "builtins set": _set,
     "__builtin__ complex": complex,
     "builtins complex": complex,
+    "numpy dtype": _Unneeded,
+    "numpy ndarray": _Unneeded,
+    "numpy.core.multiarray scalar": _Unneeded,
+    "numpy.core.multiarray _reconstruct": _Unneeded,
+    "numpy._core.multiarray scalar": _Unneeded,
+    "numpy._core.multiarray _reconstruct": _Unneeded,
     "torch Size": _size,
     "torch device": _device,
     "torch.nn.parameter Parameter": _parameter,
@@ -325,6 +339,8 @@ def _named(name: str) -> Any:
         return _Call(_refuse("sparse or nested tensors"))
     if name == "torch.serialization _get_layout":
         return _Call(_refuse("sparse tensors"))
+    if module.startswith(_TRAINERS):
+        return name  # a class, by which trainers sort what they keep; as a text it is a name and cannot be called
     if name not in _CALLS:
         raise RefusedError("Python objects besides tensors")
     return _Call(_CALLS[name])

@@ -12,6 +12,7 @@ from typing import Any
 from library.errors import UserError
 from library.safetensors_header import read_safetensors_header
 from library.stored_tensors import Place, Tensors, read_places
+from library.text_files import not_downloaded
 from library.torch_files import is_whole_zip, torch_content
 from library.torch_pickle import StoredTensor
 
@@ -50,7 +51,8 @@ def open_weights(path: Path, *, mmap: bool = True) -> Weights:
         return _open_pickle(path, mmap)
     if head[:1] == b"\x80":
         return _open_pickle(path, mmap)
-    raise UserError(f"{path} cannot be read as a file of weights: {_nature(head)}.")
+    reason = not_downloaded(head) or "it is neither a safetensors nor a torch file"
+    raise UserError(f"{path} cannot be read as a file of weights: {reason}.")
 
 
 def join_weights(paths: Sequence[Path], *, mmap: bool = True) -> Weights:
@@ -65,16 +67,6 @@ def join_weights(paths: Sequence[Path], *, mmap: bool = True) -> Weights:
     if len(shapes) < sum(len(shard.shapes) for shard in shards):
         raise UserError(f"{paths[0]} and the other parts of this model hold some tensors twice. {_DOWNLOAD_AGAIN}")
     return Weights(shapes, read)
-
-
-def _nature(head: bytes) -> str:
-    if not head:
-        return "it is empty"
-    if head.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer, so the file itself was not fetched (run `git lfs pull`)"
-    if head.lstrip()[:1] == b"<":
-        return "it is a web page, so the download did not work"
-    return "it is neither a safetensors nor a torch file"
 
 
 def _open_safetensors(path: Path, mmap: bool) -> Weights:

@@ -1,6 +1,7 @@
 """Small datasets for tests: pictures of given sizes, and the configuration that a dataset file would give."""
 
 import json
+import random
 from functools import cache
 from pathlib import Path
 
@@ -31,9 +32,8 @@ def prompts(count: int = 1, *, word: str = "mychar", limit: int | None = None, e
 def make_picture(file: Path, size: tuple[int, int] = (32, 32), caption: str | None = None, mode: str = "RGB") -> Path:
     """Write a picture that is like no other of the same test run, and its caption beside it."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    seed = sum(ord(sign) * (place + 1) for place, sign in enumerate(file.as_posix()))
     bands = len(Image.new(mode, (1, 1)).getbands())
-    coarse = Image.frombytes(mode, (3, 3), bytes((seed * (i + 7) ** 2) % 256 for i in range(9 * bands)))
+    coarse = Image.frombytes(mode, (3, 3), random.Random(file.as_posix()).randbytes(9 * bands))
     coarse.resize(size, Image.Resampling.BILINEAR).save(file)
     if caption is not None:
         file.with_suffix(".txt").write_text(caption, encoding="utf-8")

@@ -161,7 +161,7 @@ def test_a_split_that_keeps_all_pictures_is_an_error(tmp_path):
 
 def test_a_split_that_keeps_no_picture_is_a_warning(tmp_path, caplog):
     assert load_tables(_split(tmp_path, validation_split=0.05), 1)[1] is None
-    assert "validation_split 0.05 of 8 picture(s) is less than half a picture" in caplog.text
+    assert "validation_split 0.05 of 8 images is less than half an image" in caplog.text
     assert caplog.text.count("validation_split") == 1  # not of the regularisation pictures, which are never split
 
 

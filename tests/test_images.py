@@ -277,6 +277,8 @@ def test_more_pixels_than_pillow_allows_are_a_named_error_and_a_large_photo_is_s
     [
         (b"", "is empty"),
         (b"hello, I am a text", "not an image"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0123", "run `git lfs pull`"),
+        (b"<!doctype html><html>", "it is a web page"),
         (None, "does not exist"),
         ("folder", "cannot be read"),
     ],
@@ -510,6 +512,19 @@ def test_more_pixels_than_a_process_should_hold_are_refused_with_the_size_that_w
         for read in (image_size, read_image):
             with pytest.raises(UserError, match=rf"a\.{extension} has 100x100 pixels.* at most {size}"):
                 read(tmp_path / f"a.{extension}")
+
+
+@pytest.mark.parametrize(
+    ("mode", "subsampling", "needed"), [("RGB", 2, 10_000), ("RGB", 0, 11_112), ("CMYK", 0, 13_334)]
+)
+def test_progressive_images_count_by_what_their_decoder_holds(tmp_path, monkeypatch, mode, subsampling, needed):
+    Image.new(mode, (100, 100)).save(tmp_path / "a.jpg", progressive=True, subsampling=subsampling)
+    monkeypatch.setattr(images, "MOST_PIXELS", needed)
+    assert read_image(tmp_path / "a.jpg").shape == (100, 100, 3)
+    monkeypatch.setattr(images, "MOST_PIXELS", needed - 1)
+    for read in (image_size, read_image):
+        with pytest.raises(UserError, match="too much memory"):
+            read(tmp_path / "a.jpg")
 
 
 def test_what_would_grow_beyond_measure_is_refused():

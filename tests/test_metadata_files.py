@@ -90,7 +90,7 @@ def test_width_and_height_are_a_noted_size(tmp_path, caplog, size):
     make_picture(tmp_path / "a.png", (40, 20))
     line = '{"image_path": "a.png", "caption": "x", %s}' % size  # noqa: UP031 - braces
     assert _metadata_set(tmp_path, line, name="meta.jsonl").sizes.tolist() == [[40, 20]]
-    assert "another size" in caplog.text
+    assert "lists a wrong size for 1 image;" in caplog.text
     (entry,) = read_metadata(str(tmp_path / "meta.jsonl"), separator=",", all_lines=False)
     assert entry.image_size == (300, 200)
 
@@ -183,6 +183,30 @@ def test_absolute_paths_without_an_image_folder_are_outside_of_nothing(tmp_path,
     file = tmp_path / "meta.json"
     file.write_text(json.dumps({str(outside): {"caption": "x"}}))
     assert load_image_set(subset_of(tmp_path, {"metadata_file": str(file)})).paths == [str(outside)]
+
+
+@pytest.mark.parametrize("folder", ["images", None])
+def test_paths_from_the_working_folder_as_full_path_writes_them(tmp_path, outside, monkeypatch, folder):
+    """sd-scripts' ``merge_captions_to_metadata.py images meta.json --full_path``."""
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "meta.json"
+    file.write_text('{"images/inside.png": {"caption": "x"}}')
+    values = {"metadata_file": str(file)} | ({"image_dir": folder} if folder else {})
+    assert load_image_set(subset_of(tmp_path, values)).paths == ["images/inside.png"]
+
+
+def test_paths_from_the_working_folder_may_not_lead_outside_either(tmp_path, outside, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "meta.json"
+    file.write_text('{"outside/0.png": {"caption": "x"}}')
+    with pytest.raises(UserError, match="--allow_outside_images"):
+        load_image_set(subset_of(tmp_path, {"metadata_file": str(file), "image_dir": "images"}))
+
+
+def test_what_is_not_there_is_not_called_outside(tmp_path):
+    """Absolute paths of another machine: to allow them would not help."""
+    with pytest.raises(UserError, match=r"lists 1 of 1 .* not exist: /elsewhere/a\.png"):
+        _metadata_set(tmp_path, {"/elsewhere/a.png": {"caption": "x"}})
 
 
 def test_an_image_folder_that_is_a_link_holds_the_pictures_of_its_target(tmp_path, outside):

@@ -66,15 +66,13 @@ def test_many_buckets_are_not_all_listed(tmp_path):
 
 
 def test_no_caption_with_the_word_is_an_error(tmp_path):
-    with pytest.raises(
-        UserError, match=r'No caption holds the word "mychar".*7 picture.*0\.png.*--use_object_template'
-    ):
+    with pytest.raises(UserError, match=r'No caption holds the token "mychar".*7 image.*0\.png.*--use_object_template'):
         _captioned(tmp_path, ["mychars"] * 7).check()
 
 
 def test_some_captions_without_the_word_are_a_warning_with_the_first_five(tmp_path):
     said = _warnings(_captioned(tmp_path, ["MyChar", "mychar_(x)", *["a girl"] * 7]))
-    assert "7 of 9 captions do not hold" in said
+    assert "7 of 9 captions lack the token" in said
     assert all(f"{number}.png" in said for number in (2, 3, 4, 5, 6))
     assert "7.png" not in said
 
@@ -93,7 +91,7 @@ def test_a_line_or_choice_without_the_word_is_a_warning(tmp_path):
     said = _warnings(
         _captioned(tmp_path, ["mychar\ngirl", "{mychar|girl}", "a {red|blue} mychar"], enable_wildcard=True)
     )
-    assert "2 caption(s) hold the word" in said
+    assert "2 captions with the token" in said
     assert "0.png" in said
     assert "1.png" in said
     assert "2.png" not in said
@@ -101,7 +99,7 @@ def test_a_line_or_choice_without_the_word_is_a_warning(tmp_path):
 
 def test_of_several_lines_the_first_with_text_counts(tmp_path):
     assert _warnings(_captioned(tmp_path / "1", [None], class_tokens="\n\nmychar\ngirl")) == ""
-    with pytest.raises(UserError, match="No caption holds the word"):
+    with pytest.raises(UserError, match="No caption holds the token"):
         _captioned(tmp_path / "2", [None], class_tokens="girl\nmychar").check()
 
 
@@ -135,7 +133,7 @@ LONG = "x " * 75
 
 def test_a_long_caption_is_a_warning_that_names_the_way_out(tmp_path):
     said = _warnings(_captioned(tmp_path, ["mychar", "mychar " + LONG]))
-    assert "1 caption(s) are longer than 75 tokens" in said
+    assert "1 caption is longer than 75 tokens" in said
     assert "1.png" in said
     assert "--max_token_length" in said
     assert _warnings(_captioned(tmp_path, ["mychar"], words=prompts(limit=150))) == ""
@@ -150,7 +148,7 @@ def test_the_limit_is_exact(tmp_path):
 
 def test_a_word_that_is_cut_off_somewhere_is_a_warning(tmp_path):
     said = _warnings(_captioned(tmp_path, ["mychar", LONG + "mychar"]))
-    assert "1 caption(s) are so long that vectors" in said
+    assert "1 caption is so long that vectors" in said
     assert "1.png" in said
 
 
@@ -269,3 +267,11 @@ def test_the_check_leaves_generators_alone(tmp_path):
     random.seed(1)
     data.check()
     assert random.random() == expected
+
+
+def test_what_is_counted_is_in_its_right_form(tmp_path):
+    assert "1 of 2 captions lacks the token" in _warnings(_captioned(tmp_path / "1", ["mychar", "girl"]))
+    data = _captioned(tmp_path / "2", ["mychar", "mychar"])
+    shutil.copy(tmp_path / "2" / "a" / "0.png", tmp_path / "2" / "a" / "1.png")
+    said = _warnings(data)
+    assert "1 image appears to be copied from others in the same dataset; each copy is trained on" in said

@@ -2,13 +2,17 @@
 
 import io
 import pickle
+import sys
 import zipfile
 from collections import Counter, OrderedDict
+from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 
 from library.embedding_files import read_embedding
+from library.errors import UserError
 from library.torch_files import load_torch
 from library.torch_pickle import DamagedError, RefusedError
 from library.weight_files import open_weights
@@ -191,3 +195,48 @@ def test_a_flipped_bit_is_seen():
         load_torch(io.BytesIO(bytes(data)))
     with pytest.raises(RefusedError):
         load_torch(io.BytesIO(rewritten({"a": torch.float16}, set_part("data.pkl", pickle.dumps(print, protocol=2)))))
+
+
+@pytest.fixture
+def lightning_class(monkeypatch):
+    """A class by the name of the one under which PyTorch Lightning keeps a callback's values in a checkpoint."""
+    name = "pytorch_lightning.callbacks.model_checkpoint"
+    module = ModuleType(name)
+    module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": name})
+    for known in ("pytorch_lightning", "pytorch_lightning.callbacks", name):
+        monkeypatch.setitem(sys.modules, known, module)
+    return module.ModelCheckpoint
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old"])
+def test_a_checkpoint_as_a_trainer_left_it(zipped, lightning_class, tmp_path):
+    """With optimizer states, and what the first Stable Diffusion's own checkpoints hold besides."""
+    layer = torch.nn.Linear(8, 2)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    layer(torch.ones(8)).sum().backward()
+    optimizer.step()
+    content = {
+        "epoch": 1,
+        "pytorch-lightning_version": "1.4.2",
+        "state_dict": layer.state_dict(),
+        "callbacks": {lightning_class: {"best_model_score": np.float64(0.5), "history": np.arange(3)}},
+        "optimizer_states": [optimizer.state_dict()],
+        "lr_schedulers": [{"base_lrs": [1e-4], "last": np.float32(1)}],
+    }
+    file = tmp_path / "x.ckpt"
+    torch.save(content, file, _use_new_zipfile_serialization=zipped)
+    found = open_weights(file).read_all()
+    assert found.keys() == {"weight", "bias"}
+    assert torch.equal(found["weight"], layer.weight)
+
+
+def test_objects_of_a_trainer_are_no_names(lightning_class, tmp_path):
+    torch.save({"a": ROWS, "callback": lightning_class()}, tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match="could run code"):
+        open_weights(tmp_path / "x.ckpt")
+
+
+def test_states_hold_nothing_of_numpy(tmp_path):
+    torch.save({"a": ROWS, "score": np.float64(0.5)}, tmp_path / "x.pt")
+    with (tmp_path / "x.pt").open("rb") as file, pytest.raises(RefusedError, match="Python objects"):
+        load_torch(file)
