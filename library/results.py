@@ -159,8 +159,10 @@ class Results:
         if kept:
             say_kept(path, kept)
             for ending in REPORT_ENDINGS:
-                with suppress(OSError):
-                    path.with_name(path.stem + ending).rename(kept.with_name(kept.stem + ending))
+                report, place = (file.with_name(file.stem + ending) for file in (path, kept))
+                if report.exists() and not place.exists():
+                    with suppress(OSError):
+                        report.rename(place)
 
     def write_state(self, name: str, state: TrainingState) -> None:
         """Write a state folder; what stands in the place is kept unless it is a state of this run."""

@@ -446,4 +446,4 @@ class Trainer:
                 measure = LearningMeasure(self.sampling_pipeline(), self.task, self.data, self.word, self.rows)
                 report = measure.report(None if token.weights else token.init_word, self.starts)
             print(f"\n{report.text}")
-            print(f"The pictures are in {report.write(path.with_suffix(''))}")
+            print(f"The pictures are in {report.write(path.with_suffix(''), self.results.run)}")

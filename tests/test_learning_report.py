@@ -11,8 +11,9 @@ from runs import TOKEN, arguments, run, write_dataset
 from test_trainer import model_of
 
 from library import learning_report
+from library.errors import UserError
 from library.frozen_vae import FrozenVae
-from library.learning_report import comparison_sheet
+from library.learning_report import LearningReport, Measured, comparison_sheet
 
 
 @pytest.fixture(autouse=True)
@@ -115,14 +116,32 @@ def test_without_a_held_out_caption_the_training_is_measured(tmp_path, tiny_sd1,
     assert "No held-out caption holds the word" in capsys.readouterr().err
 
 
-def test_a_report_that_cannot_be_written_is_still_printed(tmp_path, tiny_sd1, capsys):
-    (tmp_path / "out" / f"{TOKEN}_report.png").mkdir(parents=True)
+def test_a_report_that_cannot_be_written_is_still_printed(tmp_path, tiny_sd1, monkeypatch, capsys):
+    def full_disk(path, *_, **__):
+        raise UserError(f"{path} cannot be written: No space left on device.")
+
+    monkeypatch.setattr(learning_report, "write_png", full_disk)
     data = write_dataset(tmp_path, caption=TOKEN)
     assert run("sd1", arguments("sd1", tiny_sd1, data, tmp_path / "out", "--learning_report")) == 0
     said = capsys.readouterr()
     assert "What the word learned" in said.out
-    assert (tmp_path / "out" / f"{TOKEN}_report.json").is_file()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [f"{TOKEN}.safetensors"]
     assert f"{TOKEN}_report.png cannot be written" in said.err
+
+
+def test_the_report_of_another_run_is_kept(tmp_path, caplog):
+    """It may belong to a result in another format, which nothing moves."""
+    picture = np.zeros((8, 8, 3), np.uint8)
+    measured = Measured("a", 1.0, 1.0, [picture])
+    report = LearningReport(measured, measured, [picture], held_out=False)
+    (tmp_path / "a_report.json").write_text("[]")  # of whatever program
+    for run_id in ("first", "first", "second"):
+        report.write(tmp_path / "a", run_id)
+    runs = [json.loads((tmp_path / f"a_report{number}.json").read_text()) for number in ("", "-1", "-2")]
+    assert runs[1] == []
+    assert [runs[0]["run"], runs[2]["run"]] == ["second", "first"]
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["a_report-1.png", "a_report.png"]
+    assert "a_report.png of an earlier run was kept: it is now a_report-1.png." in caplog.text
 
 
 def test_no_distance_of_spoiled_pictures(tmp_path, tiny_sd1, monkeypatch, capsys):
@@ -142,8 +161,9 @@ def test_templates_and_pixels(tmp_path, tiny_sd1):
 
 
 def test_the_same_report_twice(tmp_path, tiny_sd1):
-    first = reported("sd1", tmp_path, tiny_sd1)
-    assert reported("sd1", tmp_path, tiny_sd1) == first
+    first, second = (reported("sd1", tmp_path, tiny_sd1) for _ in range(2))
+    assert second.pop("run") != first.pop("run")
+    assert second == first
 
 
 def test_a_dataset_of_the_users_own_has_no_pictures_to_compare_with(tmp_path, tiny_sd1, capsys):
