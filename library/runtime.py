@@ -141,12 +141,24 @@ def lost_processes_said() -> Iterator[None]:
 
 
 def _use_all_cores() -> None:
-    """``accelerate launch`` leaves one thread to a process; without a GPU that would idle the other cores."""
+    """Launchers leave one thread to a process; without a GPU that would idle the other cores.
+
+    A number of threads that the user has chosen stays.
+    """
+    if _threads_chosen():
+        return
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = max(1, cores // local_processes)
     if threads != torch.get_num_threads():
         torch.set_num_threads(threads)
+
+
+def _threads_chosen() -> bool:
+    """Whether the user says how many threads there are; 1 is also what a launcher says where nobody asked."""
+    launched = any(name in os.environ for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"))
+    unsaid = ("", "1") if launched else ("",)
+    return bool(os.environ.get("MKL_NUM_THREADS")) or os.environ.get("OMP_NUM_THREADS", "") not in unsaid
 
 
 def decided_by_main(decide: Callable[[], _T]) -> _T:
