@@ -223,7 +223,7 @@ def test_the_process_that_is_left_keeps_the_vectors(lost, dataset, tmp_path, tin
     more = ["--max_train_steps=50", "--save_every_n_steps=2"]
     argv = arguments("sd1", tiny_sd1_file, dataset, tmp_path / "out", *more)
     ended = two_processes(script(tmp_path, LOSING.format(rank=lost)), argv)
-    assert ended[lost][0] == -signal.SIGKILL
+    assert ended[lost][0] == -signal.SIGKILL, ended
     code, _, said = ended[1 - lost]
     assert code == 1, said
     assert "Traceback" not in said
