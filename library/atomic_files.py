@@ -113,11 +113,11 @@ def _is_at_work(process: int) -> bool:
     return True
 
 
-def write_png(path: Path, picture: Image, notes: PngInfo | None = None) -> None:
+def write_png(path: Path, picture: Image, notes: PngInfo | None = None, *, keep_old: bool = False) -> Path | None:
     """Write a picture, with notes in the file if there are any; see :func:`write_atomically`."""
     content = io.BytesIO()
     picture.save(content, format="png", pnginfo=notes)
-    write_atomically(path, content.getvalue())
+    return write_atomically(path, content.getvalue(), keep_old=keep_old)
 
 
 def remove_quietly(path: Path) -> None:

@@ -4,7 +4,6 @@ Nothing is read before it is needed and nothing twice: tensors come from the map
 device, one at a time.
 """
 
-import hashlib
 import logging
 from collections.abc import Callable
 from functools import cached_property
@@ -18,6 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from library.architectures import CONFIGS, SD2, VOCABULARY, TextEncoderLayout
 from library.errors import UserError, first_line
+from library.file_hash import FileHash
 from library.model_family import END_OF_TEXT, START_OF_TEXT, ModelFamily
 from library.model_folder import ModelFolder, fetch_from_hub, fetch_vae, find_weights, looks_like_hub_id
 from library.model_identity import Identity, identify_file, identify_folder, positive_number, read_config
@@ -44,6 +44,7 @@ class BaseModel:
         self.name = name
         self.architecture = source.architecture
         self.objective = objective_of(source)
+        self._hash = FileHash(source.path) if isinstance(source, SingleFile) else None
 
     @classmethod
     def open(cls, options: ModelOptions, family: ModelFamily, configs: Path = CONFIGS) -> "BaseModel":
@@ -101,19 +102,17 @@ class BaseModel:
         file = source.path / "vae" / "config.json"
         return positive_number(read_config(file) or {}, "scaling_factor", usual, file)
 
-    @cached_property
-    def _hash(self) -> str | None:
-        if isinstance(self.source, ModelFolder):
-            return None
-        with self.source.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+    def begin_hash(self) -> None:
+        """Begin to compute what :meth:`hash` gives, beside whatever follows."""
+        if self._hash:
+            self._hash.begin()
 
-    def hash(self) -> str | None:
+    def hash(self, *, wait: bool = True) -> str | None:
         """SHA-256 of a checkpoint file, by which model sites find it; None for a folder.
 
-        It reads the whole file (one or two seconds per GB) when first asked for.
+        It takes reading the whole file; without ``wait`` it is None while that is not done.
         """
-        return self._hash
+        return self._hash.get(wait=wait) if self._hash else None
 
     def tokenizers(self) -> list[CLIPTokenizer]:
         """One tokenizer per text encoder: of --tokenizer_cache_dir, of the model folder, or the bundled one."""

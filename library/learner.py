@@ -73,7 +73,8 @@ class Learner:
         with in_one_piece():
             if mean is not None:
                 self._update_rows()
-                self.schedule.step(mean)
+                if not self.optimizer.step_was_skipped:  # by fp16's scaler, after an overflow
+                    self.schedule.step(mean)
             self.steps += 1
         self.optimizer.zero_grad()
         return mean

@@ -17,7 +17,9 @@ from library.concept_distance import concept_distance
 from library.dataset import TrainingData
 from library.denoising import DenoisingTask
 from library.errors import UserError
+from library.model_identity import read_object
 from library.new_word import NewWord
+from library.results import say_kept
 from library.sample_prompts import SamplePrompt
 from library.sampling import SamplingPipeline
 from library.tokens import TrainableRows
@@ -82,15 +84,25 @@ class LearningReport:
         }
         return {**measured, "pictures": PICTURES, "loss_on_held_out_pictures": self.held_out}
 
-    def write(self, stem: Path) -> Path:
-        """Write ``<stem>_report.json`` and ``<stem>_report.png``; return the picture's path. Raises UserError."""
-        picture = stem.with_name(f"{stem.name}_report.png")
-        numbers = json.dumps(self.numbers, indent=2) + "\n"
-        write_atomically(picture.with_suffix(".json"), numbers.encode())
+    def write(self, stem: Path, run: str) -> Path:
+        """Write ``<stem>_report.png`` and ``<stem>_report.json``; return the picture's path. Raises UserError.
+
+        A report of another run than ``run`` is kept: see ``write_atomically``.
+        """
+        picture, numbers = (stem.with_name(f"{stem.name}_report{ending}") for ending in (".png", ".json"))
+        content = json.dumps({**self.numbers, "run": run}, indent=2) + "\n"
         sheet = comparison_sheet(
             [("training pictures", self.concept), *((one.label, one.pictures) for one in (self.before, self.after))]
         )
-        write_png(picture, sheet)
+        others = _run_of(numbers) != run
+        # The numbers say whose report it is, so they come last.
+        kept = {
+            picture: write_png(picture, sheet, keep_old=others),
+            numbers: write_atomically(numbers, content.encode(), keep_old=others),
+        }
+        for file, place in kept.items():
+            if place:
+                say_kept(file, place)
         return picture
 
 
@@ -167,6 +179,14 @@ def comparison_sheet(rows: Sequence[tuple[str, Sequence[np.ndarray]]]) -> Image.
             way = Image.Resampling.BOX if scale < 1 else Image.Resampling.NEAREST
             sheet.paste(Image.fromarray(picture).resize(size, way), (column * cell + 2, top + _HEADING))
     return sheet
+
+
+def _run_of(report: Path) -> str | None:
+    """The run that wrote a report's JSON file; None where it does not say so, or is not there."""
+    try:
+        return (read_object(report) or {}).get("run")
+    except UserError:
+        return None
 
 
 def _unchanged(text: str) -> str:

@@ -18,7 +18,10 @@ logger = logging.getLogger(__name__)
 
 
 class Rescue:
-    """Writes the vectors under the name of their step when a run ends early; its ``lookout`` where nothing else can."""
+    """Writes the vectors under the name of their step when a run ends early; its ``lookout`` where nothing else can.
+
+    Whoever ends a run may soon kill it, so it waits for nothing that is not needed.
+    """
 
     def __init__(
         self,
@@ -70,5 +73,5 @@ class Rescue:
         logger.log(level, "The vectors of step %d are kept in %s.", vectors.step, path)
 
     def _write(self, results: Results, name: str, vectors: Vectors) -> Path:
-        results.write(name, vectors.rows, vectors.step, vectors.epoch, self.learner.choice)
+        results.write(name, vectors.rows, vectors.step, vectors.epoch, self.learner.choice, in_haste=True)
         return results.path(name)

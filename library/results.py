@@ -5,7 +5,7 @@ import logging
 import secrets
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -23,6 +23,7 @@ from library.new_word import NewWord
 from library.optimizers import OptimizerChoice
 from library.options import Options
 from library.report import movement_table, movement_warning, movements, usage_card
+from library.runtime import decided_by_main
 from library.training_state import TrainingState, run_of_state
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class Results:
     word: NewWord
     seed: int
     metadata: dict[str, str]
-    run: str = field(default_factory=lambda: secrets.token_hex(8))
+    run: str
     resumed: str | None = None
 
     @classmethod
@@ -69,14 +70,22 @@ class Results:
             clip_skip=options.model.clip_skip,
         )
         metadata = modelspec_metadata(options.metadata, trained_for, options.save.output_name)
-        return cls(Path(options.save.output_dir), options, family, model, word, data.seed, metadata)
+        return cls(Path(options.save.output_dir), options, family, model, word, data.seed, metadata, _new_run())
 
     def continuing(self, state: TrainingState, plan: RunPlan, data: str, processes: int) -> "Results":
         """The same for a run that goes on from a state; what makes it another run than it was is said.
 
         Such a run keeps the files that are there. ``data`` is the fingerprint of its pictures. Raises UserError where
-        the run is over before the state, or has another base.
+        the run is over before the state, or has another base. The main process decides, for it alone knows the hash.
         """
+        run, resumed = decided_by_main(lambda: self._compared(state, plan, data, processes))
+        return replace(self, run=run, resumed=resumed)
+
+    def as_another_run(self) -> "Results":
+        """The same for a run that has left the course of the one that it goes on with: it keeps the files there."""
+        return replace(self, run=_new_run())
+
+    def _compared(self, state: TrainingState, plan: RunPlan, data: str, processes: int) -> tuple[str, str | None]:
         if state.step > plan.total_steps:
             raise UserError(
                 f"--resume: the state was saved at step {state.step}, and the run has {plan.total_steps} steps in all. "
@@ -90,7 +99,7 @@ class Results:
         if length != state.total_steps:
             logger.info("The run has %d steps in all; it had %d when the state was saved.", length, state.total_steps)
         same = state.run and not changes and length == state.total_steps
-        return replace(self, run=state.run if same else self.run, resumed=state.resumed_with(self.options, length))
+        return state.run if same else self.run, state.resumed_with(self.options, length)
 
     def owns(self, path: Path) -> bool:
         """Whether an embedding file or a state folder was written by this run."""
@@ -108,11 +117,21 @@ class Results:
         """Where the file ``name`` is or will be."""
         return self.folder / name
 
-    def write(self, name: str, rows: Sequence[Tensor], step: int, epoch: int, choice: OptimizerChoice) -> None:
+    def write(
+        self,
+        name: str,
+        rows: Sequence[Tensor],
+        step: int,
+        epoch: int,
+        choice: OptimizerChoice,
+        *,
+        in_haste: bool = False,
+    ) -> None:
         """Write rows [N, D], one tensor per text encoder, as they are after ``step`` steps in ``epoch`` (from 1).
 
-        ``choice`` is the optimizer that trained them. A file of another run that stands in the place is kept under the
-        next free number, and so is its report.
+        ``choice`` is the optimizer that trained them. ``in_haste`` does without the checkpoint's hash where it is not
+        known yet. A file of another run that stands in the place is kept under the next free number, and so is its
+        report.
         """
         record = TrainingRecord(
             token=self.word.placeholder.text,
@@ -121,7 +140,7 @@ class Results:
             epoch=epoch,
             init_word=None if self.options.token.weights else self.options.token.init_word,
             base_model=self.model.name,
-            base_model_hash=self.model.hash(),
+            base_model_hash=self.model.hash(wait=not in_haste),
             seed=self.seed,
             learning_rate=choice.rates_text,
             optimizer=choice.description,
@@ -140,8 +159,10 @@ class Results:
         if kept:
             say_kept(path, kept)
             for ending in REPORT_ENDINGS:
-                with suppress(OSError):
-                    path.with_name(path.stem + ending).rename(kept.with_name(kept.stem + ending))
+                report, place = (file.with_name(file.stem + ending) for file in (path, kept))
+                if report.exists() and not place.exists():
+                    with suppress(OSError):
+                        report.rename(place)
 
     def write_state(self, name: str, state: TrainingState) -> None:
         """Write a state folder; what stands in the place is kept unless it is a state of this run."""
@@ -172,3 +193,8 @@ class Results:
             logger.warning(warning)
         keys, count = self.family.embedding_keys, self.word.placeholder.count
         print(usage_card(path, self.word.placeholder.text, keys, count, self.model.architecture.title))
+
+
+def _new_run() -> str:
+    """A name for a run that no other has; the same in all its processes."""
+    return decided_by_main(lambda: secrets.token_hex(8))

@@ -2,10 +2,11 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import accelerate
 import torch
@@ -24,6 +25,8 @@ from library.launcher import check_launcher
 from library.options import RuntimeOptions
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -138,7 +141,12 @@ def lost_processes_said() -> Iterator[None]:
 
 
 def _use_all_cores() -> None:
-    """``accelerate launch`` leaves one thread to a process; without a GPU that would idle the other cores."""
+    """Launchers leave one thread to a process; without a GPU that would idle the other cores.
+
+    A number of threads that the user has chosen stays.
+    """
+    if _threads_chosen():
+        return
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = max(1, cores // local_processes)
@@ -146,11 +154,31 @@ def _use_all_cores() -> None:
         torch.set_num_threads(threads)
 
 
+def _threads_chosen() -> bool:
+    """Whether the user says how many threads there are; 1 is also what a launcher says where nobody asked."""
+    launched = any(name in os.environ for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"))
+    unsaid = ("", "1") if launched else ("",)
+    return bool(os.environ.get("MKL_NUM_THREADS")) or os.environ.get("OMP_NUM_THREADS", "") not in unsaid
+
+
+def decided_by_main(decide: Callable[[], _T]) -> _T:
+    """What ``decide`` gives in the main process, for all processes; it is called there alone. Its UserError too."""
+    answer: list = [None]
+    if accelerate.PartialState().is_main_process:
+        try:
+            answer = [decide()]
+        except UserError as error:
+            answer = [error]
+    broadcast_object_list(answer)
+    if isinstance(answer[0], UserError):
+        raise answer[0]
+    return answer[0]
+
+
 def seed_everything(seed: int | None) -> int:
     """Seed Python, numpy and torch; return the seed, the same in all processes, drawn where none is given."""
     if seed is None:
-        drawn = [int.from_bytes(os.urandom(4), "little") & 0x7FFFFFFF]
-        (seed,) = broadcast_object_list(drawn)
+        seed = decided_by_main(lambda: int.from_bytes(os.urandom(4), "little") & 0x7FFFFFFF)
         logger.info("No --seed given: using %d.", seed)
     set_seed(seed)
     return seed

@@ -62,6 +62,8 @@ class Trainer:
         state: TrainingState | None = None,
     ):
         """``state`` is where to go on; see ``Results.continuing``. Raises UserError."""
+        if machine.accelerator.is_main_process:
+            model.begin_hash()
         self.options, self.family, self.model, self.word, self.data = options, family, model, word, data
         self.state = state
         self.accelerator, self.precision = machine.accelerator, machine.precision
@@ -92,24 +94,19 @@ class Trainer:
         self.rows, self.starts = self.build_rows(text_encoders)
         self.choice, self.lr_schedule = self.build_optimizer(self.rows)
         self.learner = self.build_learner()
-        self.rescue = Rescue(
-            self.learner,
-            self.results,
-            self.saves.names,
-            process=self.accelerator.process_index,
-            watch=self.accelerator.num_processes > 1,
-            patience=runtime.patience(self.options.runtime, self.device),
-        )
         self.prompt_encoder = PromptEncoder(
             self.family, text_encoders, self.word.prompts, self.learner.prepared_rows, self.options.model.clip_skip
         )
         self.check_text_encoders()
         self.vae = self.prepare_latents()
-        self.contents = note_contents(self.data, self.options, self.state) if self.accelerator.is_main_process else ""
+        self.contents = runtime.decided_by_main(lambda: note_contents(self.data, self.options, self.state))
+        if self.state and self.state.differs_from(self.contents):
+            self.results = self.results.as_another_run()
         self.task = self.build_task(self.load_unet(), self.vae)
         runtime.set_attention(self.options.runtime, self.task.unet, self.vae and self.vae.vae)
         runtime.compile_modules(self.options.runtime, [self.task.unet, *text_encoders])
         self.cache_prompts()
+        self.rescue = self.build_rescue()
         self.log = RunLog.start(self.options)
         try:
             with self.rescue.lookout:
@@ -190,6 +187,17 @@ class Trainer:
                 self.state.learner, self.state.step, new_rates=bool(self.state.other_rates(self.options))
             )
         return learner
+
+    def build_rescue(self) -> Rescue:
+        """What keeps the vectors of a run that ends early."""
+        return Rescue(
+            self.learner,
+            self.results,
+            self.saves.names,
+            process=self.accelerator.process_index,
+            watch=self.accelerator.num_processes > 1,
+            patience=runtime.patience(self.options.runtime, self.device),
+        )
 
     def prepare_latents(self) -> FrozenVae | None:
         """Fill the latent cache and return the VAE: in the main memory for drawing pictures, None if there are none.
@@ -420,8 +428,10 @@ class Trainer:
         *before, result = self.saves.at_end()
         try:
             self.carry_out(before)
-        finally:  # the result does not wait for what else may fail
-            rows = self.save(result.name)
+        except UserError:  # the result does not wait for a state that cannot be written
+            self.save(result.name)
+            raise
+        rows = self.save(result.name)
         self.upload(result)
         path = self.results.path(result.name)
         if self.accelerator.is_main_process:
@@ -436,4 +446,4 @@ class Trainer:
                 measure = LearningMeasure(self.sampling_pipeline(), self.task, self.data, self.word, self.rows)
                 report = measure.report(None if token.weights else token.init_word, self.starts)
             print(f"\n{report.text}")
-            print(f"The pictures are in {report.write(path.with_suffix(''))}")
+            print(f"The pictures are in {report.write(path.with_suffix(''), self.results.run)}")

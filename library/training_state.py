@@ -208,6 +208,10 @@ class TrainingState:
             found.append(f"the schedule was over {self.total_steps} steps and is over {total_steps}")
         return sorted(found)
 
+    def differs_from(self, contents: str) -> bool:
+        """Whether the images or latents were others; where that is not known they count as the same."""
+        return self.contents not in ("", contents)
+
     def other_rates(self, options: Options) -> list[str]:
         """How the learning rate and its schedule differ from what they were, in words."""
         return _differences(self.options, recorded(options), _RATES)
@@ -313,7 +317,7 @@ def note_contents(data: BatchedData, options: Options, state: TrainingState | No
     """
     if not (state or options.save.save_state or options.save.save_state_on_train_end):
         return ""
-    if state and state.contents not in ("", data.contents):
+    if state and state.differs_from(data.contents):
         what = "cached latents or masks" if options.cache.cache_latents else "images or masks"
         logger.warning("The run will not reproduce the original run exactly: the %s are not the same.", what)
     return data.contents

@@ -2,8 +2,8 @@
 
 Every file event of a short run with states counts: opening for writing, writing (half of it is done), fsync, replace,
 rename, mkdir, unlink, rmdir. At each of them a run is struck, what it left is looked at, and it is resumed with
---resume=latest, or begun anew where there was no state yet. By default every 12th event of each kind; the environment
-variable FILE_EVENTS_STRIDE says otherwise, and 1 strikes at all of them (a quarter of an hour).
+--resume=latest, or begun anew where there was no state yet. By default every 29th event of each kind; the environment
+variable FILE_EVENTS_STRIDE says otherwise, and 1 strikes at all of them (half an hour).
 """
 
 import json
@@ -21,7 +21,7 @@ TESTS = Path(__file__).parent
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 @pytest.mark.parametrize("kind", ["kill", "full"])
 def test_whatever_happens_at_a_file_event(kind, tiny_sd1):
-    stride = os.environ.get("FILE_EVENTS_STRIDE", "12")
+    stride = os.environ.get("FILE_EVENTS_STRIDE", "29")
     path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
     done = subprocess.run(
         [sys.executable, str(TESTS / "file_events.py"), str(tiny_sd1), kind, stride],

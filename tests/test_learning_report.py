@@ -11,8 +11,9 @@ from runs import TOKEN, arguments, run, write_dataset
 from test_trainer import model_of
 
 from library import learning_report
+from library.errors import UserError
 from library.frozen_vae import FrozenVae
-from library.learning_report import comparison_sheet
+from library.learning_report import LearningReport, Measured, comparison_sheet
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +28,14 @@ def reported(family, tmp_path, model, *more, dataset="", caption=f"a photo of {T
     data = write_dataset(tmp_path, dataset=dataset, caption=caption)
     argv = arguments(family, model, data, tmp_path / "out", "--learning_report", *more)
     assert run(family, argv) == 0
-    return json.loads((tmp_path / "out" / f"{TOKEN}_report.json").read_text())
+    return numbers_in(tmp_path / "out")
+
+
+def numbers_in(folder) -> dict:
+    """What the report in ``folder`` says, but for the run that made it."""
+    found = json.loads((folder / f"{TOKEN}_report.json").read_text())
+    assert found.pop("run")
+    return found
 
 
 @shows("learning_report")
@@ -97,7 +105,7 @@ def test_only_captions_that_hold_the_word_count(tmp_path, tiny_sd1):
         data = caption_pictures(tmp_path / name, captions)
         argv = arguments("sd1", tiny_sd1, data, tmp_path / name, "--learning_report", "--learning_rate=1e-12")
         assert run("sd1", argv) == 0
-        found.append(json.loads((tmp_path / name / f"{TOKEN}_report.json").read_text()))
+        found.append(numbers_in(tmp_path / name))
     assert found[0] == found[1]
 
 
@@ -115,14 +123,32 @@ def test_without_a_held_out_caption_the_training_is_measured(tmp_path, tiny_sd1,
     assert "No held-out caption holds the word" in capsys.readouterr().err
 
 
-def test_a_report_that_cannot_be_written_is_still_printed(tmp_path, tiny_sd1, capsys):
-    (tmp_path / "out" / f"{TOKEN}_report.png").mkdir(parents=True)
+def test_a_report_that_cannot_be_written_is_still_printed(tmp_path, tiny_sd1, monkeypatch, capsys):
+    def full_disk(path, *_, **__):
+        raise UserError(f"{path} cannot be written: No space left on device.")
+
+    monkeypatch.setattr(learning_report, "write_png", full_disk)
     data = write_dataset(tmp_path, caption=TOKEN)
     assert run("sd1", arguments("sd1", tiny_sd1, data, tmp_path / "out", "--learning_report")) == 0
     said = capsys.readouterr()
     assert "What the word learned" in said.out
-    assert (tmp_path / "out" / f"{TOKEN}_report.json").is_file()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [f"{TOKEN}.safetensors"]
     assert f"{TOKEN}_report.png cannot be written" in said.err
+
+
+def test_the_report_of_another_run_is_kept(tmp_path, caplog):
+    """It may belong to a result in another format, which nothing moves."""
+    picture = np.zeros((8, 8, 3), np.uint8)
+    measured = Measured("a", 1.0, 1.0, [picture])
+    report = LearningReport(measured, measured, [picture], held_out=False)
+    (tmp_path / "a_report.json").write_text("[]")  # of whatever program
+    for run_id in ("first", "first", "second"):
+        report.write(tmp_path / "a", run_id)
+    runs = [json.loads((tmp_path / f"a_report{number}.json").read_text()) for number in ("", "-1", "-2")]
+    assert runs[1] == []
+    assert [runs[0]["run"], runs[2]["run"]] == ["second", "first"]
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["a_report-1.png", "a_report.png"]
+    assert "a_report.png of an earlier run was kept: it is now a_report-1.png." in caplog.text
 
 
 def test_no_distance_of_spoiled_pictures(tmp_path, tiny_sd1, monkeypatch, capsys):

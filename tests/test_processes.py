@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from runs import SCRIPTS, TOKEN, arguments, run, trainers, write_dataset  # noqa: F401  (a fixture)
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from library.training_state import TrainingState
@@ -154,13 +155,18 @@ DDP.__init__ = init
 LOSING = """
 from library.learner import Learner
 original = Learner.step
-def step(self, batches, task, number):
-    result = original(self, batches, task, number)
-    if number == 3 and os.environ["RANK"] == "{rank}":
+def step(self, batches, task):
+    result = original(self, batches, task)
+    if self.steps == 3 and os.environ["RANK"] == "{rank}":
         os.kill(os.getpid(), 9)
     return result
 Learner.step = step
 """
+
+
+def metadata(file) -> dict[str, str]:
+    with safe_open(file, "pt") as opened:
+        return opened.metadata()
 
 
 def script(folder: Path, before: str) -> Path:
@@ -213,16 +219,22 @@ def test_two_processes_are_one_run_with_one_log_as_on_gpus(dataset, tmp_path, ti
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signal")
 @pytest.mark.parametrize("lost", [0, 1])
-def test_the_process_that_is_left_keeps_the_vectors(lost, dataset, tmp_path, tiny_sd1):
-    argv = arguments("sd1", tiny_sd1, dataset, tmp_path / "out", "--max_train_steps=50")
+def test_the_process_that_is_left_keeps_the_vectors(lost, dataset, tmp_path, tiny_sd1_file):
+    more = ["--max_train_steps=50", "--save_every_n_steps=2"]
+    argv = arguments("sd1", tiny_sd1_file, dataset, tmp_path / "out", *more)
     ended = two_processes(script(tmp_path, LOSING.format(rank=lost)), argv)
-    assert ended[lost][0] == -signal.SIGKILL
+    assert ended[lost][0] == -signal.SIGKILL, ended
     code, _, said = ended[1 - lost]
     assert code == 1, said
     assert "Traceback" not in said
     assert "error: Another process of this run is gone" in said
     kept = re.search(r"The vectors of step 3 are kept in (.+)\.$", said, re.MULTILINE)
     assert load_file(kept[1])["emb_params"].isfinite().all()
+    # It is a file of the same run as the main process's, which alone reads the checkpoint for its hash.
+    of_main, of_rescue = metadata(tmp_path / "out" / f"{TOKEN}-step00000002.safetensors"), metadata(kept[1])
+    assert of_rescue["ti.run"] == of_main["ti.run"]
+    assert "ti.base_model_hash" in of_main
+    assert ("ti.base_model_hash" in of_rescue) == (lost == 1)
 
 
 @pytest.mark.parametrize(

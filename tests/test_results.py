@@ -1,10 +1,16 @@
 """What a run leaves behind, through the real scripts: the record in the file, the closing words, a full disk."""
 
+import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,14 +18,17 @@ from runs import TOKEN, arguments, run, write_dataset
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from library.denoising import DenoisingTask
+from library.results import Results
+
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     return write_dataset(tmp_path_factory.mktemp("data"))
 
 
-def metadata(folder) -> dict[str, str]:
-    with safe_open(folder / f"{TOKEN}.safetensors", "pt") as file:
+def metadata(folder, name: str = f"{TOKEN}.safetensors") -> dict[str, str]:
+    with safe_open(folder / name, "pt") as file:
         return file.metadata()
 
 
@@ -157,3 +166,71 @@ def test_unfinished_files_of_dead_processes_are_swept(dataset, tmp_path, tiny_sd
     assert run("sd1", arguments("sd1", tiny_sd1, dataset, tmp_path, "--max_train_steps=1")) == 0
     left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
     assert left == {*stay, "sample", f"{TOKEN}.safetensors"}
+
+
+# ---- the checkpoint's hash
+
+
+def while_hashing(monkeypatch, work: Callable[[], None]) -> None:
+    """Let this be done before a checkpoint is read for its hash."""
+    digest = hashlib.file_digest
+
+    def disturbed(file, name):
+        if Path(file.name).suffix == ".safetensors":
+            work()
+        return digest(file, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", disturbed)
+
+
+@pytest.fixture
+def hashing(monkeypatch):
+    """Reading the checkpoint for its hash takes until this event is set, or half a minute."""
+    released = threading.Event()
+    while_hashing(monkeypatch, lambda: released.wait(30))
+    yield released
+    released.set()
+
+
+def test_a_save_waits_for_the_hash_and_the_training_does_not(dataset, tmp_path, tiny_sd1_file, hashing, monkeypatch):
+    losses, begin = DenoisingTask.losses, time.monotonic()
+
+    def first_step(task, batch):
+        threading.Timer(1, hashing.set).start()
+        return losses(task, batch)
+
+    monkeypatch.setattr(DenoisingTask, "losses", first_step)
+    assert run("sd1", arguments("sd1", tiny_sd1_file, dataset, tmp_path, "--max_train_steps=1")) == 0
+    assert time.monotonic() - begin < 30
+    assert metadata(tmp_path)["ti.base_model_hash"] == hashlib.sha256(tiny_sd1_file.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("waiting", ["write", "write_state"])
+def test_a_run_that_is_told_to_end_does_without_the_hash(
+    waiting, dataset, tmp_path, tiny_sd1_file, hashing, monkeypatch, capsys
+):
+    """Whether it waits for it in its result or in its last state: what follows is a SIGKILL."""
+    original, begin = getattr(Results, waiting), time.monotonic()
+
+    def interrupted(*arguments, **options):
+        if not options:
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(Results, waiting, interrupted)
+    argv = arguments("sd1", tiny_sd1_file, dataset, tmp_path, "--save_state_on_train_end")
+    assert run("sd1", without(argv, "--save_state") if waiting == "write" else argv) == 130
+    assert time.monotonic() - begin < 30
+    assert [path.name for path in tmp_path.iterdir()] == [f"{TOKEN}-step00000002.safetensors"]
+    assert "The vectors of step 2 are kept in" in capsys.readouterr().err
+    assert "ti.base_model_hash" not in metadata(tmp_path, f"{TOKEN}-step00000002.safetensors")
+
+
+def test_a_checkpoint_that_is_gone_meanwhile_costs_its_hash(dataset, tmp_path, tiny_sd1_file, monkeypatch, capsys):
+    def gone():
+        raise OSError(116, "Stale file handle")
+
+    while_hashing(monkeypatch, gone)
+    assert run("sd1", arguments("sd1", tiny_sd1_file, dataset, tmp_path)) == 0
+    assert "it cannot be read ([Errno 116] Stale file handle)" in capsys.readouterr().err
+    assert "ti.base_model_hash" not in metadata(tmp_path)

@@ -204,15 +204,20 @@ def test_fp16_steps_that_overflow_for_ever_stop_the_run(dataset, tmp_path, tiny_
         found.register_hook(lambda grad: grad * (torch.inf if len(calls) != 2 else 1))
         return found
 
+    seen = []
+
     def with_scaler(trainer):
         trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+        seen.append(trainer)
         return run_trainer(trainer)
 
     monkeypatch.setattr(learning_watch, "MAX_OVERFLOWS", 2)
     monkeypatch.setattr(DenoisingTask, "losses", losses)
     monkeypatch.setattr(Trainer, "run", with_scaler)
-    assert plain_run(tiny_sd1, dataset, tmp_path, "--max_train_steps=9") == 1
+    assert plain_run(tiny_sd1, dataset, tmp_path, "--max_train_steps=9", "--lr_scheduler=linear") == 1
     assert len(calls) == 4
+    # Of the three steps that are done the scaler skipped two, and the schedule with them.
+    assert seen[0].lr_schedule.get_last_lr() == pytest.approx([0.01 * (1 - 1 / 9)])
     assert "the gradient of step 4 is not finite" in capsys.readouterr().err
     rows = load_file(tmp_path / f"{TOKEN}-step00000003.safetensors")["emb_params"]
     assert torch.isfinite(rows).all()

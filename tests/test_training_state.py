@@ -267,8 +267,11 @@ def test_a_moved_folder_changes_nothing_and_an_edited_picture_is_said(cached, co
     edited = min((tmp_path / "there" / "images").glob("*.png"))
     with Image.open(edited) as picture:
         picture.rotate(180).save(edited)
-    assert run("sd1", command("other", cached, "--max_train_steps=2", there, state)) == 0
+    whole = (tmp_path / "whole" / RESULT).read_bytes()
+    assert run("sd1", command("whole", cached, "--max_train_steps=2", there, state)) == 0
     assert "will not reproduce the original run exactly" in capsys.readouterr().err
+    # It is another run then, and replaces nothing.
+    assert (tmp_path / "whole" / f"{TOKEN}-1.safetensors").read_bytes() == whole
 
 
 def test_other_pictures_and_another_length_are_said(command, dataset, tmp_path, capsys):
@@ -414,10 +417,10 @@ def test_a_second_interruption_does_not_stop_the_rescue(command, tmp_path, monke
             raise KeyboardInterrupt
         return losses(task, batch)
 
-    def again(results, *arguments):
+    def again(results, *arguments, **options):
         if written:  # the first is the checkpoint, the second the rescue
             signal.raise_signal(signal.SIGINT)
-        write(results, *arguments)
+        write(results, *arguments, **options)
         written.append(arguments)
 
     monkeypatch.setattr(DenoisingTask, "losses", interrupted)
