@@ -61,7 +61,7 @@ _FAMILY_TITLES = {
     "Lumina": "a Lumina model",
 }
 # Of configurations: far beyond any model there is.
-_MOST_LAYERS, _LARGEST_SIZE, _LONGEST_LIST = 200, 1_000_000, 200
+_MOST_LAYERS, _LARGEST_SIZE, _LONGEST_LIST = 200, 1_000_000, 2_000
 _EDM = ("edm_vpred.sigma_max", "edm_mean", "edm_std")
 _EDM_ADVICE = (
     "It was trained with another noise schedule and objective, so an embedding trained here would be wrong for it. "
