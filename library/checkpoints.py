@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from library.atomic_files import remove_folder
+from library.errors import counted
 from library.options import SampleOptions, SaveOptions, TrainingOptions
 
 
@@ -46,10 +47,11 @@ class RunPlan:
 
     def described(self, vectors: int, processes: int) -> str:
         """The plan in a sentence, for so many vectors and processes."""
+        plural = "es" if processes > 1 else ""
         return (
-            f"Training {vectors} vectors for {self.total_steps} steps in {self.epochs} epochs: "
-            f"{self.batches_per_process} batches an epoch and process, {self.accumulation} a step, "
-            f"{processes} processes."
+            f"Training {counted(vectors, 'vector')} for {counted(self.total_steps, 'step')} in "
+            f"{counted(self.epochs, 'epoch')}: {self.batches_per_process} batches an epoch and process, "
+            f"{self.accumulation} a step, {processes} process{plural}."
         )
 
     def position(self, step: int, *, closed: bool = True) -> tuple[int, int]:

@@ -210,3 +210,13 @@ def test_remove_checkpoint(tmp_path):
     assert remove_checkpoint(folder)
     assert not remove_checkpoint(file)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_is_told_in_the_right_forms():
+    one = RunPlan(batches_per_process=30, accumulation=1, steps_per_epoch=30, total_steps=1, epochs=1)
+    assert one.described(1, 1) == (
+        "Training 1 vector for 1 step in 1 epoch: 30 batches an epoch and process, 1 a step, 1 process."
+    )
+    assert "2,000 steps in 67 epochs: 30 batches an epoch and process, 1 a step, 2 processes." in (
+        RunPlan(batches_per_process=30, accumulation=1, steps_per_epoch=30, total_steps=2000, epochs=67).described(4, 2)
+    )
