@@ -48,16 +48,18 @@ def outcomes(
 ) -> Iterator[Outcome]:
     """The outcome of ``action`` for each input, in order: one child serves many, a new one follows one that fell."""
     child = None
-    for value in inputs:
-        if child is None:
-            child = _Child(action, seconds, memory)
-        found = child.ask(value)
-        if found.kind in ("hang", "died", "memory"):  # what such a child does next proves nothing
+    try:
+        for value in inputs:
+            if child is None:
+                child = _Child(action, seconds, memory)
+            found = child.ask(value)
+            if found.kind in ("hang", "died", "memory"):  # what such a child does next proves nothing
+                child.end()
+                child = None
+            yield found
+    finally:  # also where nobody asks for another outcome
+        if child is not None:
             child.end()
-            child = None
-        yield found
-    if child is not None:
-        child.end()
 
 
 class _Child:

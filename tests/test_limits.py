@@ -59,3 +59,9 @@ def test_the_next_input_is_judged_by_itself():
     asked = ["good", "large", "good", "fatal", "good", "bad", "good"]
     found = outcomes(lambda name: actions[name](), asked)
     assert [one.kind for one in found] == ["ok", "memory", "ok", "died", "ok", "error", "ok"]
+
+
+def test_no_child_is_left():
+    child = int(outcome(os.getpid).detail)
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)

@@ -167,7 +167,7 @@ _PART_SEEDS = tuple(
 )
 
 TARGETS = (
-    Target("model_folder", _folder, _recipes(_CONFIGS), (_CONFIGS[1], [], []), _FOLDER_SEEDS, 400),
+    Target("model_folder", _folder, _recipes(_CONFIGS), (_CONFIGS[1], [], []), _FOLDER_SEEDS, 200),
     Target("model_parts", _parts, _recipes(_CONFIGS[1:6]), (_CONFIGS[1], [], []), _PART_SEEDS, 10),
     Target("model_file", _whole_file, st.tuples(st.integers(0, 999), edits(("dtype", "shape", "data_offsets"), most=2)),
            (0, []), (), 10),

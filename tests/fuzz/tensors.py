@@ -303,11 +303,11 @@ _SPECIAL = (("bomb", [], False, []), ("disks", [], False, []))
 
 TARGETS = (
     Target("embedding.safetensors", _embedding(".safetensors", lambda recipe: _from_header(_EMBEDDINGS, recipe)),
-           _header_recipes(len(_EMBEDDINGS)), (0, [], []), _ODD_HEADERS, 1000),
+           _header_recipes(len(_EMBEDDINGS)), (0, [], []), _ODD_HEADERS, 600),
     Target("embedding.pt", _embedding(".pt", lambda recipe: pickled_bytes(_EMBEDDING_TREE, recipe)),
-           object_recipes(_EMBEDDING_KEYS), (None, [], False, []), (*_SPECIAL, *_STRANGE_EMBEDDINGS), 600),
+           object_recipes(_EMBEDDING_KEYS), (None, [], False, []), (*_SPECIAL, *_STRANGE_EMBEDDINGS), 400),
     Target("checkpoint.safetensors", _checkpoint(".safetensors", lambda recipe: _from_header([_CHECKPOINT], recipe)),
-           _header_recipes(1), (0, [], []), _ODD_HEADERS, 1000),
+           _header_recipes(1), (0, [], []), _ODD_HEADERS, 600),
     Target("checkpoint.ckpt", _checkpoint(".ckpt", lambda recipe: pickled_bytes(_CHECKPOINT_TREE, recipe)),
            object_recipes((*_CHECKPOINT, "state_dict")), (None, [], False, []), (*_SPECIAL, *_STRANGE_WEIGHTS), 500),
 )  # fmt: skip
