@@ -257,7 +257,7 @@ _SEEDS = {
     "bmp": tuple((0, [("poke", 1, [("u32", place, number)])], []) for place in (4, 8) for number in (0, 2**31, 30000)),
     "avif": (),
 }
-_QUICK = {"png": 300, "jpg": 400, "webp": 300, "bmp": 300, "avif": 100}
+_QUICK = {"png": 200, "jpg": 300, "webp": 300, "bmp": 300, "avif": 100}
 
 TARGETS = tuple(
     Target(f"image.{kind}", _image_files(kind), _recipes(kind), (0, [], []), _SEEDS[kind], _QUICK[kind])
