@@ -169,7 +169,7 @@ def test_nonsense_in_a_folder_is_named(tmp_path, component, key):
         {"num_hidden_layers": 10**9},
         {"layers_per_block": [2, 10**9]},
         {"max_position_embeddings": 10**12},
-        {"block_out_channels": [32] * 1000},
+        {"block_out_channels": [32] * 3000},
         {"layer_norm_eps": float("nan")},
     ],
 )

@@ -4,6 +4,7 @@ import io
 import struct
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,8 @@ def _changed(kind: str, chunks: list[Chunk], changes: Sequence[tuple[str, int, A
         if what == "poke":
             chunks[index] = name, poked(content, value)
         elif what == "unpacked" and name == b"IDAT":
-            chunks[index] = name, zlib.compress(poked(zlib.decompress(content), value))
+            with suppress(zlib.error):  # it may be damaged already
+                chunks[index] = name, zlib.compress(poked(zlib.decompress(content), value))
         elif what == "drop":
             del chunks[index]
         elif what == "repeat":

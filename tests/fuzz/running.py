@@ -7,7 +7,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -126,9 +126,10 @@ def prober(target: Target) -> Iterator[Prober]:
     with TemporaryDirectory(prefix="fuzz", dir=shared if shared.is_dir() else None) as folder:
         inner = Path(folder) / "inner"  # what climbs out of it is still in the folder
         inner.mkdir()
-        probe = Prober(target, inner)
-        yield probe
-        probe.renew()
+        with chdir(inner):  # targets work there, and what runs afterwards in this process must not
+            probe = Prober(target, inner)
+            yield probe
+            probe.renew()
 
 
 def check(target: Target, inputs: int) -> None:
