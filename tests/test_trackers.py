@@ -167,7 +167,7 @@ def test_wandb(dataset, tmp_path, tiny_sd1, monkeypatch):
         (["--log_with=all"], "needs"),
         (
             ["--logging_dir=logs", "--log_tracker_config=nowhere.toml"],
-            "--log_tracker_config nowhere.toml cannot be read",
+            "--log_tracker_config nowhere.toml does not exist",
         ),
         (["--logging_dir=logs", "--log_tracker_config={broken}"], "is not valid TOML"),
         (["--logging_dir=logs", "--log_tracker_config={strange}"], "holds project; it may hold the tables"),
