@@ -33,8 +33,11 @@ def _are_options(value: Any) -> bool:
 
 
 def _is_option(value: Any) -> bool:
+    """A value, or a list of values or of lists of them: learning rates with their steps."""
     single = (str, int, float, type(None))
-    return isinstance(value, single) or (isinstance(value, list) and all(isinstance(item, single) for item in value))
+    items = value if isinstance(value, list) else [value]
+    parts = (part for item in items for part in (item if isinstance(item, list) else [item]))
+    return all(isinstance(part, single) for part in parts)
 
 
 def _are_rows(value: Any) -> bool:

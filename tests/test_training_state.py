@@ -519,7 +519,8 @@ def small_state(run: str = "") -> TrainingState:
     rows = [torch.ones(1, 4)]
     optimizer = {"state": {}, "param_groups": [{"params": [0]}]}
     learner = {"rows": rows, "optimizer": optimizer, "schedule": {}, "scaler": {}, "taught": True}
-    return TrainingState(1, 9, True, 1, "d", {}, rows, learner, [], [random_states()], run)
+    options = {"init_word": None, "weights": None}
+    return TrainingState(1, 9, True, 1, "d", options, rows, learner, [], [random_states()], run)
 
 
 def saved(folder, name: str, moment: int) -> Path:
