@@ -33,11 +33,17 @@ def _are_options(value: Any) -> bool:
 
 
 def _is_option(value: Any) -> bool:
-    """A value, or a list of values or of lists of them: learning rates with their steps."""
-    single = (str, int, float, type(None))
+    """A value, a list of values, or learning rates: a list of pairs, each rate with the step it lasts until."""
     items = value if isinstance(value, list) else [value]
-    parts = (part for item in items for part in (item if isinstance(item, list) else [item]))
-    return all(isinstance(part, single) for part in parts)
+    return all(_is_single(item) or _is_rate(item) for item in items)
+
+
+def _is_single(value: Any) -> bool:
+    return isinstance(value, str | int | float | None)
+
+
+def _is_rate(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_single, value))
 
 
 def _are_rows(value: Any) -> bool:
