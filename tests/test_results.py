@@ -61,7 +61,8 @@ def test_the_record_names_no_word_and_no_rate_that_were_not_used(dataset, tmp_pa
     ("family", "flags", "base", "architecture"),
     [
         ("sd1", ["--v2"], "Stable Diffusion 1.x", "stable-diffusion-v1"),
-        ("sd2", [], "Stable Diffusion 2.x", "stable-diffusion-v2-512"),
+        ("sd2", ["--v_parameterization=false"], "Stable Diffusion 2.x", "stable-diffusion-v2-512"),
+        ("sd2", [], "Stable Diffusion 2.x", "stable-diffusion-v2-768-v"),  # its scheduler says so
         ("sdxl", [], "Stable Diffusion XL", "stable-diffusion-xl-v1-base"),
     ],
 )
