@@ -7,6 +7,7 @@ alternatives can leave it out; :func:`token_presence` tells beforehand whether t
 
 import itertools
 import math
+import operator
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -70,14 +71,18 @@ STYLE_TEMPLATES: tuple[str, ...] = (
 # `{{` and `}}` stand for the signs themselves; `{a|b}` is a choice. The content is possessive, so that an even run of
 # closing braces is all literal: "{{{a|b}}}" is a "{" and a choice between "a" and "b}".
 _WILDCARD = re.compile(r"\{\{|\}\}|\{((?:\}\}|[^}])++)\}")
+_LITERAL_BRACES = re.compile(r"\{\{|\}\}")
+_CLOSING_BRACE = re.compile(r"(?<!\})(?:\}\})*+\}")  # the last of an odd run
 # While a caption is worked on, each name of the new word is one character of this private-use plane, by its row.
 _FIRST_MARK = 0x100000
 _MARK = "[\U00100000-\U0010fffd]"
 _MARKS = re.compile(f"{_MARK}+")
 _SPACE_BETWEEN_MARKS = re.compile(rf"(?<={_MARK})\s+(?={_MARK})")
 _MARK_BESIDE_LETTER = re.compile(rf"(?<=[A-Za-z0-9])(?={_MARK})|(?<={_MARK})(?=[A-Za-z0-9])")
-# Of a caption with more variants than this, as many random ones are looked at instead of all.
+# Of a caption with more variants than this, as many random ones are looked at instead of all; fewer where each of them
+# is put together from very many pieces.
 _VARIANT_LIMIT = 1000
+_PIECE_LIMIT = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -146,7 +151,8 @@ def process_caption(
         return placeholder.expanded if dropped else rng.choice(templates).replace("{}", placeholder.expanded)
     text = _mark(_decorate(rng.choice(_candidate_lines(caption, rules)), rules), placeholder)
     if rules.wildcard:
-        text = _WILDCARD.sub(lambda match: rng.choice(_alternatives(match)), text)
+        pieces = _choices(text)
+        text = "".join(rng.choice(piece) if number % 2 else piece[0] for number, piece in enumerate(pieces))
     if dropped:
         return placeholder.expanded if placeholder.found_in(_unmark(text, placeholder)) else ""
     return _finish(_arrange_tags(text, rules, placeholder, rng, moment), rules, placeholder)
@@ -156,7 +162,7 @@ def token_presence(caption: str, rules: CaptionRules, placeholder: Placeholder) 
     """Tell whether the new word stands in "always" all, "sometimes" only some, or "never" any variant of a caption.
 
     Variants are the lines and ``{a|b}`` choices that ``rules.wildcard`` opens; the other rules spare the word. Of a
-    caption with over 1000 variants a fixed random sample is looked at. Templates are not considered.
+    caption with over 1000 variants a fixed random sample of at most 1000 is looked at. Templates are not considered.
     """
     present = set()
     for line in _candidate_lines(caption, rules):
@@ -214,25 +220,41 @@ def _finish(text: str, rules: CaptionRules, placeholder: Placeholder) -> str:
     return placeholder.expand(_unmark(text, placeholder))
 
 
+def _choices(text: str) -> list[list[str]]:
+    """The text in pieces: one string at even places, what may stand there at odd ones."""
+    choices, end = [], 0
+    for match in _wildcards(text):
+        choices += [[text[end : match.start()]], _alternatives(match)]
+        end = match.end()
+    return [*choices, [text[end:]]]
+
+
+def _wildcards(text: str) -> Iterator[re.Match[str]]:
+    """The matches of ``_WILDCARD``, in a time that grows with the text and not with its square.
+
+    Behind the last brace that closes, each opening one would be followed to the end of the text in vain.
+    """
+    closed = max((match.end() for match in _CLOSING_BRACE.finditer(text)), default=0)
+    yield from _WILDCARD.finditer(text, 0, closed)
+    yield from _LITERAL_BRACES.finditer(text, closed)
+
+
 def _alternatives(match: re.Match[str]) -> list[str]:
     """What a match of ``_WILDCARD`` can become."""
-    if match[1] is None:
+    if match.lastindex is None:
         return [match[0][0]]
     return match[1].replace("{{", "{").replace("}}", "}").split("|")
 
 
 def _variants(text: str) -> Iterator[str]:
     """All texts that the choices in ``text`` can lead to, or a random sample of very many."""
-    choices, end = [], 0
-    for match in _WILDCARD.finditer(text):
-        choices += [[text[end : match.start()]], _alternatives(match)]
-        end = match.end()
-    choices.append([text[end:]])
-    if math.prod(map(len, choices)) <= _VARIANT_LIMIT:
+    choices = _choices(text)
+    counts = itertools.accumulate(map(len, choices), operator.mul)
+    if all(count <= _VARIANT_LIMIT for count in counts):
         yield from map("".join, itertools.product(*choices))
         return
     rng = random.Random(0)
-    for _ in range(_VARIANT_LIMIT):
+    for _ in range(min(_VARIANT_LIMIT, 1 + _PIECE_LIMIT // len(choices))):
         yield "".join(map(rng.choice, choices))
 
 

@@ -7,6 +7,7 @@ from departures import departure
 from golden_data import golden_cases, golden_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from limits import outcome
 
 from library.captions import (
     OBJECT_TEMPLATES,
@@ -356,6 +357,18 @@ def test_presence_of_very_many_variants():
     assert token_presence(f"{choices} mychar", rules, WORD) == "always"
     assert token_presence(f"{choices} {{mychar|x}}", rules, WORD) == "sometimes"
     assert token_presence(choices, rules, WORD) == "never"
+
+
+@pytest.mark.parametrize("text", ["{a" * 60_000, "{a|b}" * 20_000, "{}" * 60_000, "{a}}" * 30_000 + "{a"])
+def test_braces_without_end_cost_no_time(text):
+    """Each opening one was followed to the end of the text: minutes for what takes a second now."""
+    rules = CaptionRules(wildcard=True)
+
+    def work():
+        process_caption(text, rules, WORD, random.Random(1))
+        return token_presence(f"mychar {text}", rules, WORD)
+
+    assert outcome(work) == ("ok", "'always'")
 
 
 @settings(max_examples=300)

@@ -296,7 +296,16 @@ _CAPTION_SEEDS = tuple(
     for count in (1, 3)
     for text in (
         *("mychar \ud800", "{" * 10**5 + "mychar", "{a|" * 10**4, "{}|" * 10**5, "mychar " * 10**5, ", " * 10**5),
-        *("{a|b}" * 200 + "mychar", "\0", "\U00100000mychar\U0010fffd", "(" * 10**5, "\n" * 10**6, "“mychar”" * 10**4),
+        *(
+            "{a" * 10**5 + "mychar",
+            "{a|b}" * 10**5,
+            "{a|b}" * 200 + "mychar",
+            "\0",
+            "\U00100000mychar\U0010fffd",
+            "(" * 10**5,
+            "\n" * 10**6,
+            "“mychar”" * 10**4,
+        ),
     )
 )
 
