@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from library.architectures import CONFIGS, SD2, VOCABULARY, TextEncoderLayout
 from library.errors import UserError, first_line
-from library.file_hash import FileHash
+from library.file_hash import FileHash, legacy_hash
 from library.model_family import END_OF_TEXT, START_OF_TEXT, ModelFamily
 from library.model_folder import ModelFolder, fetch_from_hub, fetch_vae, find_weights, looks_like_hub_id
 from library.model_identity import Identity, identify_file, identify_folder, positive_number, read_config
@@ -113,6 +113,13 @@ class BaseModel:
         It takes reading the whole file; without ``wait`` it is None while that is not done.
         """
         return self._hash.get(wait=wait) if self._hash else None
+
+    def legacy_hash(self) -> str | None:
+        """The short hash by which older web UIs know a checkpoint file; None for a folder."""
+        if not isinstance(self.source, SingleFile):
+            return None
+        with self.source.path.open("rb") as file:
+            return legacy_hash(file)
 
     def tokenizers(self) -> list[CLIPTokenizer]:
         """One tokenizer per text encoder: of --tokenizer_cache_dir, of the model folder, or the bundled one."""

@@ -202,6 +202,9 @@ class BatchedData(ABC):
     order: EpochOrder
     fingerprint: str
     contents = ""
+    resolution: Size
+    table: ImageTable | None = None  # of images found in folders
+    templates: Sequence[str] | None = None
 
     @abstractmethod
     def source(self, max_steps: int) -> Dataset:

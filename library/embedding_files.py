@@ -7,6 +7,7 @@ embeddings bundled in a LoRA file (``bundle_emb.<word>.<key>``); a single vector
 
 import hashlib
 import io
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from library.atomic_files import write_atomically
 from library.errors import UserError
+from library.file_hash import legacy_hash
 from library.metadata import TrainingRecord, file_metadata
 from library.torch_files import torch_content
 from library.weight_files import open_weights
@@ -120,13 +122,35 @@ def _plain(rows: Tensor, dtype: torch.dtype | None) -> Tensor:
 def _safetensors_content(
     tensors: dict[str, Tensor], record: TrainingRecord, stem: str, metadata: Mapping[str, str] | None
 ) -> bytes:
-    if metadata is None:
-        return safetensors_bytes(tensors)
     unlabelled = safetensors_bytes(tensors)
-    # The data section follows an 8-byte length and the header of that length; ModelSpec hashes only the data.
-    data = unlabelled[8 + int.from_bytes(unlabelled[:8], "little") :]
-    digest = {"modelspec.hash_sha256": "0x" + hashlib.sha256(data).hexdigest()}
-    return safetensors_bytes(tensors, {**file_metadata(metadata, record, stem), **digest})
+    if metadata is None:
+        return unlabelled
+    whole = file_metadata(metadata, record, stem)
+    _, data = _header_and_data(unlabelled)
+    digest = hashlib.sha256(data).hexdigest()
+    # As sd-scripts makes it: of the file as it is with its ss_* keys alone, which nobody edits later.
+    unedited = _labelled(unlabelled, {name: value for name, value in whole.items() if name.startswith("ss_")})
+    hashes = {
+        "modelspec.hash_sha256": f"0x{digest}",
+        "sshs_model_hash": digest,
+        "sshs_legacy_hash": legacy_hash(io.BytesIO(unedited)),
+    }
+    return _labelled(unlabelled, whole | hashes)
+
+
+def _header_and_data(content: bytes) -> tuple[dict, bytes]:
+    """The parts of a safetensors file: an 8-byte length, a JSON header of that length, the tensors' bytes."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:start]), content[start:]
+
+
+def _labelled(content: bytes, metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file with metadata, in the order of its names: the library would write another order every time."""
+    header, data = _header_and_data(content)
+    header = {"__metadata__": dict(sorted(metadata.items())), **header}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data
 
 
 def _torch_content(tensors: dict[str, Tensor], record: TrainingRecord) -> bytes:

@@ -5,8 +5,17 @@ import logging
 import threading
 from concurrent.futures import Future
 from pathlib import Path
+from typing import BinaryIO
 
 logger = logging.getLogger(__name__)
+
+_LEGACY_START, _LEGACY_LENGTH = 0x100000, 0x10000  # bytes
+
+
+def legacy_hash(content: BinaryIO) -> str:
+    """The old short hash of web UIs, of 64 KB from 1 MB on: quickly made, but not every file has its own."""
+    content.seek(_LEGACY_START)
+    return hashlib.sha256(content.read(_LEGACY_LENGTH)).hexdigest()[:8]
 
 
 class FileHash:

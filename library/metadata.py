@@ -25,6 +25,14 @@ DISTRIBUTION = "textual-inversion-trainer"
 
 # The size a base was made for: what the file says when the run names no resolution of its own.
 _NATIVE_RESOLUTIONS = {"stable-diffusion-v2-768-v": (768, 768), "stable-diffusion-xl-v1-base": (1024, 1024)}
+_SS_NAMES = {
+    "steps": "steps",
+    "epoch": "epoch",
+    "base_model_hash": "new_sd_model_hash",
+    "seed": "seed",
+    "learning_rate": "learning_rate",
+    "optimizer": "optimizer",
+}
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
@@ -38,7 +46,7 @@ class TrainingRecord:
 
     token: str
     num_vectors: int
-    steps: int = 0
+    steps: int | None = None
     epoch: int | None = None
     init_word: str | None = None
     base_model: str | None = None
@@ -50,8 +58,14 @@ class TrainingRecord:
     resumed: str | None = None
 
     def as_metadata(self) -> dict[str, str]:
-        """The record as ``ti.<name>`` strings."""
-        return {f"ti.{name}": str(value) for name, value in asdict(self).items() if value is not None}
+        """The record as ``ti.<name>`` strings, and what sd-scripts has a name for (``ss_<name>``) under that too."""
+        known = {name: str(value) for name, value in asdict(self).items() if value is not None}
+        own = {f"ti.{name}": value for name, value in known.items()}
+        return own | {f"ss_{theirs}": known[ours] for ours, theirs in _SS_NAMES.items() if ours in known}
+
+    def without_training(self) -> "TrainingRecord":
+        """What a file says with ``--no_metadata``: what it holds, and the run, by which its files are known."""
+        return TrainingRecord(self.token, self.num_vectors, run=self.run)
 
 
 @dataclass(frozen=True)
@@ -90,7 +104,8 @@ def modelspec_metadata(options: MetadataOptions, trained_for: TrainedFor, output
     if trained_for.clip_skip is not None:
         values["encoder_layer"] = str(trained_for.clip_skip)
 
-    given = {field.name.removeprefix("metadata_"): getattr(options, field.name) for field in fields(options)}
+    names = [field.name for field in fields(options) if field.name.startswith("metadata_")]
+    given = {name.removeprefix("metadata_"): getattr(options, name) for name in names}
     given["title"] = given["title"] or output_name or f"TextualInversion@{time.time()}"
     given["thumbnail"] = _thumbnail(given["thumbnail"])
     given["is_negative_embedding"] = _true_or_false(given["is_negative_embedding"])

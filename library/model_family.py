@@ -78,6 +78,10 @@ class ModelFamily(ABC):
     def modelspec_architecture(self, options: ModelOptions) -> str:
         """ModelSpec's name of the base model, without ``/textual-inversion``."""
 
+    @abstractmethod
+    def base_model_version(self, options: ModelOptions) -> str:
+        """sd-scripts' name of the base model (its ``ss_base_model_version``)."""
+
 
 class StableDiffusion(ModelFamily):
     """SD 1.x and 2.x: one text encoder; its hidden state, after the final norm, is the whole conditioning."""
@@ -99,6 +103,9 @@ class StableDiffusion(ModelFamily):
         if not options.v2:
             return "stable-diffusion-v1"
         return "stable-diffusion-v2-768-v" if options.v_parameterization else "stable-diffusion-v2-512"
+
+    def base_model_version(self, options):
+        return ("sd_v2" if options.v2 else "sd_v1") + ("_v" if options.v_parameterization else "")
 
 
 class StableDiffusionXL(ModelFamily):
@@ -122,6 +129,9 @@ class StableDiffusionXL(ModelFamily):
 
     def modelspec_architecture(self, options):
         return "stable-diffusion-xl-v1-base"
+
+    def base_model_version(self, options):
+        return "sdxl_base_v1-0"
 
 
 def _run(encoder: nn.Module, ids: torch.Tensor, all_states: bool):

@@ -148,7 +148,11 @@ def _saving(options: Options, given: set[str]) -> Iterator[Rule]:
     for name in ("save_last_n_epochs_state", "save_last_n_steps_state"):
         yield name in given and not save.save_state, f"--{name} has nothing to do without --save_state."
     yield save.save_state and save.save_state_on_train_end, "--save_state_on_train_end: --save_state does so anyway."
-    for name in MetadataOptions.__dataclass_fields__:
+    yield (
+        {"training_comment", "no_metadata"} <= given,
+        "--training_comment is not written: --no_metadata leaves it out.",
+    )
+    for name in MetadataOptions.__dataclass_fields__.keys() - {"no_metadata"}:
         yield (
             name in given and save.save_model_as != "safetensors",
             f"--{name} is not written: only safetensors files hold metadata, and --save_model_as is "

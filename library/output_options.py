@@ -77,6 +77,11 @@ class MetadataOptions:
     metadata_is_negative_embedding: str | None = option(
         None, "true for an embedding meant for the negative prompt.", read=text_or_boolean, metavar="true|false"
     )
+    training_comment: str | None = option(None, "Any text; model managers show it.")
+    no_metadata: bool = flag(
+        "Leave out how the file was trained: the base model's name and hash, images, tags of the captions, settings. "
+        "What clients need stays, and so do the fields above."
+    )
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from library.optimizers import OptimizerChoice
 from library.options import Options
 from library.report import movement_table, movement_warning, movements, usage_card
 from library.runtime import decided_by_main
+from library.ss_metadata import ss_metadata
 from library.training_state import TrainingState, run_of_state
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ class Results:
             clip_skip=options.model.clip_skip,
         )
         metadata = modelspec_metadata(options.metadata, trained_for, options.save.output_name)
+        metadata |= ss_metadata(options, family, model, data)
         return cls(Path(options.save.output_dir), options, family, model, word, data.seed, metadata, _new_run())
 
     def continuing(self, state: TrainingState, plan: RunPlan, data: str, processes: int) -> "Results":
@@ -147,6 +149,8 @@ class Results:
             run=self.run,
             resumed=self.resumed,
         )
+        if self.options.metadata.no_metadata:
+            record = record.without_training()
         path = self.path(name)
         kept = write_embedding(
             path,

@@ -23,7 +23,7 @@ LAYERS = [
     "frozen_vae latents learning_watch model_identity single_file model_folder model_family base_model objective "
     "checkpoints text_encoding new_word image_sets image_table",
     "hub preflight dataset sampling custom_dataset debug_dataset denoising",
-    "learning_report learner training_state state_fields sample_album results",
+    "learning_report learner training_state state_fields sample_album ss_metadata results",
     "rescue",
     "trainer training",
     "command_line",

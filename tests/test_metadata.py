@@ -3,6 +3,7 @@
 import base64
 import logging
 import re
+from dataclasses import replace
 from datetime import datetime
 
 import pytest
@@ -140,8 +141,12 @@ def test_the_record_as_strings_without_what_is_unknown():
         "ti.token": "mychar", "ti.num_vectors": "4", "ti.steps": "1600", "ti.epoch": "8", "ti.init_word": "girl",
         "ti.base_model": "sd15", "ti.base_model_hash": "ab12", "ti.seed": "0", "ti.learning_rate": "1e-06",
         "ti.optimizer": "AdamW8bit",
+        "ss_steps": "1600", "ss_epoch": "8", "ss_new_sd_model_hash": "ab12", "ss_seed": "0",
+        "ss_learning_rate": "1e-06", "ss_optimizer": "AdamW8bit",
     }  # fmt: skip
-    assert set(TrainingRecord("mychar", 1).as_metadata()) == {"ti.token", "ti.num_vectors", "ti.steps"}
+    assert set(TrainingRecord("mychar", 1).as_metadata()) == {"ti.token", "ti.num_vectors"}
+    kept = replace(record, run="r").without_training().as_metadata()
+    assert kept == {"ti.token": "mychar", "ti.num_vectors": "4", "ti.run": "r"}
 
 
 def test_the_words_of_the_clients():

@@ -94,9 +94,26 @@ def test_metadata(bench, tmp_path):
         key = name.replace("metadata_", "modelspec.")
         assert given[key] == value
         assert plain.get(key) != value
-    assert len(METADATA) + 1 == len(MetadataOptions.__dataclass_fields__)
+    declared = {name for name in MetadataOptions.__dataclass_fields__ if name.startswith("metadata_")}
+    assert {*METADATA, "metadata_thumbnail"} == declared
     assert plain["modelspec.title"] == plain["modelspec.trigger_phrase"] == TOKEN
     assert f"--{name} is not written" in bench(*flags, f"--{name}=x", "--save_model_as=pt").said
+
+
+@shows("training_comment", "no_metadata")
+def test_what_a_file_says_of_its_training(bench):
+    said = bench("--training_comment=a first try")
+    assert said.metadata()["ss_training_comment"] == "a first try"
+    silent = bench("--no_metadata", "--training_comment=x", "--metadata_author=Someone")
+    assert "--training_comment is not written: --no_metadata leaves it out" in silent.said
+    left = {name for name in silent.metadata() if not name.startswith(("modelspec.", "sshs_"))}
+    assert left == {"ss_v2", "ss_base_model_version", "ti.token", "ti.num_vectors", "ti.run"}
+    assert silent.metadata()["modelspec.author"] == "Someone"
+    assert torch.equal(silent.tensors()["emb_params"], said.tensors()["emb_params"])
+    old = bench("--no_metadata", "--save_model_as=pt")
+    assert "--no_metadata is not written" not in old.said
+    content = torch.load(old.folder / f"{TOKEN}.pt", weights_only=True)
+    assert (content["sd_checkpoint_name"], content["sd_checkpoint"], content["step"]) == (None, None, None)
 
 
 # ---- messages

@@ -37,6 +37,8 @@ ADDED = {
     "caption_tag_dropout_rate",
     "preserve_embedding_norm",
     "learning_report",
+    "no_metadata",  # of sd-scripts' LoRA script, as the next
+    "training_comment",
     "skip_image_resolution",  # of a newer sd-scripts than the list's
 }
 OTHER_DEFAULTS = {
