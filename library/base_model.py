@@ -47,11 +47,13 @@ class BaseModel:
         self._hash = FileHash(source.path) if isinstance(source, SingleFile) else None
 
     @classmethod
-    def open(cls, options: ModelOptions, family: ModelFamily, configs: Path = CONFIGS) -> "BaseModel":
+    def open(
+        cls, options: ModelOptions, family: ModelFamily, configs: Path = CONFIGS, *, half: bool = False
+    ) -> "BaseModel":
         """Find the model and tell what it is, reading headers only.
 
-        ``configs`` holds the component configurations that single files lack. Raises UserError, in a sentence that
-        says what to do, for whatever ``family`` cannot train.
+        ``configs`` holds the component configurations that single files lack; ``half`` is whether the weights will be
+        cast to 16 bits. Raises UserError, in a sentence that says what to do, for whatever ``family`` cannot train.
         """
         name = options.pretrained_model_name_or_path
         if not name:
@@ -59,7 +61,7 @@ class BaseModel:
         path = _local_path(name)
         short_name = name if path is None else Path(name).name
         if path is None:
-            path = fetch_from_hub(_hub_id(name, "--pretrained_model_name_or_path"))
+            path = fetch_from_hub(_hub_id(name, "--pretrained_model_name_or_path"), half=half)
         mmap = not options.disable_mmap_load_safetensors
         if path.is_dir():
             identity = identify_folder(path)

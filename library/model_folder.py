@@ -1,5 +1,7 @@
 """Models as diffusers folders, on disk or from the Hugging Face hub through diffusers' own cache."""
 
+import itertools
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,10 @@ from library.model_identity import read_config, read_object, whole_number
 from library.single_file import modern_vae_names
 from library.weight_files import Tensors, Weights, join_weights, open_weights
 
+logger = logging.getLogger(__name__)
+
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
 # Full precision first: casting it gives the half-precision variant, but not the other way round.
 _VARIANTS = ("", ".fp16", ".bf16", ".non_ema", ".ema")
@@ -104,24 +109,62 @@ def looks_like_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None and not name.endswith((".safetensors", ".ckpt", ".pt", ".bin"))
 
 
-def fetch_from_hub(name: str) -> Path:
-    """The local copy of a whole model on the hub, downloaded unless diffusers' cache has it. Raises UserError."""
+def fetch_from_hub(name: str, *, half: bool = False) -> Path:
+    """The local copy of a whole model on the hub, downloaded unless diffusers' cache has it. Raises UserError.
+
+    Of weights in several variants the plain ones are taken, or fp16 if there are no others; for a run in ``half``
+    precision fp16 if it is there, at half the download, unless the plain ones are in the cache already.
+    """
+    fp16_first = half and not _in_cache(name)
+    errors: dict[str | None, Exception] = {}
+    for variant in ("fp16", None) if fp16_first else (None, "fp16"):
+        try:
+            folder = Path(DiffusionPipeline.download(name, variant=variant, local_files_only=HF_HUB_OFFLINE))
+        except Exception as error:  # the libraries underneath raise their own; all mean that there is no model
+            errors[variant] = error
+            continue
+        if _has_weights(folder):
+            if variant:
+                logger.info("%s: the fp16 variant of its weights is used.", name)
+            return folder
+    if None in errors:
+        raise _not_fetched(name, errors[None]) from errors[None]
+    raise UserError(
+        f"{name} on the Hugging Face hub is incomplete: a part of it has no weights, neither plain nor in the variant "
+        "fp16. Give another repository, or a path."
+    )
+
+
+def _in_cache(name: str) -> bool:
+    """Whether the plain weights of a model on the hub are in diffusers' cache."""
     try:
-        return Path(DiffusionPipeline.download(name, local_files_only=HF_HUB_OFFLINE))
-    except Exception as error:  # the libraries underneath raise their own; all mean that there is no model
-        raise _not_fetched(name, error) from error
+        return _has_weights(Path(DiffusionPipeline.download(name, local_files_only=True)), plain=True)
+    except Exception:  # as above; here it only means that they are not
+        return False
+
+
+def _has_weights(folder: Path, *, plain: bool = False) -> bool:
+    """Whether no part has a configuration alone, which is all that diffusers downloads where a variant is missing.
+
+    With ``plain``, variants do not count; their names have a dot more.
+    """
+    parts = [folder / name for name in _PARTS if (folder / name / "config.json").is_file()]
+    kinds = (".safetensors", ".bin")
+    return all(any(f.suffix in kinds and not (plain and "." in f.stem) for f in part.iterdir()) for part in parts)
 
 
 def fetch_vae(name: str) -> tuple[dict, Tensors]:
     """A VAE on the hub, at the root of its repository or in the folder ``vae``. Raises UserError."""
-    try:
-        vae = AutoencoderKL.from_pretrained(name, local_files_only=HF_HUB_OFFLINE)
-    except OSError:
+    failures = []
+    for variant, folder in itertools.product((None, "fp16"), (None, "vae")):
+        where = {"variant": variant, "subfolder": folder, "local_files_only": HF_HUB_OFFLINE}
         try:
-            vae = AutoencoderKL.from_pretrained(name, subfolder="vae", local_files_only=HF_HUB_OFFLINE)
-        except Exception as error:
-            raise _not_fetched(name, error) from error
-    return dict(vae.config), vae.state_dict()
+            vae = AutoencoderKL.from_pretrained(name, **where)
+        except Exception as error:  # OSError where it is not there; damaged files raise others
+            failures.append(error)
+        else:
+            return dict(vae.config), vae.state_dict()
+    raise _not_fetched(name, failures[1]) from failures[1]  # of a whole model's VAE, which most names are
 
 
 def _not_fetched(name: str, error: Exception) -> UserError:

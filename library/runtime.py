@@ -43,6 +43,11 @@ class Precision:
         return DTYPES[self.mixed_precision]
 
 
+def halves(options: RuntimeOptions) -> bool:
+    """Whether the frozen weights will be cast to 16 bits, as far as options and ``accelerate launch`` tell."""
+    return (options.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")) in ("fp16", "bf16")
+
+
 def choose_precision(options: RuntimeOptions) -> Precision:
     """Decide the number format before the Accelerator is made.
 

@@ -45,7 +45,7 @@ def train(options: Options, family_name: str) -> Path | None:
         logger.warning(" ".join(sentences))
     state = find_state(options)
     options = state.begun_alike(options) if state else options
-    model = BaseModel.open(options.model, family)
+    model = BaseModel.open(options.model, family, half=runtime.halves(options.runtime))
     options = followed(options, model.objective, model.name)
     if not options.dataset.debug_dataset:
         model.check_parts()

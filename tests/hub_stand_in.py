@@ -19,7 +19,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 class Hub(ThreadingHTTPServer):
     """``files`` by (repository, path), ``created`` what was asked of new repositories, ``commits`` their messages.
 
-    ``refuse`` holds beginnings of request paths that are answered with 403; ``tokens`` are those that came.
+    ``refuse`` holds beginnings of request paths that are answered with 403; ``tokens`` are those that came;
+    ``downloads`` are the paths of files that were fetched.
     """
 
     daemon_threads = True
@@ -31,6 +32,7 @@ class Hub(ThreadingHTTPServer):
         self.commits: list[str] = []
         self.refuse: list[str] = []
         self.tokens: set[str | None] = set()
+        self.downloads: set[str] = set()
         self.gate = threading.Event()  # commits wait for it
         self.gate.set()
 
@@ -83,13 +85,30 @@ class _Handler(BaseHTTPRequestHandler):
         if re.fullmatch(r"/api/\w+/[^/]+/[^/]+/auth-check(/write)?", self.path):
             self._answer({})
             return
+        if found := re.fullmatch(r"/api/models/([^/?]+/[^/?]+)(/revision/[^/?]+)?(\?.*)?", self.path):
+            self._answer_about(found[1])
+            return
+        if found := re.fullmatch(r"/api/models/([^/?]+/[^/?]+)/tree/[^/?]+(\?.*)?", self.path):
+            files = [(path, content) for (repo, path), content in self.server.files.items() if repo == found[1]]
+            entries = [{"type": "file", "path": path, "size": len(c), "oid": _etag(c)} for path, c in files]
+            self._answer(json.dumps(entries).encode())
+            return
         found = re.fullmatch(r"/(?:datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.path)
         content = found and self.server.files.get((found[1], found[3]))
         if content is None:
             self._answer({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
             return
-        etag = hashlib.sha1(content).hexdigest()
-        self._answer(content, 200, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"})
+        if self.command == "GET":
+            self.server.downloads.add(found[3])
+        self._answer(content, 200, {"ETag": f'"{_etag(content)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"})
+
+    def _answer_about(self, repo: str) -> None:
+        """What a model is, with the names of its files."""
+        names = [path for name, path in self.server.files if name == repo]
+        if not names:
+            self._answer({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
+            return
+        self._answer({"id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]})
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -118,6 +137,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_) -> None:
         pass
+
+
+def _etag(content: bytes) -> str:
+    return hashlib.sha1(content).hexdigest()
 
 
 @contextmanager
