@@ -10,6 +10,7 @@ import io
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from library.errors import UserError
 from library.file_hash import legacy_hash
 from library.metadata import TrainingRecord, file_metadata
 from library.torch_files import torch_content
-from library.weight_files import open_weights
+from library.weight_files import Weights, open_weights
 
 SINGLE, PAIR = ("emb_params",), ("clip_l", "clip_g")
 SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -30,6 +31,12 @@ _BASE_OF_WIDTH = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 128
 _BUNDLED = re.compile(r"bundle_emb\.(?P<word>.+)\.(?P<key>string_to_param\.\*|clip_l|clip_g|emb_params|emp_params)")
 # OneTrainer's output embeddings: vectors for what the text encoder gives, not for what it reads.
 _OUTPUT_KEYS = frozenset({"emp_params_out", "clip_l_out", "clip_g_out"})
+# Name and hash of the base model: ours, sd-scripts' and, in torch files, AUTOMATIC1111's.
+_ORIGIN_KEYS = (
+    ("ti.base_model", "ti.base_model_hash"),
+    ("ss_sd_model_name", "ss_new_sd_model_hash"),
+    ("sd_checkpoint_name", "sd_checkpoint"),
+)
 # AUTOMATIC1111 writes this id ("*" in CLIP's vocabulary) whatever the embedding is called.
 _WEBUI_TOKEN_ID = 265
 
@@ -73,6 +80,24 @@ def run_of(path: Path) -> str | None:
     return content.get("run") if isinstance(content, Mapping) else None
 
 
+@dataclass(frozen=True)
+class Origin:
+    """The base model that an embedding was trained on, as its file says: name, and SHA-256 or what web UIs keep."""
+
+    base_model: str | None
+    base_hash: str | None
+
+
+def origin_of(path: Path | str) -> Origin | None:
+    """What an embedding file says of its base model, or None if nothing. Raises UserError like ``read_embedding``."""
+    metadata = _embedding_weights(Path(path)).metadata
+    for keys in _ORIGIN_KEYS:
+        name, digest = (metadata.get(key) or None for key in keys)
+        if name or digest:
+            return Origin(name, digest)
+    return None
+
+
 def read_embedding(path: Path | str) -> dict[str, Tensor]:
     """Read the rows of an embedding file of any known layout, as float32 [N, width] on the CPU.
 
@@ -81,13 +106,17 @@ def read_embedding(path: Path | str) -> dict[str, Tensor]:
     embedding.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"The embedding file {path} does not exist." if not path.exists() else f"{path} is not a file.")
-    weights = open_weights(path, mmap=False)
+    weights = _embedding_weights(path)
     names = [name for name in weights.shapes if not name.startswith("string_to_token.")]  # the id of a token
     chosen = _choose(names, path)
     tensors = weights.read(chosen.values())
     return {key: _as_rows(tensors[name], key, path) for key, name in chosen.items()}
+
+
+def _embedding_weights(path: Path) -> Weights:
+    if not path.is_file():
+        raise UserError(f"The embedding file {path} does not exist." if not path.exists() else f"{path} is not a file.")
+    return open_weights(path, mmap=False)
 
 
 def rows_from_file(path: Path | str, keys: Sequence[str], widths: Sequence[int], count: int) -> list[Tensor | None]:

@@ -1,13 +1,15 @@
 """The word that a run teaches: checked against the vocabulary, and given its first vectors."""
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from library.embedding_files import rows_from_file
+from library.base_model import BaseModel
+from library.embedding_files import Origin, origin_of, rows_from_file
 from library.model_family import ModelFamily
 from library.options import TokenOptions
 from library.placeholder import Placeholder
@@ -45,6 +47,35 @@ class NewWord:
                 "close (girl, dog, painting) usually learns faster and better."
             )
         return cls(PromptTokenizer(tokenizers, placeholder, options.max_token_length), start_ids)
+
+
+def warn_of_other_base(options: TokenOptions, model: BaseModel) -> None:
+    """Say so where the file of ``--weights`` names another base model than this run's.
+
+    It may wait for the hash of the base model's file. Raises UserError where the file of ``--weights`` is missing or
+    damaged.
+    """
+    origin = origin_of(options.weights) if options.weights is not None else None
+    if origin is None or _is_same_base(origin, model):
+        return
+    other = origin.base_model if origin.base_model != model.name else f"another file named {model.name}"
+    logger.warning(
+        "--weights %s was trained on %s, and this run's base model is %s. An embedding belongs to its base model: the "
+        "shapes fit, but expect a longer training, or give the model that the file was trained on.",
+        *(options.weights, other or "another model", model.name),
+    )
+
+
+def _is_same_base(origin: Origin, model: BaseModel) -> bool:
+    """Compare hashes where both are known (web UIs keep shortened or old ones), else names without endings."""
+    hashes = [found for found in (model.hash(), model.legacy_hash()) if found] if origin.base_hash else []
+    if hashes:
+        return any(found.startswith(origin.base_hash.lower()) for found in hashes)
+    return origin.base_model is None or _plain_name(origin.base_model) == _plain_name(model.name)
+
+
+def _plain_name(name: str) -> str:
+    return re.sub(r"\.(safetensors|ckpt)$", "", name.lower())
 
 
 def initial_rows(

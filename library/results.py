@@ -196,7 +196,8 @@ class Results:
         if warning := movement_warning(moved, learning_rate, steps):
             logger.warning(warning)
         keys, count = self.family.embedding_keys, self.word.placeholder.count
-        print(usage_card(path, self.word.placeholder.text, keys, count, self.model.architecture.title))
+        base = f"{self.model.architecture.title}, trained on {self.model.name}"
+        print(usage_card(path, self.word.placeholder.text, keys, count, base))
 
 
 def _new_run() -> str:

@@ -15,12 +15,13 @@ from library.custom_dataset import CustomData
 from library.dataset import TrainingData
 from library.dataset_config import check_caching, load_dataset_configs
 from library.debug_dataset import show_batches, show_dataset
+from library.distillation import distillation_warning
 from library.errors import UserError
 from library.hub import download_state
 from library.latent_files import refuse_shared_names
 from library.launcher import with_launcher
 from library.model_family import FAMILIES, ModelFamily
-from library.new_word import NewWord
+from library.new_word import NewWord, warn_of_other_base
 from library.objective import followed
 from library.option_notices import notices
 from library.options import Options, TokenOptions
@@ -46,11 +47,15 @@ def train(options: Options, family_name: str) -> Path | None:
     state = find_state(options)
     options = state.begun_alike(options) if state else options
     model = BaseModel.open(options.model, family, half=runtime.halves(options.runtime))
+    if warning := distillation_warning(model.source, model.name):
+        logger.warning(warning)
     options = followed(options, model.objective, model.name)
     if not options.dataset.debug_dataset:
         model.check_parts()
     word = NewWord.check(options.token, model.tokenizers())
     machine = runtime.Machine.create(options.runtime)
+    if state is None and machine.accelerator.is_main_process:
+        warn_of_other_base(options.token, model)
     # What is in force, wherever it comes from: states record it.
     in_force = replace(options.runtime, mixed_precision=machine.precision.mixed_precision)
     options = replace(options, runtime=in_force)

@@ -22,7 +22,10 @@ _MOST_WRAPPERS = 4  # a "state_dict" in a "state_dict": some programs save a che
 
 @dataclass(frozen=True)
 class Weights:
-    """Names and shapes of the tensors in one or several files, and the way to read some of them."""
+    """Names and shapes of the tensors in one or several files, and the way to read some of them.
+
+    ``metadata`` is that of a safetensors file, or the strings that a torch file holds beside its tensors.
+    """
 
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[Iterable[str]], Tensors] = field(repr=False)
@@ -89,7 +92,8 @@ def _open_pickle(path: Path, mmap: bool) -> Weights:
             content = content["state_dict"]
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no named tensors, so it is neither a model nor an embedding.")
-    return _weights(path, mmap, {name: tensor.place for name, tensor in _named_tensors(content)}, {})
+    strings = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, str)}
+    return _weights(path, mmap, {name: tensor.place for name, tensor in _named_tensors(content)}, strings)
 
 
 def _named_tensors(content: dict[Any, Any]) -> Iterable[tuple[str, StoredTensor]]:
