@@ -54,7 +54,7 @@ def train(options: Options, family_name: str) -> Path | None:
         model.check_parts()
     word = NewWord.check(options.token, model.tokenizers())
     machine = runtime.Machine.create(options.runtime)
-    if state is None and machine.accelerator.is_main_process:
+    if state is None and machine.accelerator.is_main_process and not options.dataset.debug_dataset:
         warn_of_other_base(options.token, model)
     # What is in force, wherever it comes from: states record it.
     in_force = replace(options.runtime, mixed_precision=machine.precision.mixed_precision)

@@ -67,9 +67,11 @@ def test_the_record_names_no_word_and_no_rate_that_were_not_used(dataset, tmp_pa
     ],
 )
 def test_a_folder_says_itself_which_base_it_is(family, flags, base, architecture, dataset, tmp_path, request, capsys):
-    argv = without(arguments(family, request.getfixturevalue(f"tiny_{family}"), dataset, tmp_path), "--v2", "--v_param")
+    model = request.getfixturevalue(f"tiny_{family}")
+    argv = without(arguments(family, model, dataset, tmp_path), "--v2", "--v_param")
     assert run(family, [*argv, *flags]) == 0
-    assert f".safetensors ({base}; 1 vector, 1 of a prompt's 75 tokens)" in capsys.readouterr().out
+    said = f".safetensors ({base}, trained on {model.name}; 1 vector, 1 of a prompt's 75 tokens)"
+    assert said in capsys.readouterr().out
     assert metadata(tmp_path)["modelspec.architecture"] == f"{architecture}/textual-inversion"
 
 

@@ -107,6 +107,10 @@ def test_web_uis(saved, tiny_sd1_file):
     assert (said["ss_v2"], said["ss_base_model_version"]) == ("False", "sd_v1")
 
 
+def test_the_closing_words_name_the_base(saved, tiny_sd1_file):
+    assert f"(Stable Diffusion 1.x, trained on {tiny_sd1_file.name}; 1 vector, 1 of a prompt's 75 tokens)" in saved.out
+
+
 def test_lora_manager(saved):
     base, words = lora_manager_words(saved.folder / f"{TOKEN}.safetensors")
     assert base == "sd_v1"
