@@ -19,7 +19,7 @@ from library.image_table import ImageTable
 from library.model_family import ModelFamily
 from library.options import Options
 
-# Of one folder: captions that are sentences would make a file of kilobytes a large one.
+# Of all folders together: captions that are sentences would make a file of kilobytes a large one.
 _MOST_TAGS = 5000
 
 
@@ -46,7 +46,8 @@ def ss_metadata(options: Options, family: ModelFamily, model: BaseModel, data: B
 def tag_frequency(table: ImageTable) -> dict[str, dict[str, int]]:
     """How often each tag occurs in the captions, by the last part of the folder's (or the metadata file's) path.
 
-    Tags are what stands between commas, in lower case. A folder that several datasets name counts once.
+    Tags are what stands between commas, in lower case. A folder that several datasets name counts once; of very many
+    tags the most frequent are kept.
     """
     frequency: dict[str, Counter] = {}
     dataset_of: dict[str, int] = {}
@@ -56,10 +57,8 @@ def tag_frequency(table: ImageTable) -> dict[str, dict[str, int]]:
             texts = ",".join(found.captions).replace("\n", ",")
             tags = (tag.strip().lower() for tag in texts.split(","))
             frequency.setdefault(name, Counter()).update(filter(None, tags))
-    return {
-        name: tags if len(tags) <= _MOST_TAGS else dict(tags.most_common(_MOST_TAGS))
-        for name, tags in frequency.items()
-    }
+    share = max(1, _MOST_TAGS // len(frequency))
+    return {name: tags if len(tags) <= share else dict(tags.most_common(share)) for name, tags in frequency.items()}
 
 
 def _image_keys(table: ImageTable) -> dict[str, Any]:
