@@ -5,6 +5,7 @@ from pathlib import Path
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 VOCABULARY = CONFIGS / "tokenizer"
+BUCKET_STEPS = {"sd": 64, "sdxl": 32}  # bucket sides are multiples of it, in pixels; by family
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,16 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from library.architectures import CONFIGS, SD2, VOCABULARY, TextEncoderLayout
 from library.errors import UserError, first_line
 from library.file_hash import FileHash, legacy_hash
+from library.frozen_layers import freeze_layers
+from library.main_memory import give_back
 from library.model_family import END_OF_TEXT, START_OF_TEXT, ModelFamily
 from library.model_folder import ModelFolder, fetch_from_hub, fetch_vae, find_weights, looks_like_hub_id
 from library.model_identity import Identity, identify_file, identify_folder, positive_number, read_config
 from library.objective import objective_of
 from library.options import ModelOptions
 from library.single_file import SingleFile, modern_vae_names, vae_component
-from library.weight_files import Tensors, open_weights
+from library.stored_tensors import UnreadTensors
+from library.weight_files import open_weights
 
 logger = logging.getLogger(__name__)
 
@@ -166,12 +169,16 @@ class BaseModel:
         tensors = {names.get(name, name): tensor for name, tensor in tensors.items() if name not in unused}
         return _fill(model, tensors, dtype, device, where)
 
-    def unet(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> UNet2DConditionModel:
-        """The U-Net, frozen."""
+    def unet(
+        self, dtype: torch.dtype, device: torch.device | str = "cpu", *, float8: bool = False
+    ) -> UNet2DConditionModel:
+        """The U-Net of frozen layers, see ``frozen_layers``; with ``float8`` its weights are never whole at once."""
         config, tensors = self.source.unet()
         where = f"{self.source.path} (U-Net)"
         model = _empty(lambda: UNet2DConditionModel.from_config(config), where)
-        return _fill(model, tensors, dtype, device, where)
+        _check_fit(model, tensors, where)
+        freeze_layers(model, float8=float8, fill=_filler(tensors, dtype, device))
+        return _finished(model, device)
 
     def vae(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> AutoencoderKL:
         """The model's VAE or that of --vae, frozen; its ``scaling_factor`` is the base model's."""
@@ -183,7 +190,7 @@ class BaseModel:
         model.register_to_config(scaling_factor=self.vae_scale_factor)
         return _fill(model, tensors, dtype, device, f"{origin} (VAE)")
 
-    def _other_vae(self, name: str) -> tuple[dict, Tensors]:
+    def _other_vae(self, name: str) -> tuple[dict, UnreadTensors]:
         mmap = not self.options.disable_mmap_load_safetensors
         path = _local_path(name)
         if path is None:
@@ -197,7 +204,7 @@ class BaseModel:
         config = read_config(folder / "config.json")
         if "latent_channels" not in config:
             raise UserError(f"--vae {name} is a {config.get('_class_name', 'model')}, not a VAE of Stable Diffusion.")
-        return config, modern_vae_names(find_weights(folder, mmap=mmap).read_all())
+        return config, modern_vae_names(find_weights(folder, mmap=mmap).unread_all())
 
 
 def _local_path(name: str) -> Path | None:
@@ -247,8 +254,19 @@ def _empty(make: Callable[[], nn.Module], where: str) -> nn.Module:
         ) from error
 
 
-def _fill(model: nn.Module, tensors: Tensors, dtype: torch.dtype, device: torch.device | str, where: str) -> nn.Module:
-    """Put ``tensors`` into an empty model, cast one at a time, and freeze it. Raises UserError unless all fit."""
+def _fill(
+    model: nn.Module, tensors: UnreadTensors, dtype: torch.dtype, device: torch.device | str, where: str
+) -> nn.Module:
+    """Read ``tensors`` into an empty model and freeze it. Raises UserError unless all fit."""
+    _check_fit(model, tensors, where)
+    fill = _filler(tensors, dtype, device)
+    for name, module in model.named_modules():
+        fill(module, f"{name}." if name else "")
+    return _finished(model, device)
+
+
+def _check_fit(model: nn.Module, tensors: UnreadTensors, where: str) -> None:
+    """Compare names and shapes, before anything is read. Raises UserError unless all fit."""
     wanted = model.state_dict()
     missing = [name for name in wanted if name not in tensors]
     unknown = [name for name in tensors if name not in wanted]
@@ -260,7 +278,22 @@ def _fill(model: nn.Module, tensors: Tensors, dtype: torch.dtype, device: torch.
                 f"{where} {problem}: {len(names)} of the model's tensors are {what}, for example {names[0]}. "
                 "Download the model again, or use another copy."
             )
-    for name in tensors:
-        tensors[name] = tensors[name].to(device=device, dtype=dtype).contiguous()
-    model.load_state_dict(tensors, assign=True)
+
+
+def _filler(tensors: UnreadTensors, dtype: torch.dtype, device: torch.device | str) -> Callable[[nn.Module, str], None]:
+    """What reads a layer's own tensors, whose names begin with its path, and casts and moves them one at a time.
+
+    ``tensors`` are taken out as they are read, so that nothing keeps what they were read from.
+    """
+
+    def fill(layer: nn.Module, path: str) -> None:
+        for name in [name for name, _ in layer.named_parameters(recurse=False)]:
+            tensor = tensors.pop(path + name).read().to(device=device, dtype=dtype).contiguous()
+            setattr(layer, name, nn.Parameter(tensor, requires_grad=False))
+
+    return fill
+
+
+def _finished(model: nn.Module, device: torch.device | str) -> nn.Module:
+    give_back()  # what was read and cast
     return model.to(device).requires_grad_(False).eval()

@@ -1,6 +1,7 @@
 """What both scripts do around a training: parse, run, and turn a user's mistake into one sentence and an exit code."""
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -9,6 +10,8 @@ from library.console import hold_back, keep_talking, release, set_up_logging
 from library.errors import UserError
 from library.interruptions import EXIT_CODE, ended_gently, signals_handled
 from library.processes import ended_at_once
+
+logger = logging.getLogger(__name__)
 
 
 def run(parser: argparse.ArgumentParser, family: str, arguments: Sequence[str] | None = None) -> int:
@@ -28,10 +31,15 @@ def _run(parser: argparse.ArgumentParser, family: str, arguments: Sequence[str] 
     try:
         options = parse(parser, arguments)
         set_up_logging(options.runtime)
-        from library.training import train
-
         with ended_gently():
-            train(options, family)
+            # Numpy and Pillow take a while too, and a refused option does without them.
+            from library.found_images import find_images
+
+            found = find_images(options, family)
+            logger.info("Loading PyTorch, transformers and diffusers.")
+            from library.training import train
+
+            train(options, family, found)
     except UserError as error:
         release()
         print(f"error: {error}", file=sys.stderr)

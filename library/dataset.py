@@ -25,6 +25,7 @@ from library.buckets import Size, size_conditioning_crop
 from library.captions import CaptionMoment, process_caption, token_presence
 from library.dataset_config import DatasetConfig
 from library.errors import UserError
+from library.image_sets import ImageSet
 from library.image_table import ImageTable, calm_rules, load_tables
 from library.images import Cut, color_augment, flip, frame_image, frame_mask, to_tensor
 from library.latent_files import content_hash
@@ -242,13 +243,14 @@ class TrainingData(BatchedData):
         *,
         templates: Sequence[str] | None = None,
         seed: int = 0,
+        sets: Sequence[list[ImageSet]] | None = None,
     ):
-        """Find all pictures and captions. Raises UserError naming what is missing or broken."""
+        """Find all pictures and captions, unless ``sets`` holds them by dataset. Raises UserError for what is amiss."""
         self.configs = tuple(configs)
         self.prompts = prompts
         self.templates = templates
         self.seed = seed
-        table, validation_table = load_tables(configs, seed)
+        table, validation_table = load_tables(configs, seed, sets)
         # Before anything is looked for in a caption: the word, tags, wildcards.
         self.table = table.with_rewritten_captions(prompts.repaired)
         self.validation_table = validation_table and validation_table.with_rewritten_captions(prompts.repaired)

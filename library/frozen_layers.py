@@ -32,9 +32,10 @@ def fold(weight: Tensor) -> tuple[Tensor, Tensor]:
 def unfold(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The weight that :func:`fold` stored, in ``dtype``; one that was never folded has no scale.
 
-    The product is taken in float32, since scales are small enough to lose digits in fp16.
+    Every float8 number is one of ``dtype`` too. The product is taken in float32, element by element inside the one
+    multiplication, since scales are small enough to lose digits in fp16: no float32 copy of the weight is ever made.
     """
-    return weight.to(dtype) if scale is None else (weight.float() * scale).to(dtype)
+    return weight.to(dtype) if scale is None else weight.to(dtype).mul_(scale)
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -122,18 +123,25 @@ def _replacement(layer: nn.Module, float8: bool) -> FrozenLayer | None:
     return None
 
 
-def freeze_layers(module: nn.Module, *, float8: bool = False) -> int:
+def freeze_layers(
+    module: nn.Module, *, float8: bool = False, fill: Callable[[nn.Module, str], None] | None = None, path: str = ""
+) -> int:
     """Replace, in place, the layers below ``module`` that can keep less; return how many were replaced.
 
     Without ``float8``: convolutions, which no longer save their input; results stay the same to the last bit. With it,
     linear layers too, and all these weights are stored in 8 bits. Norms, embeddings and biases stay as they are. Call
-    it when ``module`` has its computing dtype, before it moves to its device.
+    it when ``module`` has its computing dtype, or let ``fill`` give each layer its weights: it is called with the layer
+    and its name (``path`` is that of ``module``) just before the layer is replaced, so that only one at a time is
+    whole.
     """
     replaced = 0
-    for name, child in module.named_children():
+    for name in [name for name, _ in module.named_children()]:  # a list of the layers would keep their weights alive
+        child, child_path = module.get_submodule(name), f"{path}{name}."
+        if fill:
+            fill(child, child_path)
         replacement = _replacement(child, float8)
         if replacement is None:
-            replaced += freeze_layers(child, float8=float8)
+            replaced += freeze_layers(child, float8=float8, fill=fill, path=child_path)
         else:
             setattr(module, name, replacement)
             replaced += 1

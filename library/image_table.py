@@ -147,17 +147,20 @@ class ImageTable:
         return np.bincount(self.bucket_of, weights=self.repeats, minlength=len(self.buckets)).astype(np.int64)
 
 
-def load_tables(configs: Sequence[DatasetConfig], seed: int) -> tuple[ImageTable, ImageTable | None]:
+def load_tables(
+    configs: Sequence[DatasetConfig], seed: int, sets: Sequence[list[ImageSet]] | None = None
+) -> tuple[ImageTable, ImageTable | None]:
     """Find every picture of every dataset: the table to train on, and the one held out for validation, if any.
 
-    ``seed`` chooses the validation pictures of a dataset that names no ``validation_seed``. Raises UserError for
+    ``sets`` are those of each dataset where they have been found already. ``seed`` chooses the validation pictures of a
+    dataset that names no ``validation_seed``. Raises UserError for
     missing or broken files and where nothing is left to train on.
     """
     train: list[tuple[int, ImageSet, list[int]]] = []
     validation: list[tuple[int, ImageSet, list[int]]] = []
     for number, config in enumerate(configs):
-        sets, held = _split(config, load_image_sets(config), seed)
-        train.extend((number, found, repeats) for found, repeats in _with_repeats(sets))
+        rest, held = _split(config, sets[number] if sets else load_image_sets(config), seed)
+        train.extend((number, found, repeats) for found, repeats in _with_repeats(rest))
         validation.extend((number, found, [1] * len(found)) for found in held)
     if not any(not found.subset.is_reg for _, found, _ in train):
         raise UserError(_nothing_message(bool(validation)))

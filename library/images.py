@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 
 from library.buckets import Size, centre_offset
@@ -24,6 +24,9 @@ from library.text_files import not_downloaded
 
 with suppress(ImportError):  # Pillow reads JPEG XL only with this plugin, which registers itself.
     import pillow_jxl  # noqa: F401
+
+if TYPE_CHECKING:  # what only looks for images does without it: a mistake is told at once
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -438,6 +441,8 @@ def flip(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array[:, ::-1])
 
 
-def to_tensor(pixels: np.ndarray) -> torch.Tensor:
+def to_tensor(pixels: np.ndarray) -> "torch.Tensor":
     """Uint8 [h, w, 3] to what the VAE reads: float32 [3, h, w] in [-1, 1]."""
+    import torch
+
     return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).float() / 127.5 - 1

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from library import architectures
-from library.architectures import Architecture
+from library.architectures import BUCKET_STEPS, Architecture
 from library.errors import UserError
 from library.options import ModelOptions
 
@@ -183,7 +183,7 @@ STABLE_DIFFUSION = StableDiffusion(
     name="sd",
     title="Stable Diffusion 1.x or 2.x",
     architectures=(architectures.SD1, architectures.SD2),
-    bucket_step=64,
+    bucket_step=BUCKET_STEPS["sd"],
     embedding_keys=("emb_params",),
     cache_suffix="_sd.npz",
     vae_scale_factor=0.18215,
@@ -194,7 +194,7 @@ STABLE_DIFFUSION_XL = StableDiffusionXL(
     name="sdxl",
     title="Stable Diffusion XL",
     architectures=(architectures.SDXL,),
-    bucket_step=32,
+    bucket_step=BUCKET_STEPS["sdxl"],
     embedding_keys=("clip_l", "clip_g"),
     cache_suffix="_sdxl.npz",
     vae_scale_factor=0.13025,

@@ -13,7 +13,8 @@ from library.architectures import Architecture, TextEncoderLayout
 from library.errors import UserError
 from library.model_identity import read_config, read_object, whole_number
 from library.single_file import modern_vae_names
-from library.weight_files import Tensors, Weights, join_weights, open_weights
+from library.stored_tensors import Unread, UnreadTensors
+from library.weight_files import Weights, join_weights, open_weights
 
 logger = logging.getLogger(__name__)
 
@@ -32,15 +33,15 @@ class ModelFolder:
     architecture: Architecture
     mmap: bool
 
-    def unet(self) -> tuple[dict, Tensors]:
+    def unet(self) -> tuple[dict, UnreadTensors]:
         return self._component("unet")
 
-    def vae(self) -> tuple[dict, Tensors]:
+    def vae(self) -> tuple[dict, UnreadTensors]:
         self._check_vae()
         config, tensors = self._component("vae")
         return config, modern_vae_names(tensors)
 
-    def text_encoder(self, layout: TextEncoderLayout) -> tuple[dict, Tensors]:
+    def text_encoder(self, layout: TextEncoderLayout) -> tuple[dict, UnreadTensors]:
         config, tensors = self._component(layout.component)
         return config, {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
 
@@ -63,8 +64,8 @@ class ModelFolder:
         if not (self.path / "vae" / "config.json").is_file():
             raise UserError(f"{self.path} holds no VAE. Give one with --vae.")
 
-    def _component(self, name: str) -> tuple[dict, Tensors]:
-        return self._config(name), find_weights(self.path / name, mmap=self.mmap).read_all()
+    def _component(self, name: str) -> tuple[dict, UnreadTensors]:
+        return self._config(name), find_weights(self.path / name, mmap=self.mmap).unread_all()
 
     def _config(self, component: str) -> dict:
         config = read_config(self.path / component / "config.json")
@@ -153,7 +154,7 @@ def _has_weights(folder: Path, *, plain: bool = False) -> bool:
     return all(any(f.suffix in kinds and not (plain and "." in f.stem) for f in part.iterdir()) for part in parts)
 
 
-def fetch_vae(name: str) -> tuple[dict, Tensors]:
+def fetch_vae(name: str) -> tuple[dict, UnreadTensors]:
     """A VAE on the hub, at the root of its repository or in the folder ``vae``. Raises UserError."""
     failures = []
     for variant, folder in itertools.product((None, "fp16"), (None, "vae")):
@@ -163,7 +164,7 @@ def fetch_vae(name: str) -> tuple[dict, Tensors]:
         except Exception as error:  # OSError where it is not there; damaged files raise others
             failures.append(error)
         else:
-            return dict(vae.config), vae.state_dict()
+            return dict(vae.config), {name: Unread.held(tensor) for name, tensor in vae.state_dict().items()}
     raise _not_fetched(name, failures[1]) from failures[1]  # of a whole model's VAE, which most names are
 
 

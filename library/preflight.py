@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from library.captions import CaptionRules, process_caption, token_presence
+from library.captions import CaptionRules, process_caption
 from library.errors import UserError, counted
+from library.found_images import is_plain, no_word, presence
 from library.image_table import ImageTable, calm_rules
 from library.placeholder import Placeholder
 from library.tokens import PromptTokenizer
@@ -124,20 +125,16 @@ def _check_presence(table: ImageTable, word: Placeholder, report: Report) -> Non
     lacking, partly, regular, held = [], [], 0, 0
     for number, found in enumerate(table.sets):
         rows = table.row_of[table.set_of == number].tolist()
-        presence = [_presence(found.captions[row], found.subset.captions, word) for row in rows]
+        answers = [presence(found.captions[row], found.subset.captions, word) for row in rows]
         if found.subset.is_reg:
             regular += len(rows)
-            held += sum(answer != "never" for answer in presence)
+            held += sum(answer != "never" for answer in answers)
             continue
-        lacking += [found.paths[row] for row, answer in zip(rows, presence, strict=True) if answer == "never"]
-        partly += [found.paths[row] for row, answer in zip(rows, presence, strict=True) if answer == "sometimes"]
+        lacking += [found.paths[row] for row, answer in zip(rows, answers, strict=True) if answer == "never"]
+        partly += [found.paths[row] for row, answer in zip(rows, answers, strict=True) if answer == "sometimes"]
     total = len(table) - regular
     if len(lacking) == total:
-        raise UserError(
-            f'No caption holds the token "{word.text}", so nothing could be learned (looked at '
-            f"{counted(total, 'image')}: {_first(lacking)}). Write --token_string into the captions, set "
-            "caption_prefix or class_tokens, or use --use_object_template or --use_style_template."
-        )
+        raise no_word(word, lacking)
     if lacking:
         report.warnings.append(
             f"{len(lacking)} of {counted(total, 'caption')} {'lacks' if len(lacking) == 1 else 'lack'} the token "
@@ -158,12 +155,6 @@ def _check_presence(table: ImageTable, word: Placeholder, report: Report) -> Non
             f'{held} of {regular} regularisation captions hold the word "{word.text}", so these pictures teach it as '
             "well. Usually regularisation pictures show the class without the concept."
         )
-
-
-def _presence(caption: str, rules: CaptionRules, word: Placeholder) -> str:
-    if not _is_plain(caption, rules):
-        return token_presence(caption, rules, word)
-    return "always" if word.found_in(caption) else "never"
 
 
 def _check_lengths(table: ImageTable, prompts: PromptTokenizer, report: Report) -> None:
@@ -218,7 +209,7 @@ def _captions(table: ImageTable) -> Iterator[tuple[str, str, CaptionRules]]:
 
 def _finished(caption: str, rules: CaptionRules, word: Placeholder) -> str:
     """One draw of a caption, expanded."""
-    if _is_plain(caption, rules):  # the common case, tenfold as fast
+    if is_plain(caption, rules):  # the common case, tenfold as fast
         return word.expand(caption)
     return process_caption(caption, rules, word, random.Random(0))
 
@@ -237,11 +228,6 @@ def _may_stray(caption: str, rules: CaptionRules, word: Placeholder) -> bool:
 
 def _with_affixes(caption: str, rules: CaptionRules) -> str:
     return " ".join(filter(None, (rules.prefix, caption, rules.suffix)))
-
-
-def _is_plain(caption: str, rules: CaptionRules) -> bool:
-    """Whether nothing but the expansion of the word happens to a caption that is not shuffled or dropped."""
-    return "\n" not in caption and not (rules.wildcard or rules.secondary_separator or rules.prefix or rules.suffix)
 
 
 class _Measure:

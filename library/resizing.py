@@ -7,7 +7,6 @@ when shrinking, and resample RGBA with premultiplied alpha); all others are Open
 import math
 
 import numpy as np
-import torch
 from PIL import Image
 
 from library.errors import UserError, did_you_mean
@@ -65,6 +64,8 @@ def _resize_whole(image: np.ndarray, size: tuple[int, int], interpolation: str) 
 
 def _torch_resize(image: np.ndarray, size: tuple[int, int], mode: str) -> np.ndarray:
     """torch's interpolation without antialiasing is OpenCV's, within one step of 255."""
+    import torch  # here, because what only looks for images does without it
+
     if image.size > _MOST_FLOATS and image.shape[2] > 1:
         channels = [_torch_resize(image[:, :, i : i + 1], size, mode) for i in range(image.shape[2])]
         return np.concatenate(channels, axis=2)

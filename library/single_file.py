@@ -19,7 +19,8 @@ from diffusers.loaders.single_file_utils import (
 from library.architectures import Architecture, TextEncoderLayout
 from library.errors import UserError, first_line
 from library.model_identity import read_config, size_of
-from library.weight_files import Tensors, Weights
+from library.stored_tensors import UnreadTensors
+from library.weight_files import Weights
 
 HEAD_WIDTH = 64  # of every attention in OpenCLIP, SD 2 and SDXL, and in CLIP-L
 _MOST_LAYERS = 100  # of one text encoder or transformer; real ones have up to 32
@@ -39,27 +40,27 @@ class SingleFile:
     def config(self, component: str) -> dict:
         return read_config(self.config_folder / component / "config.json")
 
-    def unet(self) -> tuple[dict, Tensors]:
+    def unet(self) -> tuple[dict, UnreadTensors]:
         names = [name for name in self.weights.shapes if name.startswith("model.diffusion_model.")]
         config = self.config("unet")
-        tensors = _converted(convert_ldm_unet_checkpoint, self.weights.read(names), config, self.path)
+        tensors = _converted(convert_ldm_unet_checkpoint, self.weights.unread(names), config, self.path)
         pooled = size_of(self.weights.shapes, f"{self.architecture.text_encoders[-1].slot}.model.text_projection", 1)
         return unet_sizes(config, tensors, pooled), tensors
 
-    def vae(self) -> tuple[dict, Tensors]:
+    def vae(self) -> tuple[dict, UnreadTensors]:
         return vae_component(self.path, self.weights, self.config("vae"))
 
-    def text_encoder(self, layout: TextEncoderLayout) -> tuple[dict, Tensors]:
+    def text_encoder(self, layout: TextEncoderLayout) -> tuple[dict, UnreadTensors]:
         config = self.config(layout.component)
         clip, open_clip = f"{layout.slot}.transformer.", f"{layout.slot}.model."
         if names := [name for name in self.weights.shapes if name.startswith(open_clip)]:
             with _conversion(self.path):
-                tensors = _from_open_clip(self.weights.read(names), open_clip)
+                tensors = _from_open_clip(self.weights.unread(names), open_clip)
             config = text_sizes(config, tensors, spare_layers=0 if layout.with_projection else 1)
             return config, without_spare_layers(tensors, config["num_hidden_layers"])
         names = [name for name in self.weights.shapes if name.startswith(clip)]
         tensors = {
-            name.removeprefix(clip).removeprefix("text_model."): t for name, t in self.weights.read(names).items()
+            name.removeprefix(clip).removeprefix("text_model."): t for name, t in self.weights.unread(names).items()
         }
         return text_sizes(config, tensors), tensors
 
@@ -78,11 +79,11 @@ class SingleFile:
             _vae_prefix(self.path, self.weights)
 
 
-def vae_component(path: Path, weights: Weights, config: dict) -> tuple[dict, Tensors]:
+def vae_component(path: Path, weights: Weights, config: dict) -> tuple[dict, UnreadTensors]:
     """A VAE from a checkpoint or a file of its own: original layout with or without prefix, or diffusers' layout."""
     prefix = _vae_prefix(path, weights)
     parts = tuple(prefix + part for part in _VAE_PARTS)
-    tensors = weights.read(name for name in weights.shapes if name.startswith(parts))
+    tensors = weights.unread(name for name in weights.shapes if name.startswith(parts))
     tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     if any(name.startswith("encoder.down_blocks.") for name in tensors):
         tensors = modern_vae_names(tensors)
@@ -98,7 +99,7 @@ def _vae_prefix(path: Path, weights: Weights) -> str:
     return prefix
 
 
-def modern_vae_names(tensors: Tensors) -> Tensors:
+def modern_vae_names(tensors: UnreadTensors) -> UnreadTensors:
     """Rename the attention layers of VAEs that diffusers saved before version 0.17."""
     names = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
     result = {}
@@ -110,7 +111,7 @@ def modern_vae_names(tensors: Tensors) -> Tensors:
     return result
 
 
-def _converted(convert, tensors: Tensors, config: dict, path: Path) -> Tensors:
+def _converted(convert, tensors: UnreadTensors, config: dict, path: Path) -> UnreadTensors:
     """Call one of diffusers' conversions, which stop at some missing tensors and put None for others."""
     with _conversion(path):
         converted = convert(tensors, config)
@@ -131,7 +132,7 @@ def _conversion(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _from_open_clip(tensors: Tensors, prefix: str) -> Tensors:
+def _from_open_clip(tensors: UnreadTensors, prefix: str) -> UnreadTensors:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     width = size_of(shapes, f"{prefix}token_embedding.weight", 1) or None
     model = SimpleNamespace(config=SimpleNamespace(hidden_size=width))
@@ -139,7 +140,7 @@ def _from_open_clip(tensors: Tensors, prefix: str) -> Tensors:
     return {name.removeprefix("text_model."): tensor for name, tensor in converted.items()}
 
 
-def unet_sizes(config: dict, tensors: Tensors, pooled_width: int) -> dict:
+def unet_sizes(config: dict, tensors: UnreadTensors, pooled_width: int) -> dict:
     """The U-Net's configuration with the sizes of these tensors (diffusers' names).
 
     ``pooled_width`` is that of SDXL's pooled vector, which shares a layer with six sinusoids of equal width.
@@ -178,7 +179,7 @@ def _unet_heads(widths: list[int], is_xl: bool) -> list[int]:
     return [width // width_of_head for width in widths]
 
 
-def vae_sizes(config: dict, tensors: Tensors) -> dict:
+def vae_sizes(config: dict, tensors: UnreadTensors) -> dict:
     """The VAE's configuration with the sizes of these tensors (diffusers' names)."""
     shape = _Shapes(tensors)
     levels = range(len(config["down_block_types"]))
@@ -188,7 +189,7 @@ def vae_sizes(config: dict, tensors: Tensors) -> dict:
     return config | {"block_out_channels": widths, "latent_channels": channels}
 
 
-def text_sizes(config: dict, tensors: Tensors, spare_layers: int = 0) -> dict:
+def text_sizes(config: dict, tensors: UnreadTensors, spare_layers: int = 0) -> dict:
     """The text encoder's configuration with the sizes of these tensors (transformers' names without prefix).
 
     ``spare_layers`` is how many layers the file holds that the model does not use (SD 2 files: the last).
@@ -210,7 +211,7 @@ def text_sizes(config: dict, tensors: Tensors, spare_layers: int = 0) -> dict:
     return config | sizes
 
 
-def without_spare_layers(tensors: Tensors, layers: int) -> Tensors:
+def without_spare_layers(tensors: UnreadTensors, layers: int) -> UnreadTensors:
     unused = tuple(f"encoder.layers.{i}." for i in range(layers, layers + 2))
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(unused)}
 
@@ -223,14 +224,14 @@ def head_width(widths: Iterable[int]) -> int:
 class _Shapes:
     """Sizes of tensors by name, with a fallback: what is missing is reported once all names are compared."""
 
-    def __init__(self, tensors: Tensors):
+    def __init__(self, tensors: UnreadTensors):
         self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
     def __call__(self, name: str, axis: int, fallback: int) -> int:
         return size_of(self.shapes, name, axis) or fallback
 
 
-def _count(tensors: Tensors, prefix: str) -> int:
+def _count(tensors: UnreadTensors, prefix: str) -> int:
     """How many layers there are under a name; what has more than any model is found when all names are compared."""
     return min(
         _MOST_LAYERS, len({name.removeprefix(prefix).split(".")[0] for name in tensors if name.startswith(prefix)})

@@ -1,12 +1,13 @@
-"""Where a file keeps its tensors, and how they are read from there.
+"""Where a file keeps its tensors, and how they are read from there: one at a time, when each is asked for.
 
 Whatever a file claims is compared with its length before anything is read, so that a few bytes can never ask for
 gigabytes.
 """
 
 import mmap as memory_map
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from math import prod
 from pathlib import Path
 from typing import BinaryIO
@@ -39,6 +40,59 @@ class Place:
         return (last + 1) * self.dtype.itemsize
 
 
+@dataclass(frozen=True)
+class Unread:
+    """A tensor that is still in its file, where renaming a model's tensors takes no memory and no time.
+
+    It bears what diffusers' conversions do to tensors: a part, a transpose or a copy of it is unread as well.
+    ``outline`` has its shape, and need not have numbers. ``read`` may be called more than once and raises UserError.
+    """
+
+    outline: torch.Tensor
+    read: Callable[[], torch.Tensor]
+
+    @classmethod
+    def held(cls, tensor: torch.Tensor) -> "Unread":
+        """A tensor that is in memory already."""
+        return cls(tensor, lambda: tensor)
+
+    @property
+    def shape(self) -> torch.Size:
+        """The tensor's shape."""
+        return self.outline.shape
+
+    @property
+    def ndim(self) -> int:
+        """How many axes it has."""
+        return self.outline.ndim
+
+    @property
+    def T(self) -> "Unread":  # noqa: N802 - torch's name
+        """Its transpose."""
+        return self._then(lambda tensor: tensor.T)
+
+    def __getitem__(self, part: object) -> "Unread":
+        return self._then(lambda tensor: tensor[part])
+
+    def contiguous(self) -> "Unread":
+        """The same, its elements following one another."""
+        return self._then(torch.Tensor.contiguous)
+
+    def clone(self) -> "Unread":
+        """A copy in memory of its own, once it is read."""
+        return self._then(torch.Tensor.clone)
+
+    def detach(self) -> "Unread":
+        """The same: it never takes part in a graph."""
+        return self
+
+    def _then(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Unread":
+        return Unread(change(self.outline), lambda: change(self.read()))
+
+
+UnreadTensors = dict[str, Unread]
+
+
 def is_count(value: object) -> bool:
     """Whether a number read from a file can be a size or an offset: an integer from 0 (JSON and pickle know others)."""
     return type(value) is int and value >= 0
@@ -56,30 +110,41 @@ def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
-def read_places(path: Path, mmap: bool, places: Mapping[str, Place]) -> Tensors:
-    """Read tensors that are known to lie within the file. Raises UserError where it has become shorter or unreadable.
+def unread_places(path: Path, mmap: bool, places: Mapping[str, Place]) -> UnreadTensors:
+    """Tensors that are known to lie within the file; reading one raises UserError where that is no longer so.
 
-    With ``mmap`` they are views of the mapped file.
+    With ``mmap`` they become views of the mapped file, which is mapped once, when the first is read.
     """
-    try:
+
+    @cache
+    def view() -> memory_map.mmap:
         with path.open("rb") as file:
-            view = memory_map.mmap(file.fileno(), 0, access=memory_map.ACCESS_COPY) if mmap and places else None
-            return {name: read_place(file, place, view) for name, place in places.items()}
-    except (OSError, EOFError, ValueError) as error:
-        raise UserError(f"{path} could not be read, or changed while it was read ({error}). Try again.") from error
+            return memory_map.mmap(file.fileno(), 0, access=memory_map.ACCESS_COPY)
+
+    def read(place: Place) -> torch.Tensor:
+        try:
+            # Processors want elements at multiples of their size.
+            if mmap and place.span and place.start % place.dtype.itemsize == 0:
+                count = place.span // place.dtype.itemsize
+                flat = torch.frombuffer(view(), dtype=place.dtype, count=count, offset=place.start)
+                return flat.as_strided(place.shape, place.stride)
+            with path.open("rb") as file:
+                return read_place(file, place)
+        except (OSError, EOFError, ValueError) as error:
+            raise UserError(f"{path} could not be read, or changed while it was read ({error}). Try again.") from error
+
+    return {
+        name: Unread(torch.empty(place.shape, device="meta"), partial(read, place)) for name, place in places.items()
+    }
 
 
-def read_place(file: BinaryIO, place: Place, view: memory_map.mmap | None = None) -> torch.Tensor:
-    """Read one tensor, or make it a view of the mapped file. Raises EOFError, OSError or ValueError."""
-    size = place.dtype.itemsize
+def read_place(file: BinaryIO, place: Place) -> torch.Tensor:
+    """Read one tensor. Raises EOFError, OSError or ValueError."""
     if not place.span:
         return torch.empty(place.shape, dtype=place.dtype)
-    count = place.span // size
-    if view is not None and place.start % size == 0:  # processors want elements at multiples of their size
-        flat = torch.frombuffer(view, dtype=place.dtype, count=count, offset=place.start)
-    else:
-        flat = torch.empty(count, dtype=place.dtype)  # torch's own memory: sums may depend on where a tensor begins
-        file.seek(place.start)
-        if file.readinto(flat.view(torch.uint8).numpy()) != place.span:
-            raise EOFError("its end is missing")
+    # torch's own memory: sums may depend on where a tensor begins.
+    flat = torch.empty(place.span // place.dtype.itemsize, dtype=place.dtype)
+    file.seek(place.start)
+    if file.readinto(flat.view(torch.uint8).numpy()) != place.span:
+        raise EOFError("its end is missing")
     return flat.as_strided(place.shape, place.stride)

@@ -9,6 +9,9 @@ from functools import lru_cache
 
 import ftfy
 
+from library.placeholder import Placeholder
+from library.text_files import check_lines
+
 # Of plain ASCII, only entities and control characters are ever changed.
 _PLAIN = re.compile(r"[\t\n -%'-~]*")
 
@@ -18,6 +21,16 @@ def repair(text: str) -> str:
     if _PLAIN.fullmatch(text):
         return text
     return "\n".join(map(_repaired_line, text.split("\n")))
+
+
+def repaired_around(word: Placeholder, text: str) -> str:
+    """Return ``text`` as it is read: repaired around the word's names, which then may be found in more places.
+
+    Around them, for so sd-scripts does: a ``<`` in the word itself does not tell ftfy that this is HTML. Raises
+    UserError for a line that is too long to be of a caption.
+    """
+    check_lines(text, f'The caption "{text[:40]}…"')
+    return word.rewrite_between(text, repair)
 
 
 @lru_cache(maxsize=20_000)  # captions come again in every epoch; ftfy takes as long as the tokenizer

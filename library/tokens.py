@@ -16,8 +16,7 @@ from torch.nn import functional
 from library.errors import UserError
 from library.placeholder import Placeholder
 from library.prompt_weights import escape, parse_weights
-from library.text_files import check_lines
-from library.text_repair import repair
+from library.text_repair import repair, repaired_around
 
 logger = logging.getLogger(__name__)
 
@@ -40,13 +39,8 @@ class PromptTokenizer:
         return len(self.tokenizers[index])
 
     def repaired(self, text: str) -> str:
-        """Return ``text`` as it is read: repaired around the word's names, which then may be found in more places.
-
-        Around them, for so sd-scripts does: a ``<`` in the word itself does not tell ftfy that this is HTML. Raises
-        UserError for a line that is too long to be of a caption.
-        """
-        check_lines(text, f'The caption "{text[:40]}…"')
-        return self.placeholder.rewrite_between(text, repair)
+        """Return ``text`` as it is read: repaired around the word's names. Raises UserError for a line too long."""
+        return repaired_around(self.placeholder, text)
 
     def body_ids(self, text: str, index: int = 0) -> list[int]:
         """Ids of ``text`` without BOS and EOS, not cut, the word's names as new ids; the text is not expanded."""

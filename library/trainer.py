@@ -19,7 +19,6 @@ from library.dataset import TrainingData
 from library.denoising import DenoisingTask
 from library.diffusion import NoiseSchedule
 from library.errors import UserError, survived
-from library.frozen_layers import freeze_layers
 from library.frozen_vae import FrozenVae
 from library.hub import HubUpload
 from library.interruptions import undisturbed
@@ -233,10 +232,7 @@ class Trainer:
 
     def load_unet(self) -> torch.nn.Module:
         """The frozen U-Net in the run's precision (or float8), on the device, in eval mode."""
-        float8 = self.options.runtime.fp8_base
-        unet = self.model.unet(self.precision.dtype, "cpu" if float8 else self.device)
-        freeze_layers(unet, float8=float8)
-        unet.to(self.device)  # after the folding: the device never holds the unfolded weights
+        unet = self.model.unet(self.precision.dtype, self.device, float8=self.options.runtime.fp8_base)
         if self.options.training.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         return unet

@@ -13,14 +13,14 @@ from library.checkpoints import CheckpointNames, RunPlan
 from library.clients import name_warnings
 from library.custom_dataset import CustomData
 from library.dataset import TrainingData
-from library.dataset_config import check_caching, load_dataset_configs
 from library.debug_dataset import show_batches, show_dataset
 from library.distillation import distillation_warning
 from library.errors import UserError
+from library.found_images import FoundImages
 from library.hub import download_state
 from library.latent_files import refuse_shared_names
 from library.launcher import with_launcher
-from library.model_family import FAMILIES, ModelFamily
+from library.model_family import FAMILIES
 from library.new_word import NewWord, warn_of_other_base
 from library.objective import followed
 from library.option_notices import notices
@@ -34,8 +34,11 @@ logger = logging.getLogger(__name__)
 
 
 @runtime.lost_processes_said()
-def train(options: Options, family_name: str) -> Path | None:
-    """Run one training and return the path of its embedding; None after ``--debug_dataset``. Raises UserError."""
+def train(options: Options, family_name: str, found: FoundImages | None) -> Path | None:
+    """Run one training and return the path of its embedding; None after ``--debug_dataset``. Raises UserError.
+
+    ``found`` is what :func:`find_images` gives for the options.
+    """
     family = FAMILIES[family_name]
     options = replace(options, runtime=with_launcher(options.runtime))
     runtime.check_runtime(options.runtime)
@@ -60,7 +63,7 @@ def train(options: Options, family_name: str) -> Path | None:
     in_force = replace(options.runtime, mixed_precision=machine.precision.mixed_precision)
     options = replace(options, runtime=in_force)
     seed = state.seed if state and options.training.seed is None else options.training.seed
-    data = find_data(options, family, word, runtime.seed_everything(seed))
+    data = build_data(options, word, runtime.seed_everything(seed), found)
     if options.dataset.debug_dataset:
         if options.dataset.dataset_class:
             show_batches(data.loader(), data.prompts)
@@ -93,16 +96,14 @@ def find_state(options: Options) -> TrainingState | None:
     return state
 
 
-def find_data(options: Options, family: ModelFamily, word: NewWord, seed: int) -> TrainingData | CustomData:
-    """Find and check the pictures and captions, and report on them."""
+def build_data(options: Options, word: NewWord, seed: int, found: FoundImages | None) -> TrainingData | CustomData:
+    """Check the pictures and captions that were ``found``, or load a dataset class, and report on them."""
     sentences = templates(options.token)
-    if options.dataset.dataset_class:
+    if found is None:
         length = options.token.max_token_length
         data = CustomData(options.dataset, word.prompts, max_token_length=length, templates=sentences, seed=seed)
     else:
-        configs = load_dataset_configs(options.dataset, bucket_step=family.bucket_step)
-        check_caching(configs, caching=options.cache.cache_latents)
-        data = TrainingData(configs, word.prompts, templates=sentences, seed=seed)
+        data = TrainingData(found.configs, word.prompts, templates=sentences, seed=seed, sets=found.sets)
         if options.cache.cache_latents_to_disk:
             refuse_shared_names(Path(entry.path) for entry in data.latent_entries())
     report = data.check()

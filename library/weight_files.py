@@ -11,7 +11,7 @@ from typing import Any
 
 from library.errors import UserError
 from library.safetensors_header import read_safetensors_header
-from library.stored_tensors import Place, Tensors, read_places
+from library.stored_tensors import Place, Tensors, UnreadTensors, unread_places
 from library.text_files import not_downloaded
 from library.torch_files import is_whole_zip, torch_content
 from library.torch_pickle import StoredTensor
@@ -22,16 +22,25 @@ _MOST_WRAPPERS = 4  # a "state_dict" in a "state_dict": some programs save a che
 
 @dataclass(frozen=True)
 class Weights:
-    """Names and shapes of the tensors in one or several files, and the way to read some of them.
+    """Names and shapes of the tensors in one or several files, and the way to some of them, still ``unread``.
 
     ``metadata`` is that of a safetensors file, or the strings that a torch file holds beside its tensors.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
-    read: Callable[[Iterable[str]], Tensors] = field(repr=False)
+    unread: Callable[[Iterable[str]], UnreadTensors] = field(repr=False)
     metadata: Mapping[str, str] = field(default_factory=dict)
 
+    def read(self, names: Iterable[str]) -> Tensors:
+        """Read some tensors, all at once."""
+        return {name: tensor.read() for name, tensor in self.unread(names).items()}
+
+    def unread_all(self) -> UnreadTensors:
+        """All tensors, still unread."""
+        return self.unread(self.shapes)
+
     def read_all(self) -> Tensors:
+        """Read all tensors at once: for small files."""
         return self.read(self.shapes)
 
 
@@ -62,14 +71,14 @@ def join_weights(paths: Sequence[Path], *, mmap: bool = True) -> Weights:
     """Open the shards of one model as if they were one file. Raises UserError if one is missing or unreadable."""
     shards = [open_weights(path, mmap=mmap) for path in paths]
 
-    def read(names: Iterable[str]) -> Tensors:
+    def unread(names: Iterable[str]) -> UnreadTensors:
         names = set(names)
-        return {name: t for shard in shards for name, t in shard.read(names & shard.shapes.keys()).items()}
+        return {name: t for shard in shards for name, t in shard.unread(names & shard.shapes.keys()).items()}
 
     shapes = {name: shape for shard in shards for name, shape in shard.shapes.items()}
     if len(shapes) < sum(len(shard.shapes) for shard in shards):
         raise UserError(f"{paths[0]} and the other parts of this model hold some tensors twice. {_DOWNLOAD_AGAIN}")
-    return Weights(shapes, read)
+    return Weights(shapes, unread)
 
 
 def _open_safetensors(path: Path, mmap: bool) -> Weights:
@@ -78,10 +87,10 @@ def _open_safetensors(path: Path, mmap: bool) -> Weights:
 
 
 def _weights(path: Path, mmap: bool, places: dict[str, Place], metadata: Mapping[str, str]) -> Weights:
-    def read(names: Iterable[str]) -> Tensors:
-        return read_places(path, mmap, {name: places[name] for name in names})
+    def unread(names: Iterable[str]) -> UnreadTensors:
+        return unread_places(path, mmap, {name: places[name] for name in names})
 
-    return Weights({name: place.shape for name, place in places.items()}, read, metadata)
+    return Weights({name: place.shape for name, place in places.items()}, unread, metadata)
 
 
 def _open_pickle(path: Path, mmap: bool) -> Weights:

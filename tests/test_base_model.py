@@ -11,11 +11,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from golden_data import golden_cases
+from held_memory import HeldMemory
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, build_pipeline, ldm_vae, save_folder, save_single_file, single_file_tensors
 
+from library import stored_tensors
 from library.base_model import BaseModel
 from library.errors import UserError
+from library.frozen_layers import FrozenLayer, fold
 from library.model_family import STABLE_DIFFUSION, STABLE_DIFFUSION_XL
 
 COMPONENTS = {"sd1": ["text_encoder"], "sd2": ["text_encoder"], "sdxl": ["text_encoder", "text_encoder_2"]}
@@ -172,6 +175,62 @@ def test_weights_are_cast(source, request):
         assert {p.device.type for p in part.parameters()} | {b.device.type for b in part.buffers()} == {"cpu"}
 
 
+# --- memory -------------------------------------------------------------------------------------------------------
+
+
+def saved_in(form: str, folder: Path, dtype: torch.dtype) -> Path:
+    """A tiny SDXL model in one of the forms that models have on disk."""
+    pipeline = build_pipeline("sdxl").to(dtype)
+    if form == "folder":
+        pipeline.save_pretrained(folder)
+        return folder
+    tensors = single_file_tensors(pipeline, "sdxl")
+    if form == "safetensors":
+        save_file(tensors, file := folder / "model.safetensors")
+    else:
+        file = folder / "model.ckpt"
+        torch.save({"state_dict": tensors}, file, _use_new_zipfile_serialization=form == "ckpt")
+    return file
+
+
+@pytest.mark.parametrize(
+    ("form", "mmap"),
+    [("folder", True), ("safetensors", True), ("safetensors", False), ("ckpt", True), ("old ckpt", True)],
+)
+def test_no_part_is_ever_held_twice(form, mmap, tmp_path):
+    """Casting takes no more than what is loaded and a few tensors; 8-bit weights never need the whole ones."""
+    model = open_model(
+        saved_in(form, tmp_path, torch.float16), "sdxl", disable_mmap_load_safetensors=not mmap, vae=None
+    )
+    loads = {
+        "unet": lambda: model.unet(torch.bfloat16),
+        "float8 unet": lambda: model.unet(torch.bfloat16, float8=True),
+        "text encoders": lambda: model.text_encoders(torch.bfloat16),
+        "vae": lambda: model.vae(torch.float32),
+    }
+    for name, load in loads.items():
+        with HeldMemory() as memory:
+            loaded = load()
+        parts = loaded if isinstance(loaded, list) else [loaded]
+        tensors = [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
+        largest = 4 * max(tensor.numel() for tensor in tensors)
+        assert memory.most <= sum(tensor.nbytes for tensor in tensors) + 4 * largest, name
+
+
+def test_float8_weights_are_those_of_the_cast_ones(tiny_sdxl, pipelines):
+    folded = open_model(tiny_sdxl, "sdxl").unet(torch.bfloat16, float8=True)
+    whole = pipelines["sdxl"].unet
+    layers = {name: layer for name, layer in folded.named_modules() if isinstance(layer, FrozenLayer)}
+    assert len(layers) == sum(isinstance(layer, torch.nn.Linear | torch.nn.Conv2d) for layer in whole.modules())
+    for name, layer in layers.items():
+        weight, scale = fold(whole.get_submodule(name).weight.to(torch.bfloat16))
+        assert torch.equal(layer.weight.view(torch.uint8), weight.view(torch.uint8))
+        assert torch.equal(layer.scale, scale)
+    for name, norm in folded.named_modules():
+        if isinstance(norm, torch.nn.GroupNorm | torch.nn.LayerNorm):
+            assert torch.equal(norm.weight, whole.get_submodule(name).weight.to(torch.bfloat16))
+
+
 def test_name_hash_and_scale(tiny_sd1, tiny_sd1_file, tiny_sdxl_file):
     model = open_model(tiny_sd1_file)
     assert model.name == "tiny_sd1.safetensors"
@@ -183,7 +242,8 @@ def test_name_hash_and_scale(tiny_sd1, tiny_sd1_file, tiny_sdxl_file):
 
 
 def test_opening_reads_no_tensor(tiny_sdxl_file, monkeypatch):
-    monkeypatch.setattr("library.weight_files.read_places", lambda *_, **__: pytest.fail("tensors were read"))
+    for module, reading in ((stored_tensors, "read_place"), (torch, "frombuffer")):
+        monkeypatch.setattr(module, reading, lambda *_, **__: pytest.fail("a tensor was read"))
     open_model(tiny_sdxl_file, "sdxl").check_parts()
 
 

@@ -3,6 +3,7 @@
 import shutil
 import sys
 from collections import Counter
+from collections.abc import Callable
 from datetime import timedelta
 from types import ModuleType, SimpleNamespace
 from unittest.mock import patch
@@ -16,7 +17,7 @@ from runs import TOKEN, arguments, write_dataset
 from safetensors.torch import load_file, save_file
 from tiny_models import build_pipeline, ldm_vae, save_folder
 
-from library import runtime, trainer, weight_files
+from library import base_model, runtime, weight_files
 from library.base_model import BaseModel
 from library.captions import OBJECT_TEMPLATES, STYLE_TEMPLATES
 from library.frozen_layers import FrozenConv2d, FrozenLinear, fold, unfold
@@ -281,15 +282,16 @@ def test_eight_bit_base(bench, family):
         assert (one - start).norm() > 1e-3
         assert (two - one).norm() > 1e-3
     # The gradient of a random U-Net is of the size of the rounding: what it must equal is that of the rounded weights.
-    rounded = bench(family=family, steps=2, patches=[patch.object(trainer, "freeze_layers", round_weights)])
+    rounded = bench(family=family, steps=2, patches=[patch.object(base_model, "freeze_layers", round_weights)])
     assert folded.losses == pytest.approx(rounded.losses, rel=1e-5)
     for ours, exact in zip(folded.rows[1], rounded.rows[1], strict=True):
         assert torch.allclose(ours, exact, atol=1e-4)
 
 
-def round_weights(unet: torch.nn.Module, *, float8: bool = False) -> None:
+def round_weights(unet: torch.nn.Module, *, float8: bool, fill: Callable[[torch.nn.Module, str], None]) -> None:
     """Give the layers that 8 bits can hold the values that those would have."""
-    for layer in unet.modules():
+    for name, layer in unet.named_modules():
+        fill(layer, f"{name}.")
         if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):
             layer.weight.data = unfold(*fold(layer.weight), layer.weight.dtype)
 
