@@ -19,7 +19,7 @@ from library.architectures import CONFIGS, SD2, VOCABULARY, TextEncoderLayout
 from library.errors import UserError, first_line
 from library.file_hash import FileHash, legacy_hash
 from library.frozen_layers import freeze_layers
-from library.main_memory import give_back
+from library.main_memory import give_back, return_large_blocks
 from library.model_family import END_OF_TEXT, START_OF_TEXT, ModelFamily
 from library.model_folder import ModelFolder, fetch_from_hub, fetch_vae, find_weights, looks_like_hub_id
 from library.model_identity import Identity, identify_file, identify_folder, positive_number, read_config
@@ -177,6 +177,8 @@ class BaseModel:
         where = f"{self.source.path} (U-Net)"
         model = _empty(lambda: UNet2DConditionModel.from_config(config), where)
         _check_fit(model, tensors, where)
+        if float8 and torch.device(device).type == "cpu":
+            return_large_blocks()  # weights are unfolded one after the other at every step
         freeze_layers(model, float8=float8, fill=_filler(tensors, dtype, device))
         return _finished(model, device)
 

@@ -34,10 +34,12 @@ def _run(parser: argparse.ArgumentParser, family: str, arguments: Sequence[str] 
         with ended_gently():
             # Numpy and Pillow take a while too, and a refused option does without them.
             from library.found_images import find_images
+            from library.imports import without_bitsandbytes
 
             found = find_images(options, family)
             logger.info("Loading PyTorch, transformers and diffusers.")
-            from library.training import train
+            with without_bitsandbytes():
+                from library.training import train
 
             train(options, family, found)
     except UserError as error:

@@ -6,7 +6,6 @@ with any number of loader workers and processes.
 
 import hashlib
 import itertools
-import os
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -31,6 +30,7 @@ from library.images import Cut, color_augment, flip, frame_image, frame_mask, to
 from library.latent_files import content_hash
 from library.latents import LatentCache, LatentEntry
 from library.preflight import Report, check
+from library.processes import usable_cores
 from library.tokens import PromptTokenizer
 
 # Epoch of batches that are not trained on: no run gets as far, so their noise is never trained on.
@@ -186,11 +186,6 @@ class _Handing(Dataset):
             return self.source[ref]
         except UserError as error:
             return UserError(str(error))
-
-
-def usable_cores() -> int:
-    """Processor cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _as_it_is(batch: Batch | UserError) -> Batch | UserError:

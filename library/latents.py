@@ -8,6 +8,7 @@ number of processes nor where the image lies changes them.
 import hashlib
 import itertools
 import logging
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,9 +37,11 @@ from library.latent_files import (
     write_slot,
 )
 from library.npz_files import ArchiveError, sum_of
+from library.processes import usable_cores
 
 logger = logging.getLogger(__name__)
 
+_MOST_READERS = 16  # threads; each may hold a large photo, see ``images.MOST_PIXELS``
 PIXELS_PER_LATENT = 8  # along each side, in every family
 
 
@@ -119,7 +122,18 @@ class LatentCache:
     what was found or made then, or an error.
     """
 
-    def __init__(self, *, suffix: str, to_disk: bool, seed: int, skip_check: bool = False, highvram: bool = False):
+    def __init__(
+        self,
+        *,
+        suffix: str,
+        to_disk: bool,
+        seed: int,
+        skip_check: bool = False,
+        highvram: bool = False,
+        precision: torch.dtype | None = None,
+    ):
+        """Caches on disk that made in a coarser ``precision`` (None: the VAE's) are made anew; finer ones will do."""
+        self.precision = precision
         self.suffix, self.to_disk, self.seed = suffix, to_disk, seed
         self.skip_check, self.highvram = skip_check, highvram
         self.memory: dict[LatentEntry, CachedLatents] = {}
@@ -255,7 +269,7 @@ class LatentCache:
             flip=entry.flip,
             alpha_mask=entry.alpha_mask,
             framing=_framing(entry),
-            precision=_name(encoder.dtype),
+            precision=_name(self.precision or encoder.dtype),
             fingerprint=encoder.fingerprint,
         )
 
@@ -347,12 +361,15 @@ def _read(entry: LatentEntry) -> _Read:
 
 
 def _read_ahead(batches: Iterable[list[_Task]]) -> Iterator[tuple[list[_Task], list[_Read]]]:
-    """Read the pictures of the next batch in a thread while the VAE is busy with this one."""
-    with ThreadPoolExecutor(max_workers=1) as reader:
+    """Read the pictures of the next batches, one in each thread, while the VAE is busy with this one."""
+    readers = min(usable_cores(), _MOST_READERS)
+    # Each reader sets warnings aside and puts back what it found, which may be another's: the last word is had here.
+    with warnings.catch_warnings(), ThreadPoolExecutor(readers) as pool:
         waiting: deque[tuple[list[_Task], list[Future[_Read]]]] = deque()
         for batch in batches:
-            waiting.append((batch, [reader.submit(_read, task.entry) for task in batch]))
-            if len(waiting) > 1:
+            waiting.append((batch, [pool.submit(_read, task.entry) for task in batch]))
+            # Enough for every thread; more would only fill the memory.
+            if sum(len(tasks) for tasks, _ in waiting) > max(readers, len(waiting[0][0])):
                 ready, read = waiting.popleft()
                 yield ready, [one.result() for one in read]
         for ready, read in waiting:

@@ -54,3 +54,8 @@ def _number(names: tuple[str, ...], otherwise: int) -> int:
         with suppress(KeyError, ValueError):
             return int(os.environ[name])
     return otherwise
+
+
+def usable_cores() -> int:
+    """Processor cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

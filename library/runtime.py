@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
+_BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")  # of Intel and AMD, and of ARM
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -73,6 +74,17 @@ def choose_precision(options: RuntimeOptions) -> Precision:
 def computes_on_cpu() -> bool:
     """Whether there is no accelerator, or ``accelerate launch --cpu`` leaves it alone."""
     return not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+
+
+def vae_dtype(precision: Precision, device: torch.device, *, whole: bool = False) -> torch.dtype:
+    """What the VAE works in: the run's precision, but float32 if that is asked for (``whole``) or faster.
+
+    A CPU without instructions for bfloat16 multiplies it by way of float32.
+    """
+    capable = torch.cpu.get_capabilities()
+    if whole or (device.type == "cpu" and not any(capable.get(name) for name in _BFLOAT16_INSTRUCTIONS)):
+        return torch.float32
+    return precision.dtype
 
 
 @dataclass(frozen=True)
@@ -153,8 +165,7 @@ def _use_all_cores() -> None:
     if _threads_chosen():
         return
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = max(1, cores // local_processes)
+    threads = max(1, processes.usable_cores() // local_processes)
     if threads != torch.get_num_threads():
         torch.set_num_threads(threads)
 

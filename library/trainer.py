@@ -132,6 +132,7 @@ class Trainer:
 
     def load_text_encoders(self) -> list[torch.nn.Module]:
         """The frozen text encoders in the run's precision, on the device."""
+        logger.info("Loading the text encoder%s.", "s" if len(self.model.architecture.text_encoders) > 1 else "")
         encoders = self.model.text_encoders(self.precision.dtype, self.device)
         if self.options.training.gradient_checkpointing:
             for encoder in encoders:
@@ -204,7 +205,9 @@ class Trainer:
         Without a cache it stays on the device, for encoding at every step.
         """
         cache = self.options.cache
-        dtype = torch.float32 if self.options.model.no_half_vae else self.precision.dtype
+        whole = self.options.model.no_half_vae
+        dtype = runtime.vae_dtype(self.precision, self.device, whole=whole)
+        logger.info("Loading the VAE.")
         vae = FrozenVae(self.model.vae(dtype, self.device), self.device, dtype, load=self.model.vae)
         if not cache.cache_latents:
             return vae
@@ -215,6 +218,7 @@ class Trainer:
             seed=self.data.seed,
             skip_check=cache.skip_cache_check,
             highvram=self.options.runtime.highvram,
+            precision=torch.float32 if whole else self.precision.dtype,
         )
         latents.fill(
             self.data.latent_entries(),
@@ -232,6 +236,7 @@ class Trainer:
 
     def load_unet(self) -> torch.nn.Module:
         """The frozen U-Net in the run's precision (or float8), on the device, in eval mode."""
+        logger.info("Loading the U-Net.")
         unet = self.model.unet(self.precision.dtype, self.device, float8=self.options.runtime.fp8_base)
         if self.options.training.gradient_checkpointing:
             unet.enable_gradient_checkpointing()

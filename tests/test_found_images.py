@@ -28,7 +28,8 @@ def dataset_file(folder: Path, subset: str) -> Path:
     """A dataset file of one subset, given as it stands in the file."""
     file = folder / "data.toml"
     file.write_text(
-        f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\ncaption_extension = '.txt'\n{subset}\n", encoding="utf-8"
+        f"[general]\ncaption_extension = '.txt'\n[[datasets]]\nresolution = 64\n[[datasets.subsets]]\n{subset}\n",
+        encoding="utf-8",
     )
     return file
 

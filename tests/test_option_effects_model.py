@@ -72,7 +72,7 @@ def test_base_model(bench, tmp_path, tiny_sd1_file, tiny_sd2_file):
 
 
 @shows("vae", "no_half_vae")
-def test_vae(bench, tmp_path):
+def test_vae(bench, tmp_path, monkeypatch):
     vae = build_pipeline("sd1", seed=7).vae
     vae.save_pretrained(tmp_path / "vae")
     save_file({key: value.contiguous() for key, value in ldm_vae(vae).items()}, tmp_path / "vae.safetensors")
@@ -82,9 +82,15 @@ def test_vae(bench, tmp_path):
     )
     assert torch.equal(from_folder, from_file)
     assert (from_folder - plain).abs().max() > 1e-2
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
     half = bench(f"--vae={tmp_path / 'vae'}", "--mixed_precision=bf16", "--cache_latents=false")
     assert half.trainer.task.vae.dtype == torch.bfloat16
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # a CPU that has no instructions for bfloat16
+    slow = bench(f"--vae={tmp_path / 'vae'}", "--mixed_precision=bf16", "--cache_latents=false")
+    assert slow.trainer.task.vae.dtype == torch.float32
+    assert slow.trainer.task.unet.dtype == torch.bfloat16
     assert torch.allclose(torch.tensor(half.trainer.task.vae.fingerprint), torch.tensor(vae_fingerprint(vae)), atol=0.5)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
     full = bench("--no_half_vae", "--mixed_precision=bf16", "--cache_latents=false")
     assert full.trainer.task.vae.dtype == next(full.trainer.task.vae.vae.parameters()).dtype == torch.float32
     assert full.trainer.task.unet.dtype == torch.bfloat16
