@@ -233,7 +233,8 @@ class CacheOptions:
     )
     vae_batch_size: int = option(
         1,
-        "Pictures encoded at once while caching. More is faster and needs more memory. Useless without a cache.",
+        "Pictures encoded at once while caching. More is faster, needs more memory and rounds the latents "
+        "a little differently. Useless without a cache.",
         read=whole_number,
         at_least=1,
         at_most=4096,

@@ -1,8 +1,9 @@
 """Pictures to latents: the VAE, and the cache that spares it, in memory or on disk.
 
 Latents are unscaled everywhere here; the model family's factor is applied in training. They are one draw of the VAE's
-posterior, made with a generator of the image's own that depends on its content and the seed, so neither batch size nor
-number of processes nor where the image lies changes them.
+posterior, made with a generator of the image's own that depends on its content and the seed, so neither the number of
+processes nor where the image lies changes them. The size of a batch does, by a rounding: the VAE's sums are then made in
+another order. So ``--vae_batch_size`` is 1 by default, and latents made again after an interruption are the same bits.
 """
 
 import hashlib

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from held_memory import HeldMemory
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -93,6 +94,22 @@ def test_folding_keeps_small_and_large_weights(spread):
 def test_folding_for_half_precision_loses_nothing_to_small_scales():
     weight = torch.full((2, 8), 2e-4)
     torch.testing.assert_close(unfold(*fold(weight), torch.float16), weight.half())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_unfolding_rounds_once(dtype):
+    """Every float8 number times scales of all sizes: the float32 product, rounded to the computing dtype."""
+    weight = torch.arange(256, dtype=torch.uint8).repeat(64, 1).view(FLOAT8)
+    scale = torch.logspace(-9, 1, 64).unsqueeze(1)
+    expected = (weight.float() * scale).to(dtype)
+    assert torch.equal(unfold(weight, scale, dtype).nan_to_num(0), expected.nan_to_num(0))
+
+
+def test_unfolding_makes_no_float32_copy():
+    weight, scale = fold(torch.randn(64, 256))
+    with HeldMemory() as memory:
+        unfold(weight, scale, torch.bfloat16)
+    assert memory.most == 2 * weight.numel()
 
 
 @EVERY_LAYER
