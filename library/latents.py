@@ -2,8 +2,9 @@
 
 Latents are unscaled everywhere here; the model family's factor is applied in training. They are one draw of the VAE's
 posterior, made with a generator of the image's own that depends on its content and the seed, so neither the number of
-processes nor where the image lies changes them. The size of a batch does, by a rounding: the VAE's sums are then made in
-another order. So ``--vae_batch_size`` is 1 by default, and latents made again after an interruption are the same bits.
+processes nor where the image lies changes them. The size of a batch does, by a rounding: the VAE's sums are then made
+in another order. So ``--vae_batch_size`` is 1 by default, and latents made again after an interruption are the same
+bits.
 """
 
 import hashlib

@@ -41,8 +41,8 @@ class ModelOptions:
         None, "Another VAE than the model's own: a file, a folder, or a Hugging Face name.", metavar="VAE"
     )
     no_half_vae: bool = flag(
-        "Keep the VAE in float32. For VAEs that break down in fp16, such as SDXL's own. (A CPU without instructions for "
-        "bfloat16 does so in any case.)"
+        "Keep the VAE in float32. For VAEs that break down in fp16, such as SDXL's own. (A CPU without instructions "
+        "for bfloat16 does so in any case.)"
     )
     clip_skip: int | None = option(
         None,
