@@ -88,6 +88,16 @@ def test_a_mistake_in_the_dataset_is_told_without_torch(mistake, tmp_path):
     assert not packages & HEAVY
 
 
+def test_a_training_says_at_once_what_it_loads_and_leaves_bitsandbytes_out(tmp_path):
+    images = folder_of_images(tmp_path / "images", "mychar")
+    file = dataset_file(tmp_path, f"image_dir = '{images.as_posix()}'")
+    code, said, packages = told("train_textual_inversion", *run_with(file))
+    assert code == 1
+    assert said.index("Loading PyTorch") < said.index("/nowhere.safetensors does not exist")
+    assert {"torch", "diffusers", "transformers"} <= packages
+    assert "bitsandbytes" not in packages
+
+
 def found(file: Path, token: str, *, template: bool = False):
     values = {name: option.default for name, option in declared_options()}
     values |= {"dataset_config": str(file), "token_string": token, "use_object_template": template}

@@ -1,6 +1,8 @@
 import logging
 import os
 import shutil
+import threading
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -12,7 +14,7 @@ from diffusers import AutoencoderKL
 from golden_data import golden_cases
 from PIL import Image
 
-from library import frozen_vae
+from library import frozen_vae, latents
 from library.buckets import BucketChooser, BucketRules, size_conditioning_crop
 from library.errors import UserError
 from library.frozen_vae import FrozenVae, vae_fingerprint
@@ -282,6 +284,29 @@ def test_a_higher_precision_makes_the_latents_anew(tmp_path):
     assert _cache().fill(entries, _encoder(_tiny_vae())).reasons == {"in a coarser precision": 2}
     for dtype in (torch.float32, torch.bfloat16):
         assert _cache().fill(entries, _encoder(_tiny_vae(), dtype)).encoded == 0
+
+
+def test_latents_in_the_precision_of_the_run_will_do_where_the_vae_works_in_a_finer_one(tmp_path):
+    """A bf16 run on a CPU encodes in float32, and takes what a GPU has cached in bf16."""
+    cached, new = _images(tmp_path, 2)
+    _cache().fill([cached], _encoder(_tiny_vae(), torch.bfloat16))
+    report = _cache(precision=torch.bfloat16).fill([cached, new], _encoder(_tiny_vae()))
+    assert (report.reused, report.encoded) == (1, 1)
+    assert _cache().fill([cached, new], _encoder(_tiny_vae())).reasons == {"in a coarser precision": 1}
+
+
+def test_images_are_read_by_as_many_threads_as_there_are_cores(tmp_path, monkeypatch):
+    meeting, read = threading.Barrier(3), latents._read
+
+    def read_together(entry):
+        meeting.wait(timeout=60)  # raises BrokenBarrierError unless three threads come
+        return read(entry)
+
+    monkeypatch.setattr(latents, "usable_cores", lambda: 3)
+    monkeypatch.setattr(latents, "_read", read_together)
+    filters = warnings.filters[:]
+    assert _cache(to_disk=False).fill(_images(tmp_path, 6), _encoder()).encoded == 6
+    assert warnings.filters == filters
 
 
 def test_a_bitmap_edited_to_the_same_length_is_encoded_anew_and_a_copied_folder_is_not(tmp_path):
