@@ -30,6 +30,7 @@ from library.stored_tensors import UnreadTensors
 from library.weight_files import open_weights
 
 logger = logging.getLogger(__name__)
+_LARGE_MODEL = 10**7  # weights: below it, looking for what is free costs more than it is worth
 
 # Tensors in text-encoder files that these models have no use for.
 _UNUSED = ("embeddings.position_ids", "logit_scale", "text_projection.weight")
@@ -297,5 +298,6 @@ def _filler(tensors: UnreadTensors, dtype: torch.dtype, device: torch.device | s
 
 
 def _finished(model: nn.Module, device: torch.device | str) -> nn.Module:
-    give_back()  # what was read and cast
+    if sum(weight.numel() for weight in model.parameters()) >= _LARGE_MODEL:
+        give_back()  # what was read and cast
     return model.to(device).requires_grad_(False).eval()
