@@ -254,6 +254,20 @@ def averaged_values(optimizer: Optimizer) -> Iterator[None]:
         set_train_mode(optimizer, True)
 
 
+def widen_states(optimizer: Optimizer, device: torch.device) -> None:
+    """Keep the states of bitsandbytes' 8-bit optimizers in 32 bits on Apple's GPUs, and say so: it has no other there.
+
+    Only parameters of 4096 numbers or more have 8-bit states at all.
+    """
+    settings = getattr(optimizer, "args", None)
+    if device.type != "mps" or not hasattr(settings, "min_8bit_size"):
+        return
+    numbers = [parameter.numel() for group in optimizer.param_groups for parameter in group["params"]]
+    if max(numbers) >= settings.min_8bit_size:
+        logger.info("%s keeps its states in 32 bits: it has no other on Apple's GPUs.", type(optimizer).__name__)
+    settings.min_8bit_size = max(numbers) + 1
+
+
 def slow_learning_warning(choice: OptimizerChoice, total_steps: int, spread: float) -> str | None:
     """A sentence if the rate is so low that no coordinate can get far, else None.
 
