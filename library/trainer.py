@@ -17,6 +17,7 @@ from library.batches import groups
 from library.checkpoints import Action, RunPlan, SaveSchedule
 from library.dataset import TrainingData
 from library.denoising import DenoisingTask
+from library.device_settings import fastest_format, let_memory_grow
 from library.diffusion import NoiseSchedule
 from library.errors import UserError, survived
 from library.frozen_vae import FrozenVae
@@ -29,7 +30,7 @@ from library.learning_watch import LearningWatch
 from library.lr_schedulers import LearningRateSchedule, build_lr_schedule
 from library.model_family import ModelFamily
 from library.new_word import NewWord, initial_rows
-from library.optimizers import OptimizerChoice, build_optimizer, largest_rate, slow_learning_warning
+from library.optimizers import OptimizerChoice, build_optimizer, largest_rate, slow_learning_warning, widen_states
 from library.options import Options
 from library.rescue import Rescue
 from library.results import Results
@@ -86,6 +87,7 @@ class Trainer:
     def run(self) -> Path:
         """Train and save; return the path of the embedding file."""
         check_learning(self.options, self.plan.total_steps)
+        let_memory_grow(self.data.sizes, self.device)
         if self.accelerator.is_main_process:
             self.results.sweep()
         self.hub = HubUpload.open(self.options.hub) if self.accelerator.is_main_process else None
@@ -114,7 +116,7 @@ class Trainer:
             self.log.finish()
             if self.hub:
                 self.hub.finish()
-        if self.options.sample.learning_report and self.accelerator.is_main_process:
+        if self.options.sample.learning_report:
             self.report_learning(path)
         return path
 
@@ -168,6 +170,7 @@ class Trainer:
         """The optimizer over the rows alone, and its learning rates."""
         rows.to(self.device)
         choice = build_optimizer(self.options.optimizer, rows.parameters())
+        widen_states(choice.optimizer, self.device)
         schedule = build_lr_schedule(self.options.schedule, choice, self.plan.total_steps)
         if warning := slow_learning_warning(choice, self.plan.total_steps, self.table_spread):
             logger.warning(warning)
@@ -238,6 +241,7 @@ class Trainer:
         """The frozen U-Net in the run's precision (or float8), on the device, in eval mode."""
         logger.info("Loading the U-Net.")
         unet = self.model.unet(self.precision.dtype, self.device, float8=self.options.runtime.fp8_base)
+        unet.to(memory_format=fastest_format(self.device, self.precision.dtype))
         if self.options.training.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         return unet
@@ -371,7 +375,10 @@ class Trainer:
     # ---- results
 
     def draw_samples(self, mark: str, *, missing: bool = False) -> None:
-        """Draw the pictures of ``--sample_prompts`` with the rows as they would be saved now, or those ``missing``."""
+        """Draw the pictures of ``--sample_prompts`` with the rows as they would be saved now, or those ``missing``.
+
+        All processes take part, and the main one logs the pictures of all.
+        """
         with self.learner.averaged_rows():
             pictures = self.album.draw(
                 self.sampling_pipeline(),
@@ -380,7 +387,8 @@ class Trainer:
                 num_processes=self.accelerator.num_processes,
                 missing=missing,
             )
-        self.log.pictures(pictures, self.step)
+        if self.options.logging.trackers:
+            self.log.pictures(dict(gather_object([*pictures.items()])), self.step)
 
     def carry_out(self, actions: Iterable[Action]) -> None:
         """Save and remove what the schedule says."""
@@ -440,11 +448,12 @@ class Trainer:
         return path
 
     def report_learning(self, path: Path) -> None:
-        """Measure what the word learned, say it, and write it beside the embedding file."""
+        """Measure what the word learned, say it, and write it beside the embedding file; all processes take part."""
         token = self.options.token
         with survived("The learning report could not be made; the embedding is complete without it."):
             with self.learner.averaged_rows():
                 measure = LearningMeasure(self.sampling_pipeline(), self.task, self.data, self.word, self.rows)
                 report = measure.report(None if token.weights else token.init_word, self.starts)
-            print(f"\n{report.text}")
-            print(f"The pictures are in {report.write(path.with_suffix(''), self.results.run)}")
+            if self.accelerator.is_main_process:
+                print(f"\n{report.text}")
+                print(f"The pictures are in {report.write(path.with_suffix(''), self.results.run)}")
