@@ -30,15 +30,9 @@ if TYPE_CHECKING:  # what only looks for images does without it: a mistake is to
 
 logger = logging.getLogger(__name__)
 
-IMAGE_EXTENSIONS = (
-    ".png",
-    ".jpg",
-    ".jpeg",
-    ".webp",
-    ".bmp",
-    *((".avif",) if features.check("avif") else ()),
-    *((".jxl",) if "JXL" in Image.OPEN else ()),
-)
+IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+IMAGE_EXTENSIONS += (".avif",) if features.check("avif") else ()
+IMAGE_EXTENSIONS += (".jxl",) if "JXL" in Image.OPEN else ()
 
 # What Pillow may take a file for, whatever its name says. Others of its readers start programs, or are hardly used.
 _FORMATS = (

@@ -11,13 +11,12 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from library import runtime
+from library import device_settings, runtime
 from library.base_model import BaseModel
 from library.batches import groups
 from library.checkpoints import Action, RunPlan, SaveSchedule
 from library.dataset import TrainingData
 from library.denoising import DenoisingTask
-from library.device_settings import fastest_format, let_memory_grow
 from library.diffusion import NoiseSchedule
 from library.errors import UserError, survived
 from library.frozen_vae import FrozenVae
@@ -30,7 +29,7 @@ from library.learning_watch import LearningWatch
 from library.lr_schedulers import LearningRateSchedule, build_lr_schedule
 from library.model_family import ModelFamily
 from library.new_word import NewWord, initial_rows
-from library.optimizers import OptimizerChoice, build_optimizer, largest_rate, slow_learning_warning, widen_states
+from library.optimizers import OptimizerChoice, build_optimizer, largest_rate, slow_learning_warning
 from library.options import Options
 from library.rescue import Rescue
 from library.results import Results
@@ -87,7 +86,6 @@ class Trainer:
     def run(self) -> Path:
         """Train and save; return the path of the embedding file."""
         check_learning(self.options, self.plan.total_steps)
-        let_memory_grow(self.data.sizes, self.device)
         if self.accelerator.is_main_process:
             self.results.sweep()
         self.hub = HubUpload.open(self.options.hub) if self.accelerator.is_main_process else None
@@ -170,7 +168,6 @@ class Trainer:
         """The optimizer over the rows alone, and its learning rates."""
         rows.to(self.device)
         choice = build_optimizer(self.options.optimizer, rows.parameters())
-        widen_states(choice.optimizer, self.device)
         schedule = build_lr_schedule(self.options.schedule, choice, self.plan.total_steps)
         if warning := slow_learning_warning(choice, self.plan.total_steps, self.table_spread):
             logger.warning(warning)
@@ -241,7 +238,7 @@ class Trainer:
         """The frozen U-Net in the run's precision (or float8), on the device, in eval mode."""
         logger.info("Loading the U-Net.")
         unet = self.model.unet(self.precision.dtype, self.device, float8=self.options.runtime.fp8_base)
-        unet.to(memory_format=fastest_format(self.device, self.precision.dtype))
+        unet.to(memory_format=device_settings.fastest_format(self.device, self.precision.dtype))
         if self.options.training.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         return unet
@@ -375,10 +372,7 @@ class Trainer:
     # ---- results
 
     def draw_samples(self, mark: str, *, missing: bool = False) -> None:
-        """Draw the pictures of ``--sample_prompts`` with the rows as they would be saved now, or those ``missing``.
-
-        All processes take part, and the main one logs the pictures of all.
-        """
+        """Draw the pictures of ``--sample_prompts``, or those ``missing``, with the rows as they would be saved now."""
         with self.learner.averaged_rows():
             pictures = self.album.draw(
                 self.sampling_pipeline(),
@@ -387,8 +381,7 @@ class Trainer:
                 num_processes=self.accelerator.num_processes,
                 missing=missing,
             )
-        if self.options.logging.trackers:
-            self.log.pictures(dict(gather_object([*pictures.items()])), self.step)
+        self.log.pictures(pictures, self.step)
 
     def carry_out(self, actions: Iterable[Action]) -> None:
         """Save and remove what the schedule says."""
