@@ -108,10 +108,11 @@ def assert_moved_alike(one: Outcome, two: Outcome, cosine: float) -> None:
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_training_computes_what_it_does_on_the_cpu(family, precision, bench, on_the_cpu, on_gpu):
     flags, dtype, tolerance = PRECISIONS[precision]
-    outcome = bench(*flags, family=family, steps=STEPS)
+    # The scaler of fp16 may skip the first steps, until its scale fits.
+    outcome = bench(*flags, family=family, steps=12 if dtype == torch.float16 else STEPS)
     assert_computed_there(outcome, on_gpu)
-    assert outcome.losses == pytest.approx(on_the_cpu(family).losses, rel=tolerance)
-    for ours, theirs in zip(outcome.draws, on_the_cpu(family).draws, strict=True):
+    assert outcome.losses[:STEPS] == pytest.approx(on_the_cpu(family).losses, rel=tolerance)
+    for ours, theirs in zip(outcome.draws[:STEPS], on_the_cpu(family).draws, strict=True):
         assert torch.equal(ours.noise.cpu(), theirs.noise)
         assert torch.equal(ours.timesteps.cpu(), theirs.timesteps)
     if on_gpu:  # without one, fp16 becomes bf16
@@ -199,7 +200,8 @@ def test_adamw8bit_keeps_its_state_in_8_bits(bench, on_gpu):
     ],
     ids=["cached", "uncached", "fp16", "checkpointing"],
 )
-def test_a_step_waits_for_the_gpu_once(flags, bench, needs_gpu):
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_step_waits_for_the_gpu_once(family, flags, bench, needs_gpu):
     """And a batch never, from the third step on; see test_learner.py for the same without a GPU."""
     counted, step = [], Learner.step
 
@@ -213,7 +215,7 @@ def test_a_step_waits_for_the_gpu_once(flags, bench, needs_gpu):
                 torch.cuda.set_sync_debug_mode("default")
                 counted.append([str(one.message) for one in seen if "synchronizing CUDA operation" in str(one.message)])
 
-    bench(*flags, steps=6, patches=[patch.object(Learner, "step", watched)])
+    bench(*flags, family=family, steps=6, patches=[patch.object(Learner, "step", watched)])
     assert [len(each) for each in counted[2:]] == [1] * 4, counted
 
 
