@@ -436,9 +436,9 @@ def encoded(monkeypatch):
     calls = []
     original = FrozenVae.encode
 
-    def recorded(self, images, generators, names=()):
+    def recorded(self, images, generators, names=(), **details):
         calls.append(len(images))
-        return original(self, images, generators, names)
+        return original(self, images, generators, names, **details)
 
     monkeypatch.setattr(FrozenVae, "encode", recorded)
     return calls
