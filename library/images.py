@@ -35,11 +35,8 @@ IMAGE_EXTENSIONS += (".avif",) if features.check("avif") else ()
 IMAGE_EXTENSIONS += (".jxl",) if "JXL" in Image.OPEN else ()
 
 # What Pillow may take a file for, whatever its name says. Others of its readers start programs, or are hardly used.
-_FORMATS = (
-    *("PNG", "JPEG", "WEBP", "BMP"),
-    *(("AVIF",) if features.check("avif") else ()),
-    *(("JXL",) if "JXL" in Image.OPEN else ()),
-)
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+_FORMATS += (("AVIF",) if features.check("avif") else ()) + (("JXL",) if "JXL" in Image.OPEN else ())
 
 # How to turn pixels [h, w, channels] upright, by their EXIF orientation.
 _UPRIGHT = {

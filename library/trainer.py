@@ -64,17 +64,15 @@ class Trainer:
         if machine.accelerator.is_main_process:
             model.begin_hash()
         self.options, self.family, self.model, self.word, self.data = options, family, model, word, data
-        self.state = state
+        self.state, self.device = state, machine.accelerator.device
         self.accelerator, self.precision = machine.accelerator, machine.precision
-        self.device = self.accelerator.device
         processes = self.accelerator.num_processes
         self.plan = RunPlan.create(options.training, data.order.num_batches, processes)
         self.saves = SaveSchedule.create(options.save, self.plan.epochs)
         self.results = Results.create(options, family, model, word, data)
-        self.album = SampleAlbum.create(options, word.prompts)
+        self.album, self.epoch_closed = SampleAlbum.create(options, word.prompts), True
         done = state.step if state else 0
         self.epoch, self.batches_done = self.plan.position(done, closed=state is None or state.epoch_closed)
-        self.epoch_closed = True
         if state:
             self.results = self.results.continuing(state, self.plan, data.fingerprint, processes)
 

@@ -12,8 +12,7 @@ MODULES = sorted((ROOT / "library").glob("*.py"))
 
 # Lower layers know nothing of higher ones; modules of one layer may use each other.
 LAYERS = [
-    "errors interruptions processes imports main_memory file_hash concept_distance device_report text_files "
-    "transfers",
+    "errors interruptions processes imports main_memory file_hash concept_distance device_report text_files transfers",
     "option_types placeholder text_repair buckets resizing data_options training_options output_options options",
     "atomic_files npz_files captions clients config_file console option_checks option_notices options_page arguments "
     "dataset_schema dataset_sources batch_order",
