@@ -1,11 +1,14 @@
 """What the training loop receives: one batch of samples as tensors."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from library.images import Cut
+from library.transfers import sent
+
+_FOR_THE_NETWORKS = ("latents", "images", "masks", "loss_weights", "size_conditioning")
 
 
 @dataclass
@@ -17,7 +20,7 @@ class Sample:
     input_ids: list[torch.Tensor]  # per tokenizer int64 [chunks, 77]
     has_token: bool
     latents: torch.Tensor | None  # float32 [4, h, w], unscaled
-    image: torch.Tensor | None  # float32 [3, H, W] in [-1, 1]
+    image: torch.Tensor | None  # uint8 [3, H, W]
     mask: torch.Tensor | None  # float32 [H, W] in [0, 1]
     loss_weight: float
     size_conditioning: tuple[int, int, int, int, int, int]
@@ -39,7 +42,7 @@ class Batch:
     input_ids: list[torch.Tensor]  # per tokenizer int64 [B, chunks, 77]
     has_token: torch.Tensor  # bool [B]: whether a vector of the word is left after the length limit
     latents: torch.Tensor | None  # float32 [B, 4, h, w], unscaled; None where pixels are given
-    images: torch.Tensor | None  # float32 [B, 3, H, W] in [-1, 1]; None where latents are given
+    images: torch.Tensor | None  # [B, 3, H, W], uint8 or float32 in [-1, 1]; None where latents are given
     masks: torch.Tensor | None  # float32 [B, 1, H, W] in [0, 1]; None if no sample has one
     loss_weights: torch.Tensor  # float32 [B]
     size_conditioning: torch.Tensor  # float32 [B, 6]: file height, width, crop top, left, target height, width
@@ -49,21 +52,21 @@ class Batch:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
-        """The same batch with its tensors on ``device``."""
-        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch with what the networks and the loss read on ``device``.
+
+        The ids and what is known of them stay: they are looked at here, and reading them back would take waiting.
+        """
+        return self._with_tensors(lambda tensor: sent(tensor, device))
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory; the data loader asks for it by this name."""
-        return self._with_tensors(torch.Tensor.pin_memory)
+        ids = [ids.pin_memory() for ids in self.input_ids]
+        return replace(self._with_tensors(torch.Tensor.pin_memory), input_ids=ids)
 
-    def _with_tensors(self, change) -> "Batch":
-        changed = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, torch.Tensor):
-                changed[field.name] = change(value)
-        return replace(self, input_ids=[change(ids) for ids in self.input_ids], **changed)
+    def _with_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        found = {name: getattr(self, name) for name in _FOR_THE_NETWORKS}
+        return replace(self, **{name: change(tensor) for name, tensor in found.items() if tensor is not None})
 
 
 def collate(samples: Sequence[Sample], weight: float, num_tokenizers: int) -> Batch:

@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
@@ -26,7 +26,7 @@ from library.dataset_config import DatasetConfig
 from library.errors import UserError
 from library.image_sets import ImageSet
 from library.image_table import ImageTable, calm_rules, load_tables
-from library.images import Cut, color_augment, flip, frame_image, frame_mask, to_tensor
+from library.images import Cut, channels_first, color_augment, flip, frame_image, frame_mask
 from library.latent_files import content_hash
 from library.latents import LatentCache, LatentEntry
 from library.preflight import Report, check
@@ -118,7 +118,7 @@ class SampleSource(Dataset):
         path, framing, size = self.table.path(index), self.table.framing(index), self.table.image_size(index)
         picture = frame_image(path, framing, alpha=subset.alpha_mask, rng=rng, size=size)
         pixels = color_augment(picture.pixels, rng) if subset.color_aug else picture.pixels
-        image = to_tensor(flip(pixels) if flipped else pixels)
+        image = channels_first(flip(pixels) if flipped else pixels)
         return None, image, self._mask(index, flipped, picture.alpha, picture.cut), picture.cut
 
     def _mask(self, index: int, flipped: bool, alpha, cut: Cut) -> torch.Tensor | None:
@@ -201,6 +201,7 @@ class BatchedData(ABC):
     resolution: Size
     table: ImageTable | None = None  # of images found in folders
     templates: Sequence[str] | None = None
+    sizes: Collection[Size] = ()  # (width, height) of the batches' images, as far as they are known
 
     @abstractmethod
     def source(self, max_steps: int) -> Dataset:
@@ -256,6 +257,12 @@ class TrainingData(BatchedData):
     def resolution(self) -> Size:
         """(width, height) of the dataset with the most pixels."""
         return max((config.buckets.resolution for config in self.configs), key=lambda size: size[0] * size[1])
+
+    @property
+    def sizes(self) -> Collection[Size]:
+        """(width, height) of the images in the batches that are trained on."""
+        counts = self.table.samples_in_buckets()
+        return {bucket.size for bucket, count in zip(self.table.buckets, counts, strict=True) if count}
 
     @property
     def has_validation(self) -> bool:

@@ -144,7 +144,7 @@ def contact_sheet(samples: list[Sample]) -> Image.Image:
 
 
 def _seen(sample: Sample) -> Image.Image:
-    pixels = (sample.image.permute(1, 2, 0) + 1) * 127.5
+    pixels = sample.image.permute(1, 2, 0).float()
     if sample.mask is not None:
         pixels = pixels * (0.25 + 0.75 * sample.mask.unsqueeze(-1))
     return Image.fromarray(pixels.round().clamp(0, 255).byte().numpy())

@@ -7,6 +7,7 @@ import torch
 from library.batches import Batch
 from library.diffusion import NoiseSchedule, draw_noise, per_sample_loss
 from library.frozen_vae import FrozenVae
+from library.images import normalized
 from library.model_family import ModelFamily
 from library.options import LossOptions, NoiseOptions
 from library.text_encoding import PromptEncoder
@@ -30,9 +31,12 @@ class DenoisingTask:
     vae_scale_factor: float
     vae: FrozenVae | None = None
 
-    def losses(self, batch: Batch) -> torch.Tensor:
-        """The loss of each of the batch's B samples, float32 [B]; ``batch`` is on the U-Net's device."""
-        latents = self._latents(batch)
+    def losses(self, batch: Batch, *, check: bool = True) -> torch.Tensor:
+        """The loss of each of the batch's B samples, float32 [B]; ``batch`` is on the U-Net's device.
+
+        Without ``check`` nobody waits for the device: the loss of an image at which the VAE overflows is not finite.
+        """
+        latents = self._latents(batch, check)
         draw = draw_noise(latents, self.noise, batch.seeds)
         noisy = self.schedule.add_noise(latents, draw.input_noise, draw.timesteps)
         conditioning = self.prompt_encoder.encode(batch.input_ids)
@@ -48,10 +52,11 @@ class DenoisingTask:
             loss_weights=batch.loss_weights,
         )
 
-    def _latents(self, batch: Batch) -> torch.Tensor:
+    def _latents(self, batch: Batch, check: bool) -> torch.Tensor:
         latents = batch.latents
         if latents is None:
             # Not the seeds of the noise: the posterior's draw and the noise must be independent.
             generators = [torch.Generator().manual_seed(seed ^ (1 << 62)) for seed in batch.seeds]
-            latents = self.vae.encode(batch.images, generators, batch.keys)
+            images = normalized(batch.images) if batch.images.dtype == torch.uint8 else batch.images
+            latents = self.vae.encode(images, generators, batch.keys, check=check)
         return latents.float() * self.vae_scale_factor

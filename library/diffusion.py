@@ -17,6 +17,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from library.options import LossOptions, NoiseOptions
+from library.transfers import sent
 
 NUM_TIMESTEPS = 1000
 # Stable Diffusion's schedule, as diffusers' schedulers take it.
@@ -139,16 +140,15 @@ def draw_timesteps(count: int, low: int | None, high: int | None, generator: tor
 
 
 def sample_noise(latents: Tensor, options: NoiseOptions, generator: torch.Generator, rng: random.Random) -> NoiseDraw:
-    """Draw noise and timesteps for ``latents`` [B,C,h,w]; the draws are made, and returned, on the CPU.
+    """Draw noise and timesteps for ``latents`` [B,C,h,w], which are on the CPU, as the draws are.
 
-    The order of the draws is fixed (noise, offset, pyramid, timesteps, input perturbation); ``rng`` gives the pyramid's
-    ratios, ``generator`` everything else.
+    Only ``adaptive_noise_scale`` looks at the latents' values. The order of the draws is fixed (noise, offset, pyramid,
+    timesteps, input perturbation); ``rng`` gives the pyramid's ratios, ``generator`` everything else.
     """
 
     def strength(value: float, at_random: bool) -> float | Tensor:
         return torch.rand(1, generator=generator) * value if at_random else value
 
-    latents = latents.detach().to("cpu", torch.float32)
     noise = torch.randn(latents.shape, generator=generator)
     if options.noise_offset:
         offset = strength(options.noise_offset, options.noise_offset_random_strength)
@@ -167,15 +167,21 @@ def sample_noise(latents: Tensor, options: NoiseOptions, generator: torch.Genera
 def draw_noise(latents: Tensor, options: NoiseOptions, seeds: Sequence[int]) -> NoiseDraw:
     """Draw for each of the B samples from its own seed, so that a sample's draw does not depend on its batch.
 
-    ``latents`` [B,C,h,w]; the result is on the latents' device.
+    ``latents`` [B,C,h,w]; the result is on the latents' device. ``adaptive_noise_scale`` reads the latents, and so
+    waits for their device; nothing else here does.
     """
+    seen = torch.empty(latents.shape, device="meta")
+    if options.noise_offset and options.adaptive_noise_scale is not None:
+        seen = latents.detach().to("cpu", torch.float32)
     draws = [
-        sample_noise(latents[i : i + 1], options, torch.Generator().manual_seed(seed), random.Random(seed))
+        sample_noise(seen[i : i + 1], options, torch.Generator().manual_seed(seed), random.Random(seed))
         for i, seed in enumerate(seeds)
     ]
-    return NoiseDraw(
-        *(torch.cat(parts).to(latents.device) for parts in zip(*(vars(d).values() for d in draws), strict=True))
-    )
+    device = latents.device
+    noise = input_noise = sent(torch.cat([draw.noise for draw in draws]), device)
+    if options.ip_noise_gamma:
+        input_noise = sent(torch.cat([draw.input_noise for draw in draws]), device)
+    return NoiseDraw(noise, input_noise, sent(torch.cat([draw.timesteps for draw in draws]), device))
 
 
 def huber_threshold(timesteps: Tensor, schedule: NoiseSchedule, options: LossOptions) -> Tensor:

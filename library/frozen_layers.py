@@ -87,11 +87,13 @@ class FrozenLayer(nn.Module):
             self.scale = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrozenLayer":
-        """Follow the module to its device, but keep the stored dtypes when it is cast."""
+        """Follow the module to its device and its order in memory, but keep the stored dtypes when it is cast."""
         stored = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, tensor in stored.items():
-            setattr(self, name, tensor.to(getattr(self, name).device))
+            moved = getattr(self, name)
+            if moved.dtype != tensor.dtype:
+                setattr(self, name, torch.empty_like(moved, dtype=tensor.dtype).copy_(tensor))
         return self
 
 

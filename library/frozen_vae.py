@@ -7,9 +7,13 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from library.device_settings import fastest_format
 from library.errors import UserError
+from library.transfers import sent
 
 logger = logging.getLogger(__name__)
+
+_TILE = 64  # latents along a side: 512 pixels
 
 
 class FrozenVae:
@@ -33,13 +37,24 @@ class FrozenVae:
         self.vae = _moved(vae, self.device, dtype).eval().requires_grad_(False)
 
     def encode(
-        self, images: torch.Tensor, generators: Sequence[torch.Generator], names: Sequence[object] = ()
+        self,
+        images: torch.Tensor,
+        generators: Sequence[torch.Generator],
+        names: Sequence[object] = (),
+        *,
+        check: bool = True,
     ) -> torch.Tensor:
         """Draw from the posterior of ``images`` [B, 3, H, W] in [-1, 1]: unscaled latents [B, 4, H/8, W/8].
 
         ``generators`` are on the CPU, one per image. ``names`` say in an error which image it was. The result is in the
-        VAE's dtype, on its device. Raises UserError where latents are not finite even in float32.
+        VAE's dtype, on its device. Without ``check`` nobody waits for the device, and an overflow goes unnoticed.
+        Raises UserError where latents are not finite even in float32.
         """
+        mean, spread = self._checked_posterior(images, names) if check else self._posterior(images)
+        noise = torch.stack([torch.randn(mean.shape[1:], generator=generator) for generator in generators])
+        return (mean + spread * sent(noise, self.device)).to(self.dtype)
+
+    def _checked_posterior(self, images: torch.Tensor, names: Sequence[object]) -> tuple[torch.Tensor, torch.Tensor]:
         mean, spread = self._posterior(images)
         if self.dtype != torch.float32 and not _finite(mean, spread).all():
             logger.warning(f"The VAE overflows in {self.dtype}; it works in float32 from here on.")
@@ -53,8 +68,7 @@ class FrozenVae:
                 f"The VAE makes values that are not finite from {', '.join(bad) or 'an image'}, even in float32. "
                 "Look at the image, and check the model file or give another VAE with --vae."
             )
-        noise = torch.stack([torch.randn(mean.shape[1:], generator=generator) for generator in generators])
-        return (mean + spread * noise.to(self.device)).to(self.dtype)
+        return mean, spread
 
     @torch.no_grad()
     def _posterior(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,7 +92,26 @@ class FrozenVae:
     def _pixels(self, latents: torch.Tensor) -> torch.Tensor:
         with self._holding(self.decoding_dtype):
             given = latents.to(self.device, self.decoding_dtype)
-            return torch.cat([self.vae.decode(one).sample.float() for one in given.split(1)])
+            return torch.cat([self._decoded(one).float() for one in given.split(1)])
+
+    def _decoded(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pixels of one picture's ``latents`` [1, 4, h, w]; in tiles where the memory does not suffice for the whole.
+
+        Tiles overlap and fade into each other, but may differ a little in shade.
+        """
+        try:
+            return self.vae.decode(latents).sample
+        except torch.OutOfMemoryError:
+            logger.warning("The device's memory is too full to draw a picture in one piece; it is drawn in tiles.")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        side = min(_TILE, max(latents.shape[-2:]) // 2)
+        self.vae.tile_latent_min_size, self.vae.tile_sample_min_size = side, 8 * side
+        self.vae.enable_tiling()
+        try:
+            return self.vae.decode(latents).sample
+        finally:
+            self.vae.disable_tiling()
 
     def _widen(self) -> None:
         """Hold the weights in float32, as they are in the file."""
@@ -123,7 +156,7 @@ class FrozenVae:
 
 def _moved(vae: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
     # Not vae.to(): diffusers' own version warns at every change of dtype, whether it concerns this model or not.
-    return torch.nn.Module.to(vae, device, dtype)
+    return torch.nn.Module.to(vae, device, dtype, memory_format=fastest_format(device, dtype))
 
 
 def _finite(mean: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:

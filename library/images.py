@@ -30,22 +30,13 @@ if TYPE_CHECKING:  # what only looks for images does without it: a mistake is to
 
 logger = logging.getLogger(__name__)
 
-IMAGE_EXTENSIONS = (
-    ".png",
-    ".jpg",
-    ".jpeg",
-    ".webp",
-    ".bmp",
-    *((".avif",) if features.check("avif") else ()),
-    *((".jxl",) if "JXL" in Image.OPEN else ()),
-)
+IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+IMAGE_EXTENSIONS += (".avif",) if features.check("avif") else ()
+IMAGE_EXTENSIONS += (".jxl",) if "JXL" in Image.OPEN else ()
 
 # What Pillow may take a file for, whatever its name says. Others of its readers start programs, or are hardly used.
-_FORMATS = (
-    *("PNG", "JPEG", "WEBP", "BMP"),
-    *(("AVIF",) if features.check("avif") else ()),
-    *(("JXL",) if "JXL" in Image.OPEN else ()),
-)
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+_FORMATS += (("AVIF",) if features.check("avif") else ()) + (("JXL",) if "JXL" in Image.OPEN else ())
 
 # How to turn pixels [h, w, channels] upright, by their EXIF orientation.
 _UPRIGHT = {
@@ -443,6 +434,16 @@ def flip(array: np.ndarray) -> np.ndarray:
 
 def to_tensor(pixels: np.ndarray) -> "torch.Tensor":
     """Uint8 [h, w, 3] to what the VAE reads: float32 [3, h, w] in [-1, 1]."""
+    return normalized(channels_first(pixels))
+
+
+def channels_first(pixels: np.ndarray) -> "torch.Tensor":
+    """Uint8 [h, w, 3] as a tensor, uint8 [3, h, w]: a quarter of the bytes that :func:`normalized` makes of it."""
     import torch
 
-    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).float() / 127.5 - 1
+    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+
+
+def normalized(images: "torch.Tensor") -> "torch.Tensor":
+    """Uint8 of any shape to float32 in [-1, 1], on the device where it is."""
+    return images.float() / 127.5 - 1

@@ -1,5 +1,7 @@
 """Teaches the rows, one optimizer step at a time. All that a training changes is held here, and nowhere else."""
 
+import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -56,25 +58,18 @@ class Learner:
         None where no sample holds the token: such a step counts, but nothing is learned, and no schedule sees it.
         Raises UserError where going on could only spoil the rows, or has never taught them anything.
         """
-        # The sum of the losses of the samples that hold the token, and how many they are, both as shares of the step.
-        taught = torch.zeros(2, device=self.accelerator.device)
-        for batch in batches:
-            # Processes add up their gradients after every batch: a few kilobytes, and --ddp_static_graph cannot wait.
-            losses = self._losses(batch, task)
-            self.accelerator.backward(losses.mean() * batch.weight)
-            if batch.has_token.any():
-                held = losses.detach()[batch.has_token.to(losses.device)]
-                taught += torch.stack([held.sum(), held.new_tensor(len(held))]) * (batch.weight / len(batch))
-        mean = self.agree(taught)
-        if mean is not None:
-            self.watch.check_loss(mean, self.steps + 1)
-            self._prepare_gradient()
+        batches, again = itertools.tee(batches)
+        mean, norms = self._gradient(batches, task, check=False)
+        if mean is not None and not math.isfinite(mean) and task.vae:
+            self.optimizer.zero_grad()
+            mean, norms = self._gradient(again, task, check=True)  # the VAE may have overflowed in half precision
+        finite = mean is not None and self._judge(mean, norms)
         # What is interrupted here would be neither this step nor the next.
         with in_one_piece():
             if mean is not None:
-                self._update_rows()
-                if not self.optimizer.step_was_skipped:  # by fp16's scaler, after an overflow
-                    self.schedule.step(mean)
+                self._update_rows(finite)
+            if finite:
+                self.schedule.step(mean)
             self.steps += 1
         self.optimizer.zero_grad()
         return mean
@@ -89,10 +84,10 @@ class Learner:
 
     def agree(self, taught: Tensor) -> float | None:
         """The mean loss over the processes from [sum, weight] of each; None where the weights are all zero."""
-        if self.accelerator.num_processes > 1:
-            taught = self.accelerator.reduce(taught, reduction="mean")
-        total, weight = taught.tolist()
-        return total / weight if weight else None
+        return _mean(self._of_all(taught))
+
+    def _of_all(self, taught: Tensor) -> Tensor:
+        return self.accelerator.reduce(taught, reduction="mean") if self.accelerator.num_processes > 1 else taught
 
     @contextmanager
     def averaged_rows(self) -> Iterator[list[Tensor]]:
@@ -147,28 +142,58 @@ class Learner:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.watch.taught = state["taught"]
 
-    def _losses(self, batch: Batch, task: DenoisingTask) -> Tensor:
+    def _gradient(self, batches: Iterable[Batch], task: DenoisingTask, *, check: bool) -> tuple[float | None, Tensor]:
+        """The batches' gradient into the rows; their mean loss, and the gradient's norms on the CPU, [encoders, N].
+
+        The one place of a step that waits for the device: whatever is to be known is read at once, at the end.
+        """
+        # The sum of the losses of the samples that hold the token, and how many they are, both as shares of the step.
+        taught = torch.zeros(2, device=self.accelerator.device)
+        for batch in batches:
+            # Processes add up their gradients after every batch: a few kilobytes, and --ddp_static_graph cannot wait.
+            losses = self._losses(batch, task, check)
+            self.accelerator.backward(losses.mean() * batch.weight)
+            # By numbers, one by one: a mask on the device would have to be read to know how many it leaves.
+            if held := [losses.detach()[i] for i, holds in enumerate(batch.has_token.tolist()) if holds]:
+                total = torch.stack(held).sum()
+                taught += torch.stack([total, torch.full_like(total, len(held))]) * (batch.weight / len(batch))
+        norms = torch.stack([rows.grad.norm(dim=1) for rows in self.rows.rows])
+        numbers = torch.cat([self._of_all(taught), norms.flatten()]).cpu()
+        return _mean(numbers[:2]), numbers[2:].reshape(norms.shape)
+
+    def _judge(self, mean: float, norms: Tensor) -> bool:
+        """Whether the gradient is finite, and so can be followed. Raises UserError where it is no use to go on."""
+        self.watch.check_loss(mean, self.steps + 1)
+        return self.watch.check_gradient(norms, self.steps + 1)
+
+    def _losses(self, batch: Batch, task: DenoisingTask, check: bool) -> Tensor:
         """The loss of each sample [B], or one zero that depends on the rows where nothing in it can teach them."""
         if not batch.has_token.any():
             # The networks are skipped, but the rows stay in the graph: other processes may wait for their gradient.
             return sum(rows.sum() for rows in task.prompt_encoder.rows(None)) * torch.zeros(
                 1, device=self.accelerator.device
             )
-        return task.losses(batch.to(self.accelerator.device, non_blocking=True))
+        return task.losses(batch.to(self.accelerator.device), check=check)
 
-    def _prepare_gradient(self) -> None:
-        """Clip the joint gradient of all encoders' rows, and look at it."""
+    def _update_rows(self, finite: bool) -> None:
+        """Follow the gradient, clipped jointly for all encoders; fp16's scaler sees one that is not ``finite`` too."""
+        scaler = self.accelerator.scaler
+        if scaler is not None:
+            scaler.unscale_(self.choice.optimizer)
         if self.max_grad_norm:
-            self.accelerator.clip_grad_norm_(self.rows.parameters(), self.max_grad_norm)
-        else:
-            self.accelerator.unscale_gradients()
-        gradients = torch.stack([rows.grad.norm(dim=1) for rows in self.rows.rows])
-        self.watch.check_gradient(gradients, self.steps + 1)
-
-    def _update_rows(self) -> None:
-        self.optimizer.step()
+            torch.nn.utils.clip_grad_norm_(self.rows.parameters(), self.max_grad_norm)
+        # Not through the scaler, nor accelerate: they would read once more from the device what is known here.
+        if finite:
+            self.choice.optimizer.step()
+        if scaler is not None:
+            scaler.update()
         if self.norms is not None:
             self.rows.rescale(self.norms)
+
+
+def _mean(taught: Tensor) -> float | None:
+    total, weight = taught.tolist()
+    return total / weight if weight else None
 
 
 def check_learning(options: Options, total_steps: int) -> None:

@@ -19,7 +19,9 @@ from library.denoising import DenoisingTask
 from library.errors import UserError
 from library.model_identity import read_object
 from library.new_word import NewWord
+from library.processes import rank
 from library.results import say_kept
+from library.runtime import shared_out
 from library.sample_prompts import SamplePrompt
 from library.sampling import SamplingPipeline
 from library.tokens import TrainableRows
@@ -142,7 +144,8 @@ class LearningMeasure:
             for seed, (caption, (width, height)) in enumerate(self.captions)
         ]
         batch_size = max(config.batch_size for config in self.data.configs)
-        pictures = self.pipeline.draw(wanted, batch_size=batch_size, title=f"Drawing {label}")
+        title = "" if rank() else f"Drawing {label}"
+        pictures = shared_out(wanted, lambda part: self.pipeline.draw(part, batch_size=batch_size, title=title))
         return Measured(label, self._loss(rewrite), concept_distance(pictures, self.concept), pictures)
 
     @torch.no_grad()

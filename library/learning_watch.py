@@ -33,20 +33,22 @@ class LearningWatch:
         if not math.isfinite(loss):
             raise _spoiling(f"the loss of step {step} is {loss}")
 
-    def check_gradient(self, norms: Tensor, step: int) -> None:
+    def check_gradient(self, norms: Tensor, step: int) -> bool:
         """Stop a run before a gradient that is not finite reaches the rows, or when they get none at all.
 
-        ``norms`` [text encoders, N] are the lengths of the rows' gradients at step ``step`` (from 1). Raises UserError.
+        ``norms`` [text encoders, N], on the CPU, are the lengths of the rows' gradients at step ``step`` (from 1).
+        Returns whether they are finite, which they need not be in fp16: such a step is to be skipped. Raises UserError.
         """
         if not torch.isfinite(norms).all():
             self.overflows += 1
-            # fp16's scaler skips such a step by itself and lowers its scale, which settles within a few steps.
+            # fp16's scaler lowers its scale after such a step, which settles within a few.
             if not self.scales_loss or self.overflows == MAX_OVERFLOWS:
                 raise _spoiling(f"the gradient of step {step} is not finite")
-            return
+            return False
         self.overflows = 0
         if not self.taught:
             self._first_gradient(norms)
+        return True
 
     def _first_gradient(self, norms: Tensor) -> None:
         if not norms.any():

@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -178,7 +178,9 @@ def build_optimizer(options: OptimizerOptions, parameters: Iterable[nn.Parameter
         rate = default_learning_rate(kind.__name__)
         logger.info("--learning_rate is not set: %s starts with %g.", kind.__name__, rate)
     _warn_of_unusual_rate(kind.__name__, rate)
-    optimizer = construct("--optimizer_args", kind, list(parameters), fixed={"lr": rate, **known.fixed}, given=given)
+    parameters = list(parameters)
+    optimizer = construct("--optimizer_args", kind, parameters, fixed={"lr": rate, **known.fixed}, given=given)
+    _widen_states(optimizer, parameters)
     set_train_mode(optimizer, True)
     return OptimizerChoice(optimizer, given, rate, stages)
 
@@ -252,6 +254,20 @@ def averaged_values(optimizer: Optimizer) -> Iterator[None]:
         yield
     finally:
         set_train_mode(optimizer, True)
+
+
+def _widen_states(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
+    """Keep the states of bitsandbytes' 8-bit optimizers in 32 bits on Apple's GPUs, and say so: it has no other there.
+
+    Only parameters of 4096 numbers or more have 8-bit states at all.
+    """
+    settings = getattr(optimizer, "args", None)
+    if parameters[0].device.type != "mps" or not hasattr(settings, "min_8bit_size"):
+        return
+    numbers = [parameter.numel() for parameter in parameters]
+    if max(numbers) >= settings.min_8bit_size:
+        logger.info("%s keeps its states in 32 bits: it has no other on Apple's GPUs.", type(optimizer).__name__)
+    settings.min_8bit_size = max(numbers) + 1
 
 
 def slow_learning_warning(choice: OptimizerChoice, total_steps: int, spread: float) -> str | None:

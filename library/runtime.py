@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,12 +14,14 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
     broadcast_object_list,
+    gather_object,
     parse_flag_from_env,
     set_seed,
 )
 
 from library import processes
 from library.device_report import describe_device, unused_gpu
+from library.device_settings import check_device, set_tf32
 from library.errors import UserError, first_line
 from library.launcher import check_launcher
 from library.options import RuntimeOptions
@@ -27,6 +29,7 @@ from library.options import RuntimeOptions
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
+_U = TypeVar("_U")
 
 _BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")  # of Intel and AMD, and of ARM
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -102,6 +105,8 @@ class Machine:
         logger.info(describe_device(accelerator.device, precision.mixed_precision))
         if warning := unused_gpu(cpu_chosen=parse_flag_from_env("ACCELERATE_USE_CPU")):
             logger.warning(warning)
+        check_device(options, accelerator.device)
+        set_tf32(options, accelerator.device)
         check_compiler(options, accelerator.device)
         return cls(accelerator, precision)
 
@@ -189,6 +194,26 @@ def decided_by_main(decide: Callable[[], _T]) -> _T:
     if isinstance(answer[0], UserError):
         raise answer[0]
     return answer[0]
+
+
+def shared_out(items: Sequence[_T], work: Callable[[Sequence[_T]], list[_U]]) -> list[_U]:
+    """What ``work`` makes of all items, in their order; of several processes each does a part of them, side by side.
+
+    All must call it, with the same items. What goes wrong in one is an error in all: none waits for a lost part.
+    """
+    state = accelerate.PartialState()
+    share = -(-len(items) // state.num_processes)
+    mine = items[state.process_index * share :][:share]
+    if state.num_processes == 1:
+        return work(mine)
+    try:
+        made: list = [(work(mine), None)]
+    except Exception as error:  # whatever it is, the others are told before it goes on
+        made = [([], f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error))]
+    parts = gather_object(made)
+    if said := next((error for _, error in parts if error), None):
+        raise UserError(said)
+    return [one for part, _ in parts for one in part]
 
 
 def seed_everything(seed: int | None) -> int:

@@ -7,6 +7,7 @@ from torch import nn
 
 from library.model_family import Conditioning, ModelFamily
 from library.tokens import MergedEmbedding, PromptTokenizer
+from library.transfers import sent
 
 
 class PromptEncoder:
@@ -37,7 +38,7 @@ class PromptEncoder:
         self._cache: dict[bytes, Conditioning] = {}
 
     def encode(self, input_ids: Sequence[torch.Tensor]) -> Conditioning:
-        """Conditioning of B prompts; ``input_ids`` holds [B, chunks, 77] per text encoder, on any device.
+        """Conditioning of B prompts; ``input_ids`` holds [B, chunks, 77] per text encoder, on the CPU.
 
         Calls the rows' module once, so that it may be called once per backward. Cached prompts are not encoded again.
         """
@@ -62,7 +63,7 @@ class PromptEncoder:
 
     def _run(self, input_ids: Sequence[torch.Tensor]) -> Conditioning:
         devices = [encoder.get_input_embeddings().table.weight.device for encoder in self.text_encoders]
-        ids = [tensor.to(device) for tensor, device in zip(input_ids, devices, strict=True)]
+        ids = [sent(tensor, device) for tensor, device in zip(input_ids, devices, strict=True)]
         return self.family.encode_prompts(self.text_encoders, ids, self.clip_skip)
 
     def holds_word(self, input_ids: Sequence[torch.Tensor]) -> bool:
@@ -97,9 +98,9 @@ def _on_cpu(conditioning: Conditioning) -> Conditioning:
 
 
 def _join(parts: Sequence[Conditioning], device: torch.device) -> Conditioning:
-    pooled = None if parts[0].pooled is None else torch.cat([part.pooled.to(device) for part in parts])
-    return Conditioning(torch.cat([part.context.to(device) for part in parts]), pooled)
+    pooled = None if parts[0].pooled is None else torch.cat([sent(part.pooled, device) for part in parts])
+    return Conditioning(torch.cat([sent(part.context, device) for part in parts]), pooled)
 
 
 def _key(input_ids: Sequence[torch.Tensor], index: int) -> bytes:
-    return b"".join(ids[index].cpu().numpy().tobytes() for ids in input_ids)
+    return b"".join(ids[index].numpy().tobytes() for ids in input_ids)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
+from accelerate.utils import gather_object
 
 from library.errors import UserError, survived
 from library.options import LoggingOptions, Options, as_dict, declared_options
@@ -49,6 +50,7 @@ class RunLog:
 
     def __init__(self, trackers: Sequence[GeneralTracker]):
         self.trackers = list(trackers)
+        self.used = bool(trackers)
         self.epoch_losses: list[float] = []
 
     @classmethod
@@ -85,7 +87,9 @@ class RunLog:
         self.epoch_losses = []
 
     def pictures(self, pictures: Mapping[int, np.ndarray], step: int) -> None:
-        """Log sample pictures, uint8 [H, W, 3] by the number of their prompt (from 0)."""
+        """Log sample pictures, uint8 [H, W, 3] by the number of their prompt (from 0), those of all processes."""
+        if self.used:  # in every process alike, whatever has become of the main one's trackers
+            pictures = dict(gather_object([*pictures.items()]))
 
         def tell(tracker: GeneralTracker) -> None:
             shape = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}

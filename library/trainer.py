@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from library import runtime
+from library import device_settings, runtime
 from library.base_model import BaseModel
 from library.batches import groups
 from library.checkpoints import Action, RunPlan, SaveSchedule
@@ -64,17 +64,15 @@ class Trainer:
         if machine.accelerator.is_main_process:
             model.begin_hash()
         self.options, self.family, self.model, self.word, self.data = options, family, model, word, data
-        self.state = state
+        self.state, self.device = state, machine.accelerator.device
         self.accelerator, self.precision = machine.accelerator, machine.precision
-        self.device = self.accelerator.device
         processes = self.accelerator.num_processes
         self.plan = RunPlan.create(options.training, data.order.num_batches, processes)
         self.saves = SaveSchedule.create(options.save, self.plan.epochs)
         self.results = Results.create(options, family, model, word, data)
-        self.album = SampleAlbum.create(options, word.prompts)
+        self.album, self.epoch_closed = SampleAlbum.create(options, word.prompts), True
         done = state.step if state else 0
         self.epoch, self.batches_done = self.plan.position(done, closed=state is None or state.epoch_closed)
-        self.epoch_closed = True
         if state:
             self.results = self.results.continuing(state, self.plan, data.fingerprint, processes)
 
@@ -114,7 +112,7 @@ class Trainer:
             self.log.finish()
             if self.hub:
                 self.hub.finish()
-        if self.options.sample.learning_report and self.accelerator.is_main_process:
+        if self.options.sample.learning_report:
             self.report_learning(path)
         return path
 
@@ -238,6 +236,7 @@ class Trainer:
         """The frozen U-Net in the run's precision (or float8), on the device, in eval mode."""
         logger.info("Loading the U-Net.")
         unet = self.model.unet(self.precision.dtype, self.device, float8=self.options.runtime.fp8_base)
+        unet.to(memory_format=device_settings.fastest_format(self.device, self.precision.dtype))
         if self.options.training.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         return unet
@@ -371,7 +370,7 @@ class Trainer:
     # ---- results
 
     def draw_samples(self, mark: str, *, missing: bool = False) -> None:
-        """Draw the pictures of ``--sample_prompts`` with the rows as they would be saved now, or those ``missing``."""
+        """Draw the pictures of ``--sample_prompts``, or those ``missing``, with the rows as they would be saved now."""
         with self.learner.averaged_rows():
             pictures = self.album.draw(
                 self.sampling_pipeline(),
@@ -440,11 +439,12 @@ class Trainer:
         return path
 
     def report_learning(self, path: Path) -> None:
-        """Measure what the word learned, say it, and write it beside the embedding file."""
+        """Measure what the word learned, say it, and write it beside the embedding file; all processes take part."""
         token = self.options.token
         with survived("The learning report could not be made; the embedding is complete without it."):
             with self.learner.averaged_rows():
                 measure = LearningMeasure(self.sampling_pipeline(), self.task, self.data, self.word, self.rows)
                 report = measure.report(None if token.weights else token.init_word, self.starts)
-            print(f"\n{report.text}")
-            print(f"The pictures are in {report.write(path.with_suffix(''), self.results.run)}")
+            if self.accelerator.is_main_process:
+                print(f"\n{report.text}")
+                print(f"The pictures are in {report.write(path.with_suffix(''), self.results.run)}")

@@ -14,6 +14,7 @@ from library.clients import name_warnings
 from library.custom_dataset import CustomData
 from library.dataset import TrainingData
 from library.debug_dataset import show_batches, show_dataset
+from library.device_settings import let_memory_grow
 from library.distillation import distillation_warning
 from library.errors import UserError
 from library.found_images import FoundImages
@@ -64,6 +65,7 @@ def train(options: Options, family_name: str, found: FoundImages | None) -> Path
     options = replace(options, runtime=in_force)
     seed = state.seed if state and options.training.seed is None else options.training.seed
     data = build_data(options, word, runtime.seed_everything(seed), found)
+    let_memory_grow(data.sizes, machine.accelerator.device)
     if options.dataset.debug_dataset:
         if options.dataset.dataset_class:
             show_batches(data.loader(), data.prompts)

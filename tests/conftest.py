@@ -1,7 +1,11 @@
-"""Fixtures for every test: tiny models of each family, and a clean process between tests."""
+"""Fixtures for every test: tiny models of each family, and a clean process between tests.
+
+A session runs either the tests of GPUs (``pytest -m gpu``) or the others, on the CPU whatever the machine has.
+"""
 
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -22,10 +26,47 @@ def _stay_on_one_core() -> None:
         os.sched_setaffinity(0, {cores[worker % len(cores)]})
 
 
+def pytest_addoption(parser):
+    """Let the tests of GPUs be tried where there is none."""
+    parser.addoption("--gpu-tests-on-cpu", action="store_true", help="run -m gpu on the CPU, as far as that can be")
+
+
+def _wants_gpu(config) -> bool:
+    return re.search(r"(?<!not )\bgpu\b", config.option.markexpr or "") is not None
+
+
 def pytest_configure(config):
-    """Pin xdist's workers, or the one process where there are none; their controller goes on choosing by all cores."""
+    """Choose the device, and pin xdist's workers, or the one process where there are none, to a core each.
+
+    xdist's controller goes on choosing by all cores.
+    """
+    if not _wants_gpu(config) or config.option.gpu_tests_on_cpu:
+        # Before torch is imported, and for child processes too: where a GPU is, nothing is to be seen of it.
+        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    else:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.exit(f"No test was run: PyTorch {torch.__version__} sees no CUDA GPU here.", returncode=5)
+        return
     if os.environ.get("PYTEST_XDIST_WORKER") or not getattr(config.option, "numprocesses", None):
         _stay_on_one_core()
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out the tests of GPUs unless they are asked for."""
+    if _wants_gpu(config):
+        return
+    chosen = [item for item in items if item.get_closest_marker("gpu") is None]
+    if len(chosen) < len(items):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])
+        items[:] = chosen
+
+
+@pytest.fixture(scope="session")
+def on_gpu(pytestconfig) -> bool:
+    """Whether the tests of GPUs run on one; if not, they are only tried out on the CPU."""
+    return not pytestconfig.option.gpu_tests_on_cpu
 
 
 @pytest.fixture(autouse=True)

@@ -12,13 +12,13 @@ MODULES = sorted((ROOT / "library").glob("*.py"))
 
 # Lower layers know nothing of higher ones; modules of one layer may use each other.
 LAYERS = [
-    "errors interruptions processes imports main_memory file_hash concept_distance device_report text_files",
+    "errors interruptions processes imports main_memory file_hash concept_distance device_report text_files transfers",
     "option_types placeholder text_repair buckets resizing data_options training_options output_options options",
     "atomic_files npz_files captions clients config_file console option_checks option_notices options_page arguments "
     "dataset_schema dataset_sources batch_order",
     "dataset_config images tokens diffusion named_classes optimizers lr_schedulers frozen_layers metadata "
     "metadata_files caption_files embedding_files report runtime trackers architectures weight_files latent_files "
-    "launcher lookout stored_tensors safetensors_header torch_pickle torch_files "
+    "device_settings launcher lookout stored_tensors safetensors_header torch_pickle torch_files "
     "batches prompt_weights samplers sample_prompts",
     "frozen_vae latents learning_watch model_identity single_file model_folder model_family base_model objective "
     "distillation checkpoints text_encoding new_word image_sets found_images image_table",

@@ -419,3 +419,25 @@ def test_other_optimizers_have_no_modes():
     with averaged_values(choice.optimizer):
         pass
     assert not choice.schedule_free
+
+
+@pytest.mark.parametrize(("count", "said"), [(64, True), (4, False)])
+def test_eight_bit_states_become_wider_on_apples_gpus(count, said, caplog, monkeypatch):
+    """They are in 8 bits from 4096 numbers on."""
+    vectors = nn.Parameter(torch.randn(count, 64))
+    on_mps = property(lambda _: torch.device("mps"))
+    with caplog.at_level("INFO"), monkeypatch.context() as patch:
+        patch.setattr(nn.Parameter, "device", on_mps, raising=False)
+        choice = build_optimizer(OptimizerOptions(optimizer_type="AdamW8bit"), [vectors])
+    assert ("AdamW8bit keeps its states in 32 bits" in caplog.text) == said
+    vectors.grad = torch.randn_like(vectors)
+    choice.optimizer.step()
+    assert choice.optimizer.state[vectors]["state1"].dtype == torch.float32
+
+
+def test_eight_bit_states_stay_so_elsewhere():
+    vectors = nn.Parameter(torch.randn(64, 64))
+    choice = build_optimizer(OptimizerOptions(optimizer_type="AdamW8bit"), [vectors])
+    vectors.grad = torch.randn_like(vectors)
+    choice.optimizer.step()
+    assert choice.optimizer.state[vectors]["state1"].dtype == torch.uint8

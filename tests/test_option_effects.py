@@ -35,6 +35,7 @@ MODULES = [
 # Options whose effect needs what a test machine may lack. Their tests show that the value arrives where it acts, and
 # what is said where it cannot act.
 NOT_VISIBLE_EVERYWHERE = {
+    "allow_tf32": "needs an NVIDIA GPU",
     "xformers": "needs an NVIDIA GPU and the package",
     "full_fp16": "fp16 needs an accelerator; without one it becomes bf16",
     "highvram": "there is device memory to keep only on a GPU",

@@ -340,6 +340,14 @@ def test_checkpointing_computes_layers_twice(bench, family):
         assert torch.allclose(ours, theirs, atol=1e-5)
 
 
+@shows("allow_tf32")
+def test_tf32_is_said_to_do_nothing_without_a_gpu(bench):
+    """What it does where it can: test_device_settings.py, and test_gpu.py."""
+    outcome = bench("--allow_tf32")
+    assert "--allow_tf32 has nothing to do: only NVIDIA GPUs" in outcome.said
+    assert torch.equal(outcome.rows[0][0], bench.plain().rows[0][0])
+
+
 @shows("mem_eff_attn", "sdpa")
 def test_attention(bench):
     def kinds(outcome):

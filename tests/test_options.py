@@ -30,6 +30,7 @@ from library.options_page import page
 SD_SCRIPTS = json.loads((Path(__file__).parent / "sd_scripts_options.json").read_text(encoding="utf-8"))
 DECLARED = dict(declared_options()) | FILE_OPTIONS
 ADDED = {
+    "allow_tf32",
     "allow_outside_images",
     "cache_text_encoder_outputs",
     "caption_dropout_rate",

@@ -1,5 +1,6 @@
 """The scripts in processes of their own: through ``accelerate launch``, two at a time, with loader workers."""
 
+import json
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ import torch
 from runs import SCRIPTS, TOKEN, arguments, run, trainers, write_dataset  # noqa: F401  (a fixture)
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from library.training_state import TrainingState
 
@@ -25,6 +27,58 @@ def start(module: str, *arguments: object) -> subprocess.CompletedProcess:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, "-m", module, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
+
+
+# What torch says of a port that another program listens to.
+TAKEN = "EADDRINUSE"
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listened to a moment ago."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def ended(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+    """Wait for processes that are one run: exit code, standard output and errors of each."""
+    said = []
+    try:
+        for process in processes:
+            said.append(process.communicate(timeout=300))
+            if TAKEN in said[-1][1]:  # the others would wait for a partner that listens to another program's port
+                break
+    finally:
+        for process in processes:
+            process.kill()
+    said += [process.communicate() for process in processes[len(said) :]]
+    return [(process.returncode, *texts) for process, texts in zip(processes, said, strict=True)]
+
+
+def two_nodes(*command: object) -> list[tuple[int, str, str]]:
+    """Run a script as two nodes of one process each, as two machines would: each has a launcher of its own.
+
+    Exit code, standard output and errors of each. Anew where another program took the port in between.
+    """
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    for _ in range(5):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+        launcher += ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+        nodes = [
+            subprocess.Popen(
+                [*launcher, f"--node_rank={rank}", *map(str, command)],
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in (0, 1)
+        ]
+        done = ended(nodes)
+        if not any(TAKEN in errors for _, _, errors in done):
+            break
+    return done
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +111,42 @@ def test_two_processes_equal_one_with_accumulation(family, dataset, tmp_path, re
     assert done.stdout.count("The embedding is in") == 1
     keys = trainers[0].family.embedding_keys
     assert_moved_alike([one[key] for key in keys], [two[key] for key in keys], trainers[0].starts)
+
+
+def test_two_nodes_equal_one_process_with_accumulation(dataset, tmp_path, tiny_sd2, trainers):  # noqa: F811
+    more = ["--max_train_steps=5", "--num_vectors_per_token=2", "--optimizer_type=SGD", "--learning_rate=0.01"]
+    alone = arguments("sd2", tiny_sd2, dataset, tmp_path / "one", *more, "--gradient_accumulation_steps=2")
+    assert run("sd2", alone) == 0
+    argv = arguments("sd2", tiny_sd2, dataset, tmp_path / "two", *more)
+    (first, out, errors), (second, silence, more_errors) = two_nodes(SCRIPTS["sd2"].__file__, *argv)
+    assert (first, second) == (0, 0), errors + more_errors
+    assert "2 processes" in errors
+    assert (out.count("The embedding is in"), silence) == (1, "")
+    one, two = (load_file(tmp_path / name / f"{TOKEN}.safetensors")["emb_params"] for name in ("one", "two"))
+    assert_moved_alike([one], [two], trainers[0].starts)
+
+
+def test_pictures_of_all_processes_reach_the_trackers_and_the_report(dataset, tmp_path, tiny_sd1):
+    """Each draws its share; the numbers of the report are those of one process."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(f"{TOKEN} {number} --w 64 --h 64 --s 2 --d {number}" for number in range(3)))
+    quick = "from library import learning_report\nlearning_report._STEPS, learning_report._LOSS_SAMPLES = 2, 8\n"
+    drawn = f"from library.sampling import SamplingPipeline\noriginal = SamplingPipeline.draw\n{COUNTING}"
+    file = script(tmp_path, quick + drawn.format(folder=str(tmp_path)))
+    reports = []
+    for folder, processes in (("one", 1), ("two", 2)):
+        argv = arguments("sd1", tiny_sd1, dataset, tmp_path / folder, "--learning_report", "--max_train_steps=1")
+        argv += [f"--sample_prompts={prompts}", "--sample_at_first", f"--logging_dir={tmp_path / folder / 'logs'}"]
+        done = start("torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", file, *argv)
+        assert done.returncode == 0, done.stderr
+        (events,) = {path.parent for path in (tmp_path / folder / "logs").rglob("events*")}
+        reader = EventAccumulator(str(events)).Reload()
+        assert sorted(reader.Tags()["images"]) == ["sample_0", "sample_1", "sample_2"]
+        reports.append(json.loads((tmp_path / folder / f"{TOKEN}_report.json").read_text()))
+    counts = {path.name: path.read_text().split() for path in tmp_path.glob("drawn*")}
+    assert counts["drawn_1_of_2"].count("8") == counts["drawn_0_of_2"].count("8") == 2
+    one, two = (report["before"] for report in reports)
+    assert (two["loss"], two["distance"]) == pytest.approx((one["loss"], one["distance"]), rel=0.02)
 
 
 def test_two_processes_with_accumulation_and_every_ddp_option(dataset, tmp_path, tiny_sd2, trainers):  # noqa: F811
@@ -151,6 +241,14 @@ def init(self, *arguments, **options):
     self.device_ids, self.device_type = [0], "cpu"
 DDP.__init__ = init
 """
+# How many pictures each call draws, by process.
+COUNTING = """
+def draw(self, wanted, **details):
+    with open({folder!r} + "/drawn_" + os.environ["RANK"] + "_of_" + os.environ["WORLD_SIZE"], "a") as file:
+        print(len(wanted), file=file)
+    return original(self, wanted, **details)
+SamplingPipeline.draw = draw
+"""
 # One of the processes is killed as soon as it has made its third step.
 LOSING = """
 from library.learner import Learner
@@ -180,10 +278,18 @@ def script(folder: Path, before: str) -> Path:
 
 
 def two_processes(file: Path, argv: list[str], **environment: str) -> list[tuple[int, str, str]]:
-    """Run the file in two processes that no launcher watches: exit code, standard output and errors of each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """Run the file in two processes that no launcher watches: exit code, standard output and errors of each.
+
+    Anew where another program took the port between its being found free and its being used.
+    """
+    for _ in range(5):
+        done = _two_processes(file, argv, free_port(), environment)
+        if not any(TAKEN in errors for _, _, errors in done):
+            break
+    return done
+
+
+def _two_processes(file: Path, argv: list[str], port: int, environment: dict) -> list[tuple[int, str, str]]:
     common = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
     common |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     common.pop("ACCELERATE_USE_CPU", None)
@@ -198,12 +304,7 @@ def two_processes(file: Path, argv: list[str], **environment: str) -> list[tuple
         )
         for rank in ("0", "1")
     ]
-    try:
-        said = [process.communicate(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(process.returncode, *texts) for process, texts in zip(processes, said, strict=True)]
+    return ended(processes)
 
 
 def test_two_processes_are_one_run_with_one_log_as_on_gpus(dataset, tmp_path, tiny_sd1):
@@ -222,9 +323,9 @@ def test_two_processes_are_one_run_with_one_log_as_on_gpus(dataset, tmp_path, ti
 def test_the_process_that_is_left_keeps_the_vectors(lost, dataset, tmp_path, tiny_sd1_file):
     more = ["--max_train_steps=50", "--save_every_n_steps=2"]
     argv = arguments("sd1", tiny_sd1_file, dataset, tmp_path / "out", *more)
-    ended = two_processes(script(tmp_path, LOSING.format(rank=lost)), argv)
-    assert ended[lost][0] == -signal.SIGKILL, ended
-    code, _, said = ended[1 - lost]
+    done = two_processes(script(tmp_path, LOSING.format(rank=lost)), argv)
+    assert done[lost][0] == -signal.SIGKILL, done
+    code, _, said = done[1 - lost]
     assert code == 1, said
     assert "Traceback" not in said
     assert "error: Another process of this run is gone" in said
@@ -274,3 +375,20 @@ def test_processes_that_accelerate_does_not_join_are_refused(dataset, tmp_path, 
     assert run("sd1", arguments("sd1", tiny_sd1, dataset, tmp_path / "out")) == 1
     assert "2 processes (WORLD_SIZE or its like), but accelerate joined 1 on cpu" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_port_that_is_taken_in_between_is_left_for_another(monkeypatch, tmp_path):
+    """Here another program listens to the port that was found free first."""
+    file = tmp_path / "joins.py"
+    file.write_text(
+        "import os, torch.distributed as dist\ndist.init_process_group('gloo')\n"
+        "print(dist.get_world_size(), os.environ['MASTER_PORT'])\n"
+    )
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken, fine = other.getsockname()[1], free_port()
+        ports = iter([taken, fine])
+        monkeypatch.setattr(sys.modules[__name__], "free_port", lambda: next(ports))
+        done = two_processes(file, [])
+    assert [(code, out) for code, out, _ in done] == [(0, f"2 {fine}\n")] * 2, done

@@ -198,9 +198,9 @@ def hashing(monkeypatch):
 def test_a_save_waits_for_the_hash_and_the_training_does_not(dataset, tmp_path, tiny_sd1_file, hashing, monkeypatch):
     losses, begin = DenoisingTask.losses, time.monotonic()
 
-    def first_step(task, batch):
+    def first_step(task, batch, **details):
         threading.Timer(1, hashing.set).start()
-        return losses(task, batch)
+        return losses(task, batch, **details)
 
     monkeypatch.setattr(DenoisingTask, "losses", first_step)
     assert run("sd1", arguments("sd1", tiny_sd1_file, dataset, tmp_path, "--max_train_steps=1")) == 0

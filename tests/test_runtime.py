@@ -39,6 +39,42 @@ def test_the_number_of_threads_is_the_users_or_that_of_the_cores(environment, th
     assert chosen == ([threads] if threads else [])
 
 
+def test_work_is_shared_out_in_order_and_a_mistake_reaches_all(monkeypatch):
+    """Three processes one after another; each then gets what all have made."""
+    made: dict[int, list] = {}
+
+    def as_process(process, items, work, *, last=False):
+        state = SimpleNamespace(process_index=process, num_processes=3)
+        monkeypatch.setattr(runtime.accelerate, "PartialState", lambda: state)
+
+        def gather(mine):
+            made[process] = mine
+            return [part for number in sorted(made) for part in made[number]] if last else mine
+
+        monkeypatch.setattr(runtime, "gather_object", gather)
+        return runtime.shared_out(items, work)
+
+    def doubled(items):
+        return [2 * item for item in items]
+
+    for count, shares in ((7, [3, 3, 1]), (2, [1, 1, 0])):
+        made.clear()
+        parts = [as_process(process, range(count), doubled) for process in (0, 1, 2)]
+        assert [len(part) for part in parts] == shares
+        assert as_process(2, range(count), doubled, last=True) == doubled(range(count))
+    made.clear()
+    as_process(0, range(7), doubled)
+    for error, said in ((UserError("No room."), "No room."), (ValueError("odd"), "ValueError: odd")):
+
+        def failing(_, error=error):
+            raise error
+
+        with pytest.raises(UserError, match=said):
+            as_process(1, range(7), failing)
+        with pytest.raises(UserError, match=said):
+            as_process(2, range(7), doubled, last=True)
+
+
 def mistake():
     raise UserError("The file is gone.")
 

@@ -160,9 +160,9 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_rows(limit, dataset, tm
     """The loss is still finite: only the gradient tells, here in the third step."""
     original, calls = DenoisingTask.losses, []
 
-    def losses(task, batch):
+    def losses(task, batch, **details):
         calls.append(task)
-        found = original(task, batch)
+        found = original(task, batch, **details)
         found.register_hook(lambda grad: grad * (torch.nan if len(calls) == 3 else 1))
         return found
 
@@ -181,9 +181,9 @@ def test_first_steps_that_teach_nothing_may_be_chance(silent, code, dataset, tmp
     """A black mask or a timestep of pure noise gives a gradient of zero once; a run that gets no other is stopped."""
     original, calls = DenoisingTask.losses, []
 
-    def losses(task, batch):
+    def losses(task, batch, **details):
         calls.append(task)
-        return original(task, batch) * (len(calls) > silent)
+        return original(task, batch, **details) * (len(calls) > silent)
 
     monkeypatch.setattr(learning_watch, "MAX_SILENT_STEPS", 3)
     monkeypatch.setattr(DenoisingTask, "losses", losses)
@@ -198,9 +198,9 @@ def test_fp16_steps_that_overflow_for_ever_stop_the_run(dataset, tmp_path, tiny_
     original, run_trainer = DenoisingTask.losses, Trainer.run
     calls = []
 
-    def losses(task, batch):
+    def losses(task, batch, **details):
         calls.append(task)
-        found = original(task, batch)
+        found = original(task, batch, **details)
         found.register_hook(lambda grad: grad * (torch.inf if len(calls) != 2 else 1))
         return found
 
@@ -226,11 +226,11 @@ def test_fp16_steps_that_overflow_for_ever_stop_the_run(dataset, tmp_path, tiny_
 def test_whatever_ends_a_run_what_was_learned_is_kept(dataset, tmp_path, tiny_sd1, monkeypatch, capsys):
     original, calls = DenoisingTask.losses, []
 
-    def losses(task, batch):
+    def losses(task, batch, **details):
         calls.append(batch)
         if len(calls) == 3:
             raise torch.OutOfMemoryError("out of memory")
-        return original(task, batch)
+        return original(task, batch, **details)
 
     monkeypatch.setattr(DenoisingTask, "losses", losses)
     assert plain_run(tiny_sd1, dataset, tmp_path, "--max_train_steps=5") == 1

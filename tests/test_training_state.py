@@ -412,10 +412,10 @@ def test_options_that_a_state_does_not_know_are_no_difference():
 def test_a_second_interruption_does_not_stop_the_rescue(command, tmp_path, monkeypatch, capsys):
     losses, write, written = DenoisingTask.losses, Results.write, []
 
-    def interrupted(task, batch):
+    def interrupted(task, batch, **details):
         if len(list((tmp_path / "out").glob("*step00000002*"))):
             raise KeyboardInterrupt
-        return losses(task, batch)
+        return losses(task, batch, **details)
 
     def again(results, *arguments, **options):
         if written:  # the first is the checkpoint, the second the rescue

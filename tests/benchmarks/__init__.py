@@ -1,0 +1,1 @@
+"""What is timed. ``python -m tests.benchmarks`` measures this machine and writes one page of Markdown."""
