@@ -7,6 +7,7 @@ import torch
 from library.batches import Batch
 from library.diffusion import NoiseSchedule, draw_noise, per_sample_loss
 from library.frozen_vae import FrozenVae
+from library.inpainting import surroundings
 from library.model_family import ModelFamily
 from library.options import LossOptions, NoiseOptions
 from library.text_encoding import PromptEncoder
@@ -35,6 +36,8 @@ class DenoisingTask:
         latents = self._latents(batch)
         draw = draw_noise(latents, self.noise, batch.seeds)
         noisy = self.schedule.add_noise(latents, draw.input_noise, draw.timesteps)
+        if batch.holes is not None:
+            noisy = torch.cat([noisy, self._surroundings(batch)], dim=1)
         conditioning = self.prompt_encoder.encode(batch.input_ids)
         prediction = self.family.predict_noise(self.unet, noisy, draw.timesteps, conditioning, batch.size_conditioning)
         return per_sample_loss(
@@ -51,7 +54,15 @@ class DenoisingTask:
     def _latents(self, batch: Batch) -> torch.Tensor:
         latents = batch.latents
         if latents is None:
-            # Not the seeds of the noise: the posterior's draw and the noise must be independent.
-            generators = [torch.Generator().manual_seed(seed ^ (1 << 62)) for seed in batch.seeds]
-            latents = self.vae.encode(batch.images, generators, batch.keys)
+            latents = self.vae.encode(batch.images, _generators(batch, 1 << 62), batch.keys)
         return latents.float() * self.vae_scale_factor
+
+    def _surroundings(self, batch: Batch) -> torch.Tensor:
+        """The channels that an inpainting U-Net sees besides the noisy latents, float32 [B, 5, h, w]."""
+        generators = _generators(batch, 1 << 61)
+        return surroundings(self.vae, self.vae_scale_factor, batch.images, batch.holes, generators, batch.keys)
+
+
+def _generators(batch: Batch, mark: int) -> list[torch.Generator]:
+    """For the VAE's posterior: not those of the noise, since the draws must be independent of each other."""
+    return [torch.Generator().manual_seed(seed ^ mark) for seed in batch.seeds]

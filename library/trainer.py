@@ -234,7 +234,8 @@ class Trainer:
     def load_unet(self) -> torch.nn.Module:
         """The frozen U-Net in the run's precision (or float8), on the device, in eval mode."""
         float8 = self.options.runtime.fp8_base
-        unet = self.model.unet(self.precision.dtype, "cpu" if float8 else self.device)
+        device, inpainting = "cpu" if float8 else self.device, self.options.dataset.train_inpainting
+        unet = self.model.unet(self.precision.dtype, device, inpainting=inpainting)
         freeze_layers(unet, float8=float8)
         unet.to(self.device)  # after the folding: the device never holds the unfolded weights
         if self.options.training.gradient_checkpointing:

@@ -61,6 +61,8 @@ def train(options: Options, family_name: str) -> Path | None:
     options = replace(options, runtime=in_force)
     seed = state.seed if state and options.training.seed is None else options.training.seed
     data = find_data(options, family, word, runtime.seed_everything(seed))
+    options = replace(options, dataset=replace(options.dataset, train_inpainting=data.inpainting))
+    model.check_inpainting(data.inpainting)
     if options.dataset.debug_dataset:
         if options.dataset.dataset_class:
             show_batches(data.loader(), data.prompts)
