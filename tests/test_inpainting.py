@@ -246,9 +246,9 @@ def test_an_encoder_that_overflows_on_a_sample_is_as_it_was_afterwards(models):
     with vae.left_as_it_is():
         vae._widen()
         vae.dtype = torch.float32
-        assert vae.encode(torch.zeros(1, 3, 8, 8), [torch.Generator()]).dtype == torch.float32
+        assert vae.encode(torch.zeros(1, 3, 32, 32), [torch.Generator()]).dtype == torch.float32
     assert vae.dtype == torch.bfloat16
-    assert vae.encode(torch.zeros(1, 3, 8, 8), [torch.Generator()]).dtype == torch.bfloat16
+    assert vae.encode(torch.zeros(1, 3, 32, 32), [torch.Generator()]).dtype == torch.bfloat16
     assert all(torch.equal(tensor, before[name]) for name, tensor in vae.vae.state_dict().items())
 
 
