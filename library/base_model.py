@@ -22,7 +22,14 @@ from library.frozen_layers import freeze_layers
 from library.main_memory import give_back, return_large_blocks
 from library.model_family import END_OF_TEXT, START_OF_TEXT, ModelFamily
 from library.model_folder import ModelFolder, fetch_from_hub, fetch_vae, find_weights, looks_like_hub_id
-from library.model_identity import Identity, identify_file, identify_folder, positive_number, read_config
+from library.model_identity import (
+    INPAINTING_CHANNELS,
+    Identity,
+    identify_file,
+    identify_folder,
+    positive_number,
+    read_config,
+)
 from library.objective import objective_of
 from library.options import ModelOptions
 from library.single_file import SingleFile, modern_vae_names, vae_component
@@ -39,13 +46,15 @@ _UNUSED = ("embeddings.position_ids", "logit_scale", "text_projection.weight")
 class BaseModel:
     """The frozen model that an embedding is trained for; made by :meth:`open`.
 
-    ``name`` is what the user called it, without folders. ``objective`` is what it says about its training.
+    ``name`` is what the user called it, without folders. ``objective`` is what it says about its training. The U-Net
+    of an ``inpainting`` model takes nine channels.
     """
 
-    def __init__(self, source: SingleFile | ModelFolder, options: ModelOptions, name: str):
+    def __init__(self, source: SingleFile | ModelFolder, options: ModelOptions, name: str, inpainting: bool = False):
         self.source = source
         self.options = options
         self.name = name
+        self.inpainting = inpainting
         self.architecture = source.architecture
         self.objective = objective_of(source)
         self._hash = FileHash(source.path) if isinstance(source, SingleFile) else None
@@ -76,7 +85,7 @@ class BaseModel:
             identity = identify_file(weights.shapes)
             _check_family(name, identity, family)
             source = SingleFile(path, weights, identity.architecture, configs / identity.architecture.name)
-        model = cls(source, options, short_name)
+        model = cls(source, options, short_name, identity.inpainting)
         model._check_flags(name)
         return model
 
@@ -90,6 +99,21 @@ class BaseModel:
                 hint = " (and --v_parameterization for the 768-pixel models)" if is_v2 else ""
                 raise UserError(f"{message}{hint}.")
             logger.warning("%s. It is trained as what it is.", message)
+
+    def check_inpainting(self, wanted: bool) -> None:
+        """Raise UserError for an inpainting model that is not trained as one; warn where another one is to be."""
+        if self.inpainting and not wanted:
+            raise UserError(
+                f"{self.name} is an inpainting model (its U-Net takes {INPAINTING_CHANNELS} channels, not 4). Add "
+                "--train_inpainting to train on it as such, or give the ordinary base model."
+            )
+        if wanted and not self.inpainting:
+            logger.warning(
+                "--train_inpainting: %s is no inpainting model. Its U-Net is widened to %d channels with weights of "
+                "zero, and since only the vectors are trained they stay zero: the masks change nothing. Give an "
+                "inpainting model of the same kind, or leave --train_inpainting out.",
+                self.name, INPAINTING_CHANNELS,
+            )  # fmt: skip
 
     def check_parts(self) -> None:
         """Raise UserError if a part that a training needs is missing or cut off, before any of them is loaded."""
@@ -171,10 +195,20 @@ class BaseModel:
         return _fill(model, tensors, dtype, device, where)
 
     def unet(
-        self, dtype: torch.dtype, device: torch.device | str = "cpu", *, float8: bool = False
+        self,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        *,
+        float8: bool = False,
+        inpainting: bool = False,
     ) -> UNet2DConditionModel:
-        """The U-Net of frozen layers, see ``frozen_layers``; with ``float8`` its weights are never whole at once."""
+        """The U-Net of frozen layers, see ``frozen_layers``; with ``float8`` its weights are never whole at once.
+
+        For ``inpainting`` an ordinary one is widened to take nine channels.
+        """
         config, tensors = self.source.unet()
+        if inpainting and not self.inpainting:
+            config, tensors = _widened(config, tensors)
         where = f"{self.source.path} (U-Net)"
         model = _empty(lambda: UNet2DConditionModel.from_config(config), where)
         _check_fit(model, tensors, where)
@@ -243,6 +277,15 @@ def _read_tokenizer(folder: Path) -> CLIPTokenizer:
     if len(ids) < 3 or (ids[0], ids[-1]) != (START_OF_TEXT, END_OF_TEXT):
         raise UserError(f"{folder} does not hold a tokenizer of CLIP. Use the tokenizer that belongs to the model.")
     return tokenizer
+
+
+def _widened(config: dict, tensors: Tensors) -> tuple[dict, Tensors]:
+    """A U-Net of 4 channels as one that takes more, and heeds them as little as if they were not there."""
+    if (first := tensors.get("conv_in.weight")) is not None:  # if not, _fill says so
+        wide = torch.zeros(first.shape[0], INPAINTING_CHANNELS, *first.shape[2:], dtype=first.dtype)
+        wide[:, : first.shape[1]] = first
+        tensors["conv_in.weight"] = wide
+    return config | {"in_channels": INPAINTING_CHANNELS}, tensors
 
 
 def _empty(make: Callable[[], nn.Module], where: str) -> nn.Module:

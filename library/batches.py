@@ -27,6 +27,7 @@ class Sample:
     seed: int
     cut: Cut  # what was taken of the file
     flipped: bool
+    hole: torch.Tensor | None = None  # float32 [H, W], 1 where the image is hidden, to be painted anew
 
 
 @dataclass
@@ -48,6 +49,7 @@ class Batch:
     size_conditioning: torch.Tensor  # float32 [B, 6]: file height, width, crop top, left, target height, width
     seeds: list[int]  # of each sample's own noise generator
     weight: float
+    holes: torch.Tensor | None = None  # float32 [B, 1, H, W], 1 where the images are hidden; None but for inpainting
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -89,6 +91,7 @@ def collate(samples: Sequence[Sample], weight: float, num_tokenizers: int) -> Ba
         ),
         seeds=[sample.seed for sample in samples],
         weight=weight,
+        holes=_stacked([sample.hole if sample.hole is None else sample.hole[None] for sample in samples]),
     )
 
 

@@ -95,7 +95,7 @@ class BucketChooser:
 
     def _place_in_list(self, size: Size) -> tuple[Size, Size]:
         bucket = size if size in self._listed else self._nearest(size[0] / size[1])
-        return bucket, _covering_size(size, bucket)
+        return bucket, covering_size(size, bucket)
 
     def _nearest(self, ratio: float) -> Size:
         """The bucket whose aspect ratio differs least; the first in the list where two differ equally."""
@@ -136,7 +136,7 @@ class BucketChooser:
         longest = max(steps, self._down(self.rules.area // steps))
         sides = [min(longest, max(steps, self._down(_rounded(side * scale)))) for side in size]
         bucket = (sides[0], sides[1])
-        return bucket, _covering_size(size, bucket)
+        return bucket, covering_size(size, bucket)
 
     def _down(self, side: int) -> int:
         return side // self.rules.steps * self.rules.steps
@@ -147,7 +147,7 @@ def _rounded(length: float) -> int:
     return int(length + 0.5)
 
 
-def _covering_size(size: Size, bucket: Size) -> Size:
+def covering_size(size: Size, bucket: Size) -> Size:
     """The size with this picture's shape that just covers the bucket."""
     width, height = size
     if width / height > bucket[0] / bucket[1]:

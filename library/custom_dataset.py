@@ -6,9 +6,11 @@ have a length and give a dictionary for each number below it: one finished batch
 - ``input_ids_list``: ids per tokenizer, int [B, 77] or [B, chunks, 77]; or else ``captions``, a list of B texts
 - ``latents`` float [B, 4, h, w] (unscaled), or else ``images`` float [B, 3, H, W] in [-1, 1]
 - optional: ``loss_weights`` [B], ``alpha_masks`` [B, H, W] in [0, 1], ``conditioning_images`` [B, 3, H, W] in [-1, 1]
-  (masks, which win), ``original_sizes_hw``, ``crop_top_lefts`` and ``target_sizes_hw`` [B, 2]
+  (masks, which win), ``original_sizes_hw``, ``crop_top_lefts`` and ``target_sizes_hw`` [B, 2]; with
+  ``--train_inpainting``, which needs images, ``masks`` [B, 1, H, W] in [0, 1] (1 is hidden) in place of random ones
 """
 
+import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -24,6 +26,7 @@ from library.latents import PIXELS_PER_LATENT, LatentCache, LatentEntry
 from library.named_classes import load_class
 from library.options import DatasetOptions
 from library.preflight import Report
+from library.random_masks import random_mask
 from library.tokens import PromptTokenizer
 
 
@@ -47,6 +50,7 @@ class CustomData(BatchedData):
         self.seed = seed
         self.resolution = options.resolution or (512, 512)
         self.masked_loss = options.masked_loss
+        self.inpainting = options.train_inpainting
         size = options.resolution and f"{options.resolution[0]},{options.resolution[1]}"
         module, _, class_name = self.name.rpartition(".")
         if not module:
@@ -143,6 +147,10 @@ class _Reader:
         images = self._floats(values, "images", (None, 3, None, None))
         if latents is None and images is None:
             raise self._error('gives neither "latents" nor "images"')
+        if self.data.inpainting:
+            if images is None:
+                raise self._error('gives "latents", but masks for --train_inpainting need "images"')
+            latents = None
         pictures = images if latents is None else latents
         count, scale = len(pictures), 1 if latents is None else PIXELS_PER_LATENT
         height, width = (side * scale for side in pictures.shape[-2:])
@@ -161,8 +169,9 @@ class _Reader:
             masks=self._masks(values, count),
             loss_weights=torch.ones(count) if weights is None else weights,
             size_conditioning=self._sizes(values, count, (height, width)),
-            seeds=[sample_seeds(self.data.seed, self.ref.epoch, self.ref.position << 16 | i)[2] for i in range(count)],
+            seeds=[self._seeds(number)[2] for number in range(count)],
             weight=self.ref.weight,
+            holes=self._holes(values, count, (height, width)) if self.data.inpainting else None,
         )
 
     def _error(self, problem: str) -> UserError:
@@ -231,6 +240,17 @@ class _Reader:
                 return (masks[:, :1] + 1) / 2
         alpha = self._floats(values, "alpha_masks", (count, None, None))
         return None if alpha is None else alpha.unsqueeze(1)
+
+    def _seeds(self, number: int) -> tuple[int, int, int]:
+        """See ``dataset.sample_seeds``."""
+        return sample_seeds(self.data.seed, self.ref.epoch, self.ref.position << 16 | number)
+
+    def _holes(self, values: dict, count: int, size_hw: tuple[int, int]) -> torch.Tensor:
+        given = self._floats(values, "masks", (count, 1, *size_hw))
+        if given is not None:
+            return given
+        rngs = [random.Random(self._seeds(number)[0]) for number in range(count)]
+        return torch.stack([torch.from_numpy(random_mask(size_hw[::-1], rng))[None].float() for rng in rngs])
 
     def _sizes(self, values: dict, count: int, size_hw: tuple[int, int]) -> torch.Tensor:
         """File size, crop and target size of each sample; what is not given is the whole picture."""

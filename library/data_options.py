@@ -203,6 +203,10 @@ class DatasetOptions:
     prior_loss_weight: float = option(
         1.0, "Weight of regularisation pictures in the loss, usually 0 to 1.", read=number, at_least=0
     )
+    train_inpainting: bool = flag(
+        "Train for an inpainting model (its U-Net takes 9 channels): random masks hide parts of the images, and the "
+        "model sees the rest. Not together with --cache_latents."
+    )
     debug_dataset: bool = flag(
         "Show what the training would see (captions, token ids, buckets, crops) and stop. No diffusion model is loaded."
     )

@@ -31,6 +31,7 @@ from library.latent_files import content_hash
 from library.latents import LatentCache, LatentEntry
 from library.preflight import Report, check
 from library.processes import usable_cores
+from library.random_masks import random_mask
 from library.tokens import PromptTokenizer
 
 # Epoch of batches that are not trained on: no run gets as far, so their noise is never trained on.
@@ -81,6 +82,7 @@ class SampleSource(Dataset):
         pixel_rng = random.Random(pixel_seed)
         flipped = subset.flip_aug and pixel_rng.random() < 0.5
         latents, image, mask, cut = self._picture(index, flipped, pixel_rng)
+        hole = random_mask(self.table.bucket(index), pixel_rng) if config.train_inpainting else None
         caption = process_caption(
             self.table.caption(index),
             subset.captions,
@@ -103,6 +105,7 @@ class SampleSource(Dataset):
             seed=noise_seed,
             cut=cut,
             flipped=flipped,
+            hole=None if hole is None else torch.from_numpy(hole).float(),
         )
 
     def _picture(
@@ -202,6 +205,7 @@ class BatchedData(ABC):
     table: ImageTable | None = None  # of images found in folders
     templates: Sequence[str] | None = None
     sizes: Collection[Size] = ()  # (width, height) of the batches' images, as far as they are known
+    inpainting = False  # whether random masks hide parts of the images
 
     @abstractmethod
     def source(self, max_steps: int) -> Dataset:
@@ -246,6 +250,7 @@ class TrainingData(BatchedData):
         self.prompts = prompts
         self.templates = templates
         self.seed = seed
+        self.inpainting = any(config.train_inpainting for config in configs)
         table, validation_table = load_tables(configs, seed, sets)
         # Before anything is looked for in a caption: the word, tags, wildcards.
         self.table = table.with_rewritten_captions(prompts.repaired)

@@ -6,7 +6,7 @@ the disk but the file itself and the sub-folders of ``--train_data_dir`` and ``-
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from library.dataset_schema import (
 )
 from library.dataset_sources import Source, Table, find_source
 from library.errors import UserError
+from library.option_checks import CACHED_INPAINTING
 from library.options import DatasetOptions
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,8 @@ class SubsetConfig:
 class DatasetConfig:
     """Pictures that are trained at one resolution and batch size.
 
-    Those whose area is at most that of ``skip_image_resolution`` (width, height) are left out.
+    Those whose area is at most that of ``skip_image_resolution`` (width, height) are left out. With
+    ``train_inpainting``, which all datasets of a run share, random masks hide parts of them.
     """
 
     kind: str
@@ -84,6 +86,7 @@ class DatasetConfig:
     prior_loss_weight: float = 1.0
     resize_interpolation: str | None = None
     skip_image_resolution: Size | None = None
+    train_inpainting: bool = False
     place: str = ""
 
 
@@ -115,17 +118,20 @@ def load_dataset_configs(options: DatasetOptions, *, bucket_step: int) -> tuple[
     source = find_source(options)
     datasets = tuple(_dataset(table, source, options, bucket_step) for table in source.datasets)
     _check_masks(datasets, options)
+    _check_inpainting(datasets, options)
     _tell_idle_keys(datasets)
     return datasets
 
 
-def check_caching(datasets: Iterable[DatasetConfig], *, caching: bool) -> None:
-    """Refuse colour changes and random crops where latents are cached; raises UserError naming the subset.
+def check_caching(datasets: Sequence[DatasetConfig], *, caching: bool) -> None:
+    """Refuse colour changes, random crops and masks where latents are cached; raises UserError naming the place.
 
     sd-scripts refuses these two and passes over face crops, which are told here.
     """
     if not caching:
         return
+    if masked := next((dataset for dataset in datasets if dataset.train_inpainting), None):
+        raise UserError(f"{masked.place}: {CACHED_INPAINTING}")
     for subset in (subset for dataset in datasets for subset in dataset.subsets):
         refused = [name for name in ("color_aug", "random_crop") if getattr(subset, name)]
         if refused:
@@ -158,6 +164,7 @@ def _dataset(table: Table, source: Source, options: DatasetOptions, bucket_step:
         prior_loss_weight=options.prior_loss_weight,
         resize_interpolation=chain.get("resize_interpolation"),
         skip_image_resolution=_as_size(chain.get("skip_image_resolution")),
+        train_inpainting=chain.get("train_inpainting"),
         place=table.place,
     )
 
@@ -298,6 +305,16 @@ def _check_masks(datasets: tuple[DatasetConfig, ...], options: DatasetOptions) -
         )
     if options.conditioning_data_dir and not options.masked_loss:
         logger.warning("--conditioning_data_dir does nothing without --masked_loss.")
+
+
+def _check_inpainting(datasets: tuple[DatasetConfig, ...], options: DatasetOptions) -> None:
+    """Refuse datasets of which only some have masks: they train one U-Net."""
+    without = next((dataset for dataset in datasets if not dataset.train_inpainting), None)
+    if without and (options.train_inpainting or any(dataset.train_inpainting for dataset in datasets)):
+        raise UserError(
+            f"{without.place}: train_inpainting is off here, but it is on elsewhere, and all datasets train one U-Net. "
+            "Give --train_inpainting, or write the key once into [general], and leave it out elsewhere."
+        )
 
 
 def _tell_idle_keys(datasets: tuple[DatasetConfig, ...]) -> None:

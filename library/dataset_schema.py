@@ -115,6 +115,7 @@ DATASET_KEYS = {
     "validation_split": _SPLIT,
     "network_multiplier": _MULTIPLIER,
     "resize_interpolation": _INTERPOLATION,
+    "train_inpainting": _FLAG,
 }
 _DATASET_ONLY_KEYS = {"subsets": _tables(SUBSET)}
 SUBSET_KEYS = {

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
 from library.batch_order import BatchSampler
@@ -20,6 +21,7 @@ _SHOWN = 30  # pictures in the table and on the sheet
 _SHOWN_BATCHES = 3  # of a dataset class of the user's own
 _COLUMNS = 6
 _CELL = 256  # pixels of the sheet for one picture, along each side
+_VEIL = (255, 0, 0)  # over what a mask for inpainting hides
 _LABEL = 30  # pixels of the sheet for the text below it
 SHEET_NAME = "debug_dataset.png"
 
@@ -95,6 +97,7 @@ def sample_text(table: ImageTable, prompts: PromptTokenizer, index: int, sample:
     crop = f"crop left {cut.left}, top {cut.top}, right {right}, bottom {bottom}" if resized != bucket else "no crop"
     notes = [", mirrored"] if sample.flipped else []
     notes += [", masked"] if sample.mask is not None else []
+    notes += [f", {sample.hole.mean():.0%} hidden"] if sample.hole is not None else []
     notes += [f", loss weight {sample.loss_weight:g}"] if sample.loss_weight != 1 else []
     lines = [
         sample.key,
@@ -127,7 +130,10 @@ def _ids_text(prompts: PromptTokenizer, number: int, ids) -> str:
 
 
 def contact_sheet(samples: list[Sample]) -> Image.Image:
-    """The pictures side by side as the model sees them, what a mask hides darkened, with the start of each caption."""
+    """The pictures side by side as the model sees them, with the start of each caption.
+
+    What a mask keeps out of the loss is darkened; what is hidden for inpainting lies under a red veil.
+    """
     columns = min(_COLUMNS, max(1, len(samples)))
     rows = -(-len(samples) // columns)
     sheet = Image.new("RGB", (columns * _CELL, rows * (_CELL + _LABEL)), "lightgray")
@@ -147,6 +153,8 @@ def _seen(sample: Sample) -> Image.Image:
     pixels = sample.image.permute(1, 2, 0).float()
     if sample.mask is not None:
         pixels = pixels * (0.25 + 0.75 * sample.mask.unsqueeze(-1))
+    if sample.hole is not None:
+        pixels = pixels.lerp(torch.tensor(_VEIL, dtype=torch.float32), 0.5 * sample.hole.unsqueeze(-1))
     return Image.fromarray(pixels.round().clamp(0, 255).byte().numpy())
 
 

@@ -8,6 +8,7 @@ from library.batches import Batch
 from library.diffusion import NoiseSchedule, draw_noise, per_sample_loss
 from library.frozen_vae import FrozenVae
 from library.images import normalized
+from library.inpainting import surroundings
 from library.model_family import ModelFamily
 from library.options import LossOptions, NoiseOptions
 from library.text_encoding import PromptEncoder
@@ -39,6 +40,8 @@ class DenoisingTask:
         latents = self._latents(batch, check)
         draw = draw_noise(latents, self.noise, batch.seeds)
         noisy = self.schedule.add_noise(latents, draw.input_noise, draw.timesteps)
+        if batch.holes is not None:
+            noisy = torch.cat([noisy, self._surroundings(batch, check)], dim=1)
         conditioning = self.prompt_encoder.encode(batch.input_ids)
         prediction = self.family.predict_noise(self.unet, noisy, draw.timesteps, conditioning, batch.size_conditioning)
         return per_sample_loss(
@@ -55,8 +58,21 @@ class DenoisingTask:
     def _latents(self, batch: Batch, check: bool) -> torch.Tensor:
         latents = batch.latents
         if latents is None:
-            # Not the seeds of the noise: the posterior's draw and the noise must be independent.
-            generators = [torch.Generator().manual_seed(seed ^ (1 << 62)) for seed in batch.seeds]
-            images = normalized(batch.images) if batch.images.dtype == torch.uint8 else batch.images
-            latents = self.vae.encode(images, generators, batch.keys, check=check)
+            latents = self.vae.encode(_pixels(batch), _generators(batch, 1 << 62), batch.keys, check=check)
         return latents.float() * self.vae_scale_factor
+
+    def _surroundings(self, batch: Batch, check: bool) -> torch.Tensor:
+        """The channels that an inpainting U-Net sees besides the noisy latents, float32 [B, 5, h, w]."""
+        generators = _generators(batch, 1 << 61)
+        images, scale = _pixels(batch), self.vae_scale_factor
+        return surroundings(self.vae, scale, images, batch.holes, generators, batch.keys, check=check)
+
+
+def _pixels(batch: Batch) -> torch.Tensor:
+    """The batch's images in [-1, 1], [B, 3, H, W]."""
+    return normalized(batch.images) if batch.images.dtype == torch.uint8 else batch.images
+
+
+def _generators(batch: Batch, mark: int) -> list[torch.Generator]:
+    """For the VAE's posterior: not those of the noise, since the draws must be independent of each other."""
+    return [torch.Generator().manual_seed(seed ^ mark) for seed in batch.seeds]

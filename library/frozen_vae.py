@@ -134,6 +134,17 @@ class FrozenVae:
             _moved(self.vae, self.device, self.dtype)
 
     @contextmanager
+    def left_as_it_is(self) -> Iterator[None]:
+        """Within a ``with``: what widens the encoder, for images that are not trained on, widens it until then."""
+        dtype = self.dtype
+        try:
+            yield
+        finally:
+            if self.dtype != dtype:
+                self.dtype = dtype
+                _moved(self.vae, self.device, dtype)
+
+    @contextmanager
     def on(self, device: torch.device | str) -> Iterator[None]:
         """Within a ``with``: work on ``device``; then go back to where the VAE was and give the memory back."""
         home = self.device

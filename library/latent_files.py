@@ -1,13 +1,14 @@
 """The files of the latent cache: names, keys, what makes one usable, and writing them whole or not at all.
 
 Names and keys are those of sd-scripts, so caches made there are found here and the other way round. One file holds the
-latents of one image in *slots*: the plain keys, or keys that end in ``_<height>x<width>`` of the latents where the
-image is used in buckets of several sizes, in one run or by several.
+latents of one image in *slots*, one for each size that it is used in: keys that end in ``_<height>x<width>`` of the
+latents. sd-scripts up to February 2026 (0.10.1) wrote plain keys; such a slot is read where there is no other.
 """
 
 import hashlib
 import json
 import os
+import re
 import time
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -33,6 +34,7 @@ _SLOT_KEYS = (
     "made_from",
 )
 _VARIANTS = _SLOT_KEYS[:3]
+_LATENTS_OF_A_SIZE = re.compile(r"latents_\d+x\d+")
 # What latents can be made in, the coarsest first.
 _PRECISIONS = ("bfloat16", "float16", "float32")
 # Some file systems count time in steps of two seconds: within them a file may change again unseen.
@@ -211,7 +213,8 @@ def _ending(arrays: Archive, wanted: Wanted) -> str:
 def _wrong_shape(arrays: Archive, ending: str, wanted: Wanted) -> str:
     for key, shape in wanted.shapes.items():
         if key + ending not in arrays:
-            return "incomplete"
+            is_new_size = key == "latents" and any(map(_LATENTS_OF_A_SIZE.fullmatch, arrays))
+            return "of another size" if is_new_size else "incomplete"
         if arrays.shape(key + ending) != shape:
             return "of another size"
     return ""
@@ -267,14 +270,13 @@ def read_slot(slot: Slot, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.nd
     return {key: np.array(array, dtype=np.float32, order="C") for key, array in read.items()}
 
 
-def write_slot(path: Path, wanted: Wanted, arrays: dict[str, np.ndarray], shared: bool = False) -> Slot:
-    """Write a slot anew, keeping all else that the file holds. The file appears whole or not at all.
+def write_slot(path: Path, wanted: Wanted, arrays: dict[str, np.ndarray]) -> Slot:
+    """Write the slot of the wanted size anew, keeping all else that the file holds but a plain slot of the same size.
 
-    ``shared`` says that this run needs the image in several sizes. Then, and where the plain slot or one of its own
-    size is another's, latents get the slot of their own size. Raises UserError if the file is a symbolic link, the
-    folder cannot be written to or the disk is full.
+    The file appears whole or not at all. Raises UserError if it is a symbolic link, the folder cannot be written to or
+    the disk is full.
     """
-    ending, kept = _kept(path, wanted, shared)
+    ending, kept = wanted.own_ending, _kept(path, wanted)
     with _write_errors(path), replacement(path) as file:
         np.savez(file, **{key + ending: array for key, array in arrays.items()})
         with zipfile.ZipFile(file, "a") as archive:
@@ -284,17 +286,16 @@ def write_slot(path: Path, wanted: Wanted, arrays: dict[str, np.ndarray], shared
     return Slot(path, ending, sums)
 
 
-def _kept(path: Path, wanted: Wanted, shared: bool) -> tuple[str, dict[str, bytes]]:
-    """The ending of the slot to write, and what stays of the file besides."""
+def _kept(path: Path, wanted: Wanted) -> dict[str, bytes]:
+    """What stays of the file when a slot is written: all but what the slot had, and a plain slot of the same size."""
     try:
         with open_archive(path) as held:
-            ending = wanted.own_ending if shared else _ending(held, wanted)
-            if not ending and "latents" in held and _are_of_another_size(held.shape("latents"), wanted):
-                ending = wanted.own_ending
-            written = {name + ending for name in _SLOT_KEYS}
-            return ending, {key: held.raw(key) for key in held if key not in written}
+            written = {name + wanted.own_ending for name in _SLOT_KEYS}
+            if "latents" in held and not _are_of_another_size(held.shape("latents"), wanted):
+                written.update(_SLOT_KEYS)
+            return {key: held.raw(key) for key in held if key not in written}
     except (FileNotFoundError, ArchiveError):
-        return wanted.own_ending if shared else "", {}
+        return {}
 
 
 def _are_of_another_size(shape: tuple[int, ...], wanted: Wanted) -> bool:

@@ -110,11 +110,10 @@ class CacheReport:
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """An image, why it must be encoded ("" if it need not be), and whether its file serves several buckets."""
+    """An image, and why it must be encoded ("" if it need not be)."""
 
     entry: LatentEntry
     reason: str
-    shared: bool = False
 
 
 class LatentCache:
@@ -235,8 +234,7 @@ class LatentCache:
         refuse_shared_names(entry.path for entry in entries)
         entries = self._one_per_slot(entries)
         files = [self.file(entry) for entry in entries]
-        per_file = Counter(files)
-        mine = set(list(per_file)[process_index::num_processes])
+        mine = set(list(dict.fromkeys(files))[process_index::num_processes])
         tasks = []
         for entry, file in zip(entries, files, strict=True):
             if file not in mine:
@@ -244,7 +242,7 @@ class LatentCache:
             slot, reason = find_slot(file, self._wanted(entry, encoder), self.skip_check)
             if slot:
                 self.slots[_place(entry)] = slot
-            tasks.append(_Task(entry, reason, shared=per_file[file] > 1))
+            tasks.append(_Task(entry, reason))
         refuse_unwritable(self.file(task.entry) for task in tasks if task.reason)
         return tasks
 
@@ -307,7 +305,7 @@ class LatentCache:
             "vae_fingerprint": encoder.fingerprint,
             "made_from": np.array(origin.text()),
         }
-        slot = write_slot(self.file(entry), self._wanted(entry, encoder), arrays, task.shared)
+        slot = write_slot(self.file(entry), self._wanted(entry, encoder), arrays)
         self.slots[_place(entry)] = slot
 
     def _generator(self, source: Source, variant: str = "") -> torch.Generator:

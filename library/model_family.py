@@ -70,6 +70,8 @@ class ModelFamily(ABC):
     ) -> torch.Tensor:
         """The U-Net's prediction (noise or velocity) for ``noisy`` [B, 4, h, w] at ``timesteps`` [B]; float32.
 
+        For an inpainting U-Net ``noisy`` has nine channels.
+
         ``size_conditioning`` [B, 6] holds, in pixels, original height and width, crop top and left, target height and
         width; only SDXL reads it.
         """

@@ -20,11 +20,15 @@ _PLAIN_MODEL = "Give the complete base model instead."
 
 @dataclass(frozen=True)
 class Identity:
-    """``what`` a file or folder is, as in "is a FLUX model". Without ``architecture``, ``advice`` says what to do."""
+    """``what`` a file or folder is, as in "is a FLUX model". Without ``architecture``, ``advice`` says what to do.
+
+    ``inpainting``: its U-Net takes nine channels.
+    """
 
     what: str
     architecture: Architecture | None = None
     advice: str = ""
+    inpainting: bool = False
 
 
 def size_of(shapes: Shapes, name: str, axis: int) -> int:
@@ -69,6 +73,7 @@ _EDM_ADVICE = (
 )
 # Ends of the names of what other programs keep beside weights that must be multiplied out.
 _QUANTIZED = (".scale_weight", ".weight_scale", "scaled_fp8", ".comfy_quant", ".absmax", ".quant_map")
+INPAINTING_CHANNELS = 9
 _UNCLIP = Identity("an unCLIP model, which is told images and not only prompts", advice=_PLAIN_MODEL)
 
 
@@ -98,7 +103,7 @@ def _identify_unet_file(shapes: Shapes) -> Identity:
     channels = size_of(shapes, _UNET_START, 1)
     slots = {slot for slot in ("cond_stage_model", "conditioner.embedders.0", "conditioner.embedders.1")
              if any(name.startswith(f"{slot}.") for name in shapes)}  # fmt: skip
-    if channels != 4:
+    if channels not in (4, INPAINTING_CHANNELS):
         return _special_unet(channels)
     if edm := [name for name in _EDM if name in shapes]:
         return Identity(f"an EDM model ({edm[0]}; CosXL and Playground 2.5 are such models)", advice=_EDM_ADVICE)
@@ -115,7 +120,7 @@ def _identify_unet_file(shapes: Shapes) -> Identity:
             advice="Give its diffusers folder, or train on the base model that it was distilled from.",
         )
     if "conditioner.embedders.1" in slots:
-        return Identity(f"a {SDXL.title} checkpoint", SDXL)
+        return _supported(SDXL, channels, "checkpoint")
     if not slots:
         return Identity("only a U-Net, without text encoder", advice=_PLAIN_MODEL)
     if any(name.startswith("model.diffusion_model.label_emb.") for name in shapes):
@@ -123,8 +128,12 @@ def _identify_unet_file(shapes: Shapes) -> Identity:
     # SD 2 has OpenCLIP's encoder, whose tensors are named otherwise; converted files tell by the width.
     width = size_of(shapes, "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", 1)
     is_sd2 = width == 1024 or any(name.startswith("cond_stage_model.model.") for name in shapes)
-    architecture = SD2 if is_sd2 else SD1
-    return Identity(f"a {architecture.title} checkpoint", architecture)
+    return _supported(SD2 if is_sd2 else SD1, channels, "checkpoint")
+
+
+def _supported(architecture: Architecture, channels: int, form: str) -> Identity:
+    inpainting = channels == INPAINTING_CHANNELS
+    return Identity(f"a {architecture.title} {'inpainting ' * inpainting}{form}", architecture, inpainting=inpainting)
 
 
 def _is_distilled(shapes: Shapes, levels: int) -> bool:
@@ -138,7 +147,7 @@ def _is_distilled(shapes: Shapes, levels: int) -> bool:
 
 
 def _special_unet(channels: int) -> Identity:
-    kind = {9: "an inpainting model", 8: "an InstructPix2Pix model", 7: "an upscaler or depth model"}
+    kind = {8: "an InstructPix2Pix model", 7: "an upscaler or depth model"}
     what = kind.get(channels, "a model for another purpose")
     return Identity(
         f"{what} (its U-Net takes {channels} channels, not 4)", advice="Give the ordinary base model instead."
@@ -157,7 +166,7 @@ def identify_folder(folder: Path) -> Identity:
             f"an EDM model ({scheduler['_class_name']}, as in CosXL and Playground 2.5)", advice=_EDM_ADVICE
         )
     channels = whole_number(unet, "in_channels", 4, folder / "unet" / "config.json")
-    if channels != 4:
+    if channels not in (4, INPAINTING_CHANNELS):
         return _special_unet(channels)
     encoder = read_config(folder / "text_encoder" / "config.json")
     is_xl = unet.get("addition_embed_type") == "text_time"
@@ -169,13 +178,12 @@ def identify_folder(folder: Path) -> Identity:
         kind = f"{encoder['model_type']!s:.40}"
         return Identity(f"a model with a {kind} text encoder, not CLIP", advice=_PLAIN_MODEL)
     if is_xl:
-        return Identity(f"a {SDXL.title} model", SDXL)
+        return _supported(SDXL, channels, "model")
     if unet.get("class_embed_type"):
         return _UNCLIP
     width = encoder.get("hidden_size")
     is_sd2 = width == 1024 or (width != 768 and bool(unet.get("use_linear_projection")))
-    architecture = SD2 if is_sd2 else SD1
-    return Identity(f"a {architecture.title} model", architecture)
+    return _supported(SD2 if is_sd2 else SD1, channels, "model")
 
 
 def _identify_other_folder(folder: Path, pipeline: dict | None) -> Identity:

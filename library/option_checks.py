@@ -17,6 +17,10 @@ from library.text_files import is_unicode
 logger = logging.getLogger(__name__)
 
 
+CACHED_INPAINTING = (
+    "train_inpainting hides another part of each image every time, so its latents cannot be made once and for all. "
+    "Leave out --cache_latents and --cache_latents_to_disk."
+)
 # File systems take names of 255 bytes; "-step00001600-state" and the marks of an unfinished file come on top.
 LONGEST_NAME = 200
 
@@ -100,6 +104,8 @@ def check_combinations(options: Options) -> None:
         )
     if model.v2 and model.clip_skip is not None:
         logger.warning("--clip_skip is unusual with --v2: those models use the second last layer already.")
+    if options.dataset.train_inpainting and options.cache.cache_latents:
+        raise UserError(f"--{CACHED_INPAINTING}")
     _check_timesteps(noise.min_timestep, noise.max_timestep)
     _check_precision(options)
     _check_optimizer(options)

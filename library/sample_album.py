@@ -15,6 +15,7 @@ from tqdm import tqdm
 from library.atomic_files import write_png
 from library.checkpoints import SampleSchedule
 from library.errors import UserError, survived
+from library.inpainting import check_scene
 from library.options import Options
 from library.sample_prompts import SamplePrompt, read_sample_prompts
 from library.samplers import check_sampler
@@ -31,7 +32,7 @@ _LOST = "A sample picture was lost; the training goes on without it."
 class SampleAlbum:
     """Draws the same prompts again and again during a run, into the folder ``sample`` of ``--output_dir``."""
 
-    prompts: tuple[SamplePrompt, ...]
+    prompts: tuple[SamplePrompt | None, ...]  # None keeps the number of one that is left out
     schedule: SampleSchedule
     folder: Path
     output_name: str
@@ -46,6 +47,7 @@ class SampleAlbum:
             check_sampler(options.sample.sample_sampler)
         wanted = read_sample_prompts(options.sample.sample_prompts) if options.sample.draws_during_training else []
         _warn_of_weak_prompts(wanted, tokenizer)
+        wanted = _with_scenes(wanted) if options.dataset.train_inpainting else _without_scenes(wanted)
         folder = Path(options.save.output_dir) / FOLDER
         if wanted and folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file, but sample pictures go into a folder of this name. Move the file.")
@@ -67,7 +69,7 @@ class SampleAlbum:
 
         ``mark`` tells in the files' names when it was: see :func:`epoch_mark` and :func:`step_mark`.
         """
-        numbers = list(range(process_index, len(self.prompts), num_processes))
+        numbers = [number for number, prompt in enumerate(self.prompts) if prompt][process_index::num_processes]
         if missing:
             begin = f"{glob.escape(self.output_name)}_{mark}"
             numbers = [number for number in numbers if not any(self.folder.glob(f"{begin}_{number:02d}_*.png"))]
@@ -88,6 +90,27 @@ class SampleAlbum:
         notes = PngInfo()
         notes.add_itxt("parameters", prompt.prompt)  # where other programs look for the prompt
         write_png(self.folder / f"{self.output_name}_{mark}{seed}.png", Image.fromarray(picture), notes)
+
+
+def _with_scenes(wanted: Sequence[SamplePrompt]) -> list[SamplePrompt | None]:
+    """The prompts that an inpainting model can draw. Raises UserError for an image or a mask that cannot be used."""
+    for number, prompt in enumerate(wanted, start=1):
+        if prompt.image is not None:
+            check_scene(prompt)
+        else:
+            logger.warning(
+                'The sample prompt number %d, "%.60s", is left out: an inpainting model draws into an image. Give it '
+                "one with --i, and perhaps a mask with --m (white is painted anew).",
+                *(number, prompt.prompt),
+            )
+    return [prompt if prompt.image is not None else None for prompt in wanted]
+
+
+def _without_scenes(wanted: Sequence[SamplePrompt]) -> Sequence[SamplePrompt]:
+    """The prompts as they are, with a warning where images in them do nothing."""
+    if any(prompt.image or prompt.mask_image for prompt in wanted):
+        logger.warning("--sample_prompts: images (--i) and masks (--m) have no effect without --train_inpainting.")
+    return wanted
 
 
 def _warn_of_weak_prompts(wanted: Sequence[SamplePrompt], tokenizer: PromptTokenizer) -> None:

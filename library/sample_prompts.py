@@ -26,7 +26,8 @@ class SamplePrompt:
     """A picture to draw: texts, size in pixels, number of steps, guidance scale (no guidance up to 1), and seed.
 
     Without a seed it is another picture each time; without a sampler, ``--sample_sampler`` draws it. Where ``weighted``
-    is False, brackets in the texts are just brackets.
+    is False, brackets in the texts are just brackets. Inpainting models draw into ``image``, where ``mask_image`` (of
+    the same size) is white; both are paths.
     """
 
     prompt: str
@@ -38,6 +39,8 @@ class SamplePrompt:
     seed: int | None = None
     sampler: str | None = None
     weighted: bool = True
+    image: str | None = None
+    mask_image: str | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,10 @@ _FLAGS = {
     "l": _Flag("scale", r"[\d.]+", float, "a number from 0 up"),
     "n": _Flag("negative_prompt", r".+", str, "a text"),
     "ss": _Flag("sample_sampler", r".+", str, "the name of a sampler"),
+    "i": _Flag("image", r".+", str.strip, "the path of an image"),
+    "m": _Flag("mask_image", r".+", str.strip, "the path of a mask"),
 }
+_FLAGS["mk"] = _FLAGS["m"]  # sd-scripts' name, where it has masks
 # Flags for models of other kinds, with their keys.
 _IDLE = {
     "g": "guidance_scale",
@@ -195,6 +201,8 @@ _KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "scale": (_is_number, "a number, such as 7.5"),
     "seed": (_is_number, "a whole number from 0 up"),
     "sample_sampler": (_is_text, 'the name of a sampler in quotes, such as "ddim"'),
+    "image": (_is_text, "the path of an image in quotes"),
+    "mask_image": (_is_text, "the path of a mask in quotes"),
 }
 
 
@@ -226,6 +234,8 @@ def _sample_prompt(values: _Values, place: str) -> SamplePrompt:
         scale=values.get("scale", SamplePrompt.scale),
         seed=_usable_seed(values, place),
         sampler=_known_sampler(values, place),
+        image=values.get("image") or None,
+        mask_image=values.get("mask_image") or None,
     )
 
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from library.errors import UserError
 from library.frozen_vae import FrozenVae
+from library.inpainting import scene, surroundings
 from library.latents import PIXELS_PER_LATENT
 from library.model_family import Conditioning, ModelFamily
 from library.sample_prompts import SamplePrompt
@@ -22,6 +23,7 @@ from library.text_encoding import PromptEncoder
 from library.tokens import PromptTokenizer
 
 _LATENT_CHANNELS = 4
+_SCENE = 1 << 63  # makes another seed, for the posterior of what a sample prompt shows
 
 
 @dataclass(frozen=True)
@@ -75,12 +77,13 @@ class SamplingPipeline:
         shape = (_LATENT_CHANNELS, first.height // PIXELS_PER_LATENT, first.width // PIXELS_PER_LATENT)
         noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
         latents = noise.to(self.device) * sampler.init_noise_sigma
+        shown = self._surroundings(batch)
         guided = first.scale > 1
         conditioning = self._conditioning(batch, guided)
         sizes = torch.tensor([[first.height, first.width, 0, 0, first.height, first.width]], device=self.device)
         extra = {"generator": generators} if _takes_generator(sampler) else {}
         for timestep in sampler.timesteps:
-            noisy = sampler.scale_model_input(latents, timestep)
+            noisy = torch.cat([sampler.scale_model_input(latents, timestep), *shown], dim=1)
             noisy = torch.cat([noisy, noisy]) if guided else noisy
             count = len(noisy)
             prediction = self.family.predict_noise(
@@ -91,6 +94,16 @@ class SamplingPipeline:
                 prediction = without + first.scale * (towards - without)
             latents = sampler.step(prediction, timestep, latents, **extra).prev_sample
         return latents
+
+    def _surroundings(self, batch: Sequence[SamplePrompt]) -> list[Tensor]:
+        """For an inpainting U-Net, in a list, what it sees besides the noisy latents: [B, 5, h, w]."""
+        if self.unet.config.in_channels == _LATENT_CHANNELS:
+            return []
+        images, holes = (torch.stack(each).to(self.device) for each in zip(*map(scene, batch), strict=True))
+        generators = [torch.Generator().manual_seed(_seed(prompt) ^ _SCENE) for prompt in batch]
+        names = [f'the image of "{prompt.prompt:.60}"' for prompt in batch]
+        with self.vae.left_as_it_is():
+            return [surroundings(self.vae, self.vae_scale_factor, images, holes, generators, names)]
 
     def _conditioning(self, batch: Sequence[SamplePrompt], guided: bool) -> Conditioning:
         """What the U-Net is told: of the negative prompts, if there is guidance, and then of the prompts."""

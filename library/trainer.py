@@ -235,7 +235,8 @@ class Trainer:
     def load_unet(self) -> torch.nn.Module:
         """The frozen U-Net in the run's precision (or float8), on the device, in eval mode."""
         logger.info("Loading the U-Net.")
-        unet = self.model.unet(self.precision.dtype, self.device, float8=self.options.runtime.fp8_base)
+        kind = {"float8": self.options.runtime.fp8_base, "inpainting": self.options.dataset.train_inpainting}
+        unet = self.model.unet(self.precision.dtype, self.device, **kind)
         unet.to(memory_format=device_settings.fastest_format(self.device, self.precision.dtype))
         if self.options.training.gradient_checkpointing:
             unet.enable_gradient_checkpointing()

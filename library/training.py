@@ -65,6 +65,8 @@ def train(options: Options, family_name: str, found: FoundImages | None) -> Path
     options = replace(options, runtime=in_force)
     seed = state.seed if state and options.training.seed is None else options.training.seed
     data = build_data(options, word, runtime.seed_everything(seed), found)
+    options = replace(options, dataset=replace(options.dataset, train_inpainting=data.inpainting))
+    model.check_inpainting(data.inpainting)
     let_memory_grow(data.sizes, machine.accelerator.device)
     if options.dataset.debug_dataset:
         if options.dataset.dataset_class:

@@ -367,6 +367,12 @@ DEPARTURES: list[Departure] = [
     Departure("finetune_metadata", "D6", "tags are never lost", _tags_would_be_lost),
     Departure("latents_validity", "D6", "shapes and keys are always checked", _cache_lacks_what_fits),
     Departure(
+        "latents_cache",
+        "D10",
+        "keys end in the latents' size, as in the newest reference",
+        lambda case: case["to_disk"],
+    ),
+    Departure(
         "loss_weights",
         "Q8",
         "huber_scale acts in the snr schedule too",

@@ -16,12 +16,12 @@ LAYERS = [
     "option_types placeholder text_repair buckets resizing data_options training_options output_options options",
     "atomic_files npz_files captions clients config_file console option_checks option_notices options_page arguments "
     "dataset_schema dataset_sources batch_order",
-    "dataset_config images tokens diffusion named_classes optimizers lr_schedulers frozen_layers metadata "
+    "dataset_config images random_masks tokens diffusion named_classes optimizers lr_schedulers frozen_layers metadata "
     "metadata_files caption_files embedding_files report runtime trackers architectures weight_files latent_files "
     "device_settings launcher lookout stored_tensors safetensors_header torch_pickle torch_files "
     "batches prompt_weights samplers sample_prompts",
     "frozen_vae latents learning_watch model_identity single_file model_folder model_family base_model objective "
-    "distillation checkpoints text_encoding new_word image_sets found_images image_table",
+    "distillation checkpoints text_encoding new_word image_sets found_images image_table inpainting",
     "hub preflight dataset sampling custom_dataset debug_dataset denoising",
     "learning_report learner training_state state_fields sample_album ss_metadata results",
     "rescue",

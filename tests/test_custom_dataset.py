@@ -57,13 +57,16 @@ class Failing(Mine):
 def make(tmp_path, monkeypatch):
     """Makes the data of a class in a module that holds it; keyword arguments replace keys of its batches."""
 
-    def made(name="Mine", *, words=None, templates=None, masked_loss=False, **values):
+    def made(name="Mine", *, words=None, templates=None, masked_loss=False, train_inpainting=False, **values):
         (tmp_path / "my_data.py").write_text(textwrap.dedent(MODULE).replace("VALUES", repr(values)))
         (tmp_path / "broken_data.py").write_text("class Mine\n")
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.delitem(sys.modules, "my_data", raising=False)
         options = DatasetOptions(
-            dataset_class=f"my_data.{name}" if "." not in name else name, resolution=(64, 48), masked_loss=masked_loss
+            dataset_class=f"my_data.{name}" if "." not in name else name,
+            resolution=(64, 48),
+            masked_loss=masked_loss,
+            train_inpainting=train_inpainting,
         )
         return CustomData(options, words or prompts(), max_token_length=75, templates=templates, seed=1)
 
@@ -213,3 +216,27 @@ def test_a_batch_must_be_a_dictionary(make, monkeypatch):
     monkeypatch.setattr(type(data.dataset), "__getitem__", lambda *_: torch.zeros(3))
     with pytest.raises(UserError, match="dictionaries, not Tensor"):
         data.check()
+
+
+def test_masks_for_inpainting_are_random_or_its_own(make):
+    """Lists stand for the images and masks: the module's text holds them."""
+    images = torch.rand(2, 3, 8, 16).tolist()
+    first, again = (list(make(train_inpainting=True, latents=None, images=images).loader()) for _ in range(2))
+    assert all(batch.holes.shape == (2, 1, 8, 16) for batch in first)
+    assert all(set(batch.holes.unique().tolist()) == {0, 1} for batch in first)
+    assert all(torch.equal(one.holes, other.holes) for one, other in zip(first, again, strict=True))
+    assert len({str(hole) for batch in first for hole in batch.holes.tolist()}) == 10
+    own = torch.zeros(2, 1, 8, 16)
+    own[1, :, :, 4:] = 1
+    batch = next(iter(make(train_inpainting=True, images=images, masks=own.tolist()).loader()))
+    assert torch.equal(batch.holes, own)
+    assert batch.latents is None
+    assert batch.images.shape == (2, 3, 8, 16)
+    assert next(iter(make(images=images, latents=None, masks=own.tolist()).loader())).holes is None
+    with pytest.raises(UserError, match=r'gives "masks" of shape \[2, 1, 8\]; it must be \[2, 1, 8, 16\]'):
+        make(train_inpainting=True, images=images, masks=torch.zeros(2, 1, 8).tolist()).check()
+
+
+def test_latents_cannot_be_masked(make):
+    with pytest.raises(UserError, match='gives "latents", but masks for --train_inpainting need "images"'):
+        make(train_inpainting=True).check()

@@ -205,8 +205,8 @@ def test_other_arrays_of_the_file_stay_and_stale_ones_of_the_slot_go(tmp_path):
 
 def test_slots_of_several_sizes_live_side_by_side(tmp_path):
     file, other = tmp_path / "image.npz", replace(WANTED, latent_size=(24, 40), mask_size=(192, 320))
-    write_slot(file, WANTED, _arrays(WANTED, 1.0), shared=True)
-    write_slot(file, other, _arrays(other, 2.0), shared=True)
+    write_slot(file, WANTED, _arrays(WANTED, 1.0))
+    write_slot(file, other, _arrays(other, 2.0))
     assert why_unusable(file, WANTED) == why_unusable(file, other) == ""
     assert _read(file, WANTED)["latents"].max() == 1
     assert _read(file, other)["latents"].min() == 2
@@ -214,10 +214,29 @@ def test_slots_of_several_sizes_live_side_by_side(tmp_path):
         assert {"latents_12x20", "latents_24x40", "crop_ltrb_12x20"} <= set(arrays)
 
 
-def test_a_slot_of_its_own_size_is_renewed_in_its_place(tmp_path):
-    """A run that needs one size only must not leave a stale slot that the next reader would prefer."""
+def test_a_plain_slot_is_read_until_one_of_the_same_size_is_written(tmp_path):
+    """It would else stay for ever, and be what older programs train on."""
     file = tmp_path / "image.npz"
-    write_slot(file, WANTED, _arrays(WANTED, 1.0), shared=True)
+    np.savez(file, **_arrays(WANTED, 1.0), note=np.array("kept"))
+    assert _read(file, WANTED)["latents"].max() == 1
+    write_slot(file, WANTED, _arrays(WANTED, 2.0))
+    assert _read(file, WANTED)["latents"].min() == 2
+    with np.load(file) as arrays:
+        assert set(arrays) == {f"{key}_12x20" for key in _arrays()} | {"note"}
+
+
+def test_a_plain_slot_of_another_size_stays(tmp_path):
+    file, other = tmp_path / "image.npz", replace(WANTED, latent_size=(24, 40), mask_size=(192, 320))
+    np.savez(file, **_arrays(WANTED, 1.0))
+    assert why_unusable(file, other) == "of another size"
+    write_slot(file, other, _arrays(other, 2.0))
+    assert _read(file, WANTED)["latents"].max() == 1
+    assert _read(file, other)["latents"].min() == 2
+
+
+def test_a_slot_is_renewed_in_its_place(tmp_path):
+    file = tmp_path / "image.npz"
+    write_slot(file, WANTED, _arrays(WANTED, 1.0))
     write_slot(file, WANTED, _arrays(WANTED, 2.0))
     assert _read(file, WANTED)["latents"].min() == 2
 

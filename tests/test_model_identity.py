@@ -37,6 +37,21 @@ def test_supported_checkpoints(shapes, architecture):
     assert identify_file(shapes).architecture is architecture
 
 
+@pytest.mark.parametrize(
+    ("shapes", "architecture", "what"),
+    [
+        (checkpoint(CLIP, channels=9), SD1, "a Stable Diffusion 1.x inpainting checkpoint"),
+        (checkpoint(OPEN_CLIP, channels=9, context=1024), SD2, "a Stable Diffusion 2.x inpainting checkpoint"),
+        (checkpoint(XL_CLIP, XL_OPEN_CLIP, channels=9), SDXL, "a Stable Diffusion XL inpainting checkpoint"),
+    ],
+)
+def test_inpainting_checkpoints(shapes, architecture, what):
+    identity = identify_file(shapes)
+    assert (identity.architecture, identity.what, identity.inpainting) == (architecture, what, True)
+    ordinary = identify_file(checkpoint(CLIP))
+    assert (ordinary.what, ordinary.inpainting) == ("a Stable Diffusion 1.x checkpoint", False)
+
+
 def names(*some: str, shape=(2, 2)) -> dict:
     return dict.fromkeys(some, shape)
 
@@ -52,7 +67,6 @@ def names(*some: str, shape=(2, 2)) -> dict:
         (names(f"{UNET}blocks.0.attn.qkv_x.weight"), "another family", "use LoRA or fine-tuning"),
         (checkpoint("conditioner.embedders.0.model.x"), "refiner", "base model"),
         (checkpoint(OPEN_CLIP, f"{UNET}label_emb.0.0.weight"), "unCLIP", "complete base model"),
-        (checkpoint(CLIP, channels=9), "inpainting", "ordinary base model"),
         (checkpoint(XL_CLIP, XL_OPEN_CLIP, channels=8), "InstructPix2Pix", "ordinary base model"),
         (checkpoint(CLIP, channels=5), "another purpose", "ordinary base model"),
         (checkpoint("first_stage_model.encoder.conv_in.weight"), "without text encoder", "complete base model"),
@@ -103,7 +117,12 @@ XL_UNET = {"in_channels": 4, "addition_embed_type": "text_time"}
 )
 def test_supported_folders(tmp_path, unet, encoder, architecture):
     folder = write_folder(tmp_path, model_index={"_class_name": "X"}, unet=unet, text_encoder=encoder)
-    assert identify_folder(folder).architecture is architecture
+    identity = identify_folder(folder)
+    assert identity.architecture is architecture
+    assert not identity.inpainting
+    write_folder(folder, unet=unet | {"in_channels": 9})
+    assert identify_folder(folder).inpainting
+    assert identify_folder(folder).what == f"a {architecture.title} inpainting model"
 
 
 @pytest.mark.parametrize(
@@ -113,7 +132,6 @@ def test_supported_folders(tmp_path, unet, encoder, architecture):
         ({"model_index": {"_class_name": "StableDiffusion3Pipeline"}}, "Stable Diffusion 3", "use LoRA"),
         ({"model_index": {"_class_name": "Lumina2Pipeline"}}, "Lumina", "use LoRA or fine-tuning"),
         ({"model_index": {"_class_name": "SanaPipeline"}}, "another family (SanaPipeline)", "use LoRA"),
-        ({"unet": {"in_channels": 9}, "text_encoder": ENCODER}, "inpainting", "ordinary base model"),
         ({"unet": {"class_embed_type": "projection"}, "text_encoder": ENCODER}, "unCLIP", "complete base model"),
         ({"unet": XL_UNET, "text_encoder_2": ENCODER}, "refiner", "complete base model"),
         ({"unet": {"in_channels": 4}}, "incomplete: it has no text_encoder", "complete base model"),

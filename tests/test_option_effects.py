@@ -5,6 +5,7 @@ The tests themselves are in the other ``test_option_effects_*`` files and those 
 
 import pytest
 import test_hub
+import test_inpainting
 import test_learning_report
 import test_metadata_files
 import test_option_effects_data
@@ -21,6 +22,7 @@ from library.options import DeepSpeedOptions, declared_options
 
 MODULES = [
     test_hub,
+    test_inpainting,
     test_option_effects_data,
     test_option_effects_learning,
     test_option_effects_model,

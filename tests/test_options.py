@@ -40,7 +40,8 @@ ADDED = {
     "learning_report",
     "no_metadata",  # of sd-scripts' LoRA script, as the next
     "training_comment",
-    "skip_image_resolution",  # of a newer sd-scripts than the list's
+    "skip_image_resolution",  # this and the next are of a newer sd-scripts than the list's
+    "train_inpainting",
 }
 OTHER_DEFAULTS = {
     "save_model_as": "safetensors",

@@ -91,11 +91,16 @@ def build_unet(family: str, **changes) -> UNet2DConditionModel:
     return UNet2DConditionModel(**{**values, **changes})
 
 
-def build_pipeline(family: str, seed: int = 0) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
-    """A float32 pipeline with random weights; the same seed gives the same weights."""
+def build_pipeline(
+    family: str, seed: int = 0, channels: int = 4
+) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
+    """A float32 pipeline with random weights; the same seed gives the same weights. ``channels`` are its U-Net's."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _build_sdxl() if family == "sdxl" else _build_sd(v2=family == "sd2")
+        pipeline = _build_sdxl() if family == "sdxl" else _build_sd(v2=family == "sd2")
+        if channels != 4:
+            pipeline.register_modules(unet=build_unet(family, in_channels=channels))
+        return pipeline
 
 
 def _build_sd(v2: bool) -> StableDiffusionPipeline:
@@ -138,18 +143,18 @@ def _lively(encoder):
     return encoder
 
 
-def save_folder(family: str, folder: Path, seed: int = 0) -> Path:
+def save_folder(family: str, folder: Path, seed: int = 0, channels: int = 4) -> Path:
     """Write a diffusers folder with float32 weights and return it."""
-    build_pipeline(family, seed).save_pretrained(folder)
+    build_pipeline(family, seed, channels).save_pretrained(folder)
     return folder
 
 
-def save_single_file(family: str, file: Path, seed: int = 0, prefix: bool = True) -> Path:
+def save_single_file(family: str, file: Path, seed: int = 0, prefix: bool = True, channels: int = 4) -> Path:
     """Write the same model as :func:`save_folder` in the original single-file layout and return the file.
 
     ``prefix=False`` leaves the ``text_model.`` out of the CLIP keys, as some converters do.
     """
-    save_file(single_file_tensors(build_pipeline(family, seed), family, prefix), file)
+    save_file(single_file_tensors(build_pipeline(family, seed, channels), family, prefix), file)
     return file
 
 
