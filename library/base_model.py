@@ -279,12 +279,12 @@ def _read_tokenizer(folder: Path) -> CLIPTokenizer:
     return tokenizer
 
 
-def _widened(config: dict, tensors: Tensors) -> tuple[dict, Tensors]:
+def _widened(config: dict, tensors: UnreadTensors) -> tuple[dict, UnreadTensors]:
     """A U-Net of 4 channels as one that takes more, and heeds them as little as if they were not there."""
-    if (first := tensors.get("conv_in.weight")) is not None:  # if not, _fill says so
-        wide = torch.zeros(first.shape[0], INPAINTING_CHANNELS, *first.shape[2:], dtype=first.dtype)
-        wide[:, : first.shape[1]] = first
-        tensors["conv_in.weight"] = wide
+    first = tensors.get("conv_in.weight")
+    if first is not None and first.ndim == 4:  # if not, what compares the shapes says so
+        more = (0, 0, 0, 0, 0, INPAINTING_CHANNELS - first.shape[1])
+        tensors["conv_in.weight"] = first.then(lambda weight: nn.functional.pad(weight, more))
     return config | {"in_channels": INPAINTING_CHANNELS}, tensors
 
 

@@ -69,24 +69,25 @@ class Unread:
     @property
     def T(self) -> "Unread":  # noqa: N802 - torch's name
         """Its transpose."""
-        return self._then(lambda tensor: tensor.T)
+        return self.then(lambda tensor: tensor.T)
 
     def __getitem__(self, part: object) -> "Unread":
-        return self._then(lambda tensor: tensor[part])
+        return self.then(lambda tensor: tensor[part])
 
     def contiguous(self) -> "Unread":
         """The same, its elements following one another."""
-        return self._then(torch.Tensor.contiguous)
+        return self.then(torch.Tensor.contiguous)
 
     def clone(self) -> "Unread":
         """A copy in memory of its own, once it is read."""
-        return self._then(torch.Tensor.clone)
+        return self.then(torch.Tensor.clone)
 
     def detach(self) -> "Unread":
         """The same: it never takes part in a graph."""
         return self
 
-    def _then(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Unread":
+    def then(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Unread":
+        """What ``change`` makes of it, once it is read; it is tried on the outline at once."""
         return Unread(change(self.outline), lambda: change(self.read()))
 
 

@@ -244,12 +244,11 @@ class Trainer:
 
     def build_task(self, unet: torch.nn.Module, vae: FrozenVae | None) -> DenoisingTask:
         """What every batch goes through."""
-        schedule = NoiseSchedule.create(zero_terminal_snr=self.options.noise.zero_terminal_snr)
         return DenoisingTask(
             family=self.family,
             unet=unet,
             prompt_encoder=self.prompt_encoder,
-            schedule=schedule.to(self.device),
+            schedule=NoiseSchedule.create(zero_terminal_snr=self.options.noise.zero_terminal_snr).to(self.device),
             noise=self.options.noise,
             loss=self.options.loss,
             v_prediction=self.options.model.v_parameterization,
