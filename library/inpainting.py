@@ -4,19 +4,13 @@ Its nine channels are the noisy latents (4), the hole (1 where the image is hidd
 of the image with the hole filled with mid-grey (4): the order of RunwayML's models, of diffusers and of sd-scripts.
 """
 
-import random
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from library.buckets import covering_size
-from library.errors import UserError
 from library.frozen_vae import FrozenVae
-from library.images import Framing, check_mask_size, frame_image, frame_mask, image_size, to_tensor
-from library.random_masks import preview_mask
-from library.sample_prompts import SamplePrompt
 
 
 def surroundings(
@@ -37,32 +31,3 @@ def surroundings(
     latents = vae.encode(images * (holes < 0.5), generators, names, check=check).float() * scale_factor
     hole = F.interpolate(holes.to(latents), size=latents.shape[2:], mode="nearest")
     return torch.cat([hole, latents], dim=1)
-
-
-def scene(prompt: SamplePrompt) -> tuple[Tensor, Tensor]:
-    """The image of a sample prompt, float32 [3, H, W] in [-1, 1], and its hole, [1, H, W].
-
-    The image is resized to cover the prompt's size and cropped, the mask likewise. Without a mask, an ellipse that
-    depends on the prompt's seed is hidden; without an image, all is.
-    """
-    size = prompt.width, prompt.height
-    if prompt.image is None:
-        return torch.zeros(3, *size[::-1]), torch.ones(1, *size[::-1])
-    given = image_size(prompt.image)
-    framing = Framing(covering_size(given, size), size)
-    pixels = frame_image(prompt.image, framing).pixels
-    if prompt.mask_image is not None:
-        hole = frame_mask(prompt.mask_image, given, framing, image_path=prompt.image) >= 0.5
-    else:
-        hole = preview_mask(size, random.SystemRandom() if prompt.seed is None else random.Random(prompt.seed))
-    return to_tensor(pixels), torch.from_numpy(hole)[None].float()
-
-
-def check_scene(prompt: SamplePrompt) -> None:
-    """Raise UserError, naming the prompt, where its image or its mask cannot be used; it reads headers only."""
-    try:
-        size = image_size(prompt.image)
-        if prompt.mask_image is not None:
-            check_mask_size(image_size(prompt.mask_image), prompt.mask_image, size, prompt.image)
-    except UserError as error:
-        raise UserError(f'The sample prompt "{prompt.prompt:.60}": {error}') from error

@@ -15,9 +15,9 @@ from tqdm import tqdm
 from library.atomic_files import write_png
 from library.checkpoints import SampleSchedule
 from library.errors import UserError, survived
-from library.inpainting import check_scene
 from library.options import Options
 from library.sample_prompts import SamplePrompt, read_sample_prompts
+from library.sample_scene import check_scene
 from library.samplers import check_sampler
 from library.sampling import SamplingPipeline
 from library.tokens import PromptTokenizer

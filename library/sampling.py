@@ -14,10 +14,11 @@ from tqdm import tqdm
 
 from library.errors import UserError
 from library.frozen_vae import FrozenVae
-from library.inpainting import scene, surroundings
+from library.inpainting import surroundings
 from library.latents import PIXELS_PER_LATENT
 from library.model_family import Conditioning, ModelFamily
 from library.sample_prompts import SamplePrompt
+from library.sample_scene import scene
 from library.samplers import make_sampler, most_steps
 from library.text_encoding import PromptEncoder
 from library.tokens import PromptTokenizer

@@ -21,7 +21,7 @@ LAYERS = [
     "device_settings launcher lookout stored_tensors safetensors_header torch_pickle torch_files "
     "batches prompt_weights samplers sample_prompts",
     "frozen_vae latents learning_watch model_identity single_file model_folder model_family base_model objective "
-    "distillation checkpoints text_encoding new_word image_sets found_images image_table inpainting",
+    "distillation checkpoints text_encoding new_word image_sets found_images image_table inpainting sample_scene",
     "hub preflight dataset sampling custom_dataset debug_dataset denoising",
     "learning_report learner training_state state_fields sample_album ss_metadata results",
     "rescue",

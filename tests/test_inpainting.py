@@ -21,9 +21,10 @@ from library import frozen_vae, learning_report
 from library.debug_dataset import SHEET_NAME
 from library.diffusion import NoiseSchedule
 from library.frozen_vae import FrozenVae
-from library.inpainting import scene, surroundings
+from library.inpainting import surroundings
 from library.random_masks import preview_mask
 from library.sample_prompts import SamplePrompt
+from library.sample_scene import scene
 from library.samplers import make_sampler
 
 PIXELS = "--cache_latents=false"
