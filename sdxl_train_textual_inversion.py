@@ -4,8 +4,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from library.arguments import build_parser
 from library.command_line import run
+from library.options.parser import build_parser
 
 FAMILY = "sdxl"
 

@@ -5,11 +5,11 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from library.arguments import parse
-from library.console import hold_back, keep_talking, release, set_up_logging
-from library.errors import UserError
-from library.interruptions import EXIT_CODE, ended_gently, signals_handled
-from library.processes import ended_at_once
+from library.options.console import hold_back, keep_talking, release, set_up_logging
+from library.options.parser import parse
+from library.support.errors import UserError
+from library.support.processes import ended_at_once
+from library.support.signals import EXIT_CODE, ended_gently, signals_handled
 
 logger = logging.getLogger(__name__)
 
@@ -33,13 +33,13 @@ def _run(parser: argparse.ArgumentParser, family: str, arguments: Sequence[str] 
         set_up_logging(options.runtime)
         with ended_gently():
             # Numpy and Pillow take a while too, and a refused option does without them.
-            from library.found_images import find_images
-            from library.imports import without_bitsandbytes
+            from library.data.found_images import find_images
+            from library.support.imports import without_bitsandbytes
 
             found = find_images(options, family)
             logger.info("Loading PyTorch, transformers and diffusers.")
             with without_bitsandbytes():
-                from library.training import train
+                from library.run import train
 
             train(options, family, found)
     except UserError as error:

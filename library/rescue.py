@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from library.checkpoints import CheckpointNames
-from library.errors import UserError
-from library.learner import Learner
-from library.lookout import Lookout, Vectors, appears
-from library.results import Results
+from library.output.results import Results
+from library.support.errors import UserError
+from library.support.lookout import Lookout, Vectors, appears
+from library.training.optimizer_step import Learner
+from library.training.save_schedule import CheckpointNames
 
 logger = logging.getLogger(__name__)
 

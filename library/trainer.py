@@ -11,34 +11,34 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from library import device_settings, runtime
-from library.base_model import BaseModel
-from library.batches import groups
-from library.checkpoints import Action, RunPlan, SaveSchedule
-from library.dataset import TrainingData
-from library.denoising import DenoisingTask
-from library.diffusion import NoiseSchedule
-from library.errors import UserError, survived
-from library.frozen_vae import FrozenVae
-from library.hub import HubUpload
-from library.interruptions import undisturbed
-from library.latents import LatentCache
-from library.learner import Learner, check_learning
-from library.learning_report import LearningMeasure
-from library.learning_watch import LearningWatch
-from library.lr_schedulers import LearningRateSchedule, build_lr_schedule
-from library.model_family import ModelFamily
-from library.new_word import NewWord, initial_rows
-from library.optimizers import OptimizerChoice, build_optimizer, largest_rate, slow_learning_warning
-from library.options import Options
+from library.data.batches import groups
+from library.data.latent_cache import LatentCache
+from library.data.training_data import TrainingData
+from library.embedding.initialization import NewWord, initial_rows
+from library.embedding.prompt_encoder import PromptEncoder
+from library.embedding.tokenizer import TrainableRows, table_spread, typical_norm
+from library.model import device_settings, runtime
+from library.model.base_model import BaseModel
+from library.model.family import ModelFamily
+from library.model.hub import HubUpload
+from library.model.vae import FrozenVae
+from library.options.options import Options
+from library.output.learning_report import LearningMeasure
+from library.output.results import Results
+from library.output.sample_images import SampleAlbum, epoch_mark, step_mark
+from library.output.sampling import SamplingPipeline
+from library.output.trackers import RunLog
 from library.rescue import Rescue
-from library.results import Results
-from library.sample_album import SampleAlbum, epoch_mark, step_mark
-from library.sampling import SamplingPipeline
-from library.text_encoding import PromptEncoder
-from library.tokens import TrainableRows, table_spread, typical_norm
-from library.trackers import RunLog
-from library.training_state import TrainingState, note_contents, random_states, recorded
+from library.support.errors import UserError, survived
+from library.support.signals import undisturbed
+from library.training.denoising import DenoisingTask
+from library.training.diffusion import NoiseSchedule
+from library.training.learning_watch import LearningWatch
+from library.training.lr_schedulers import LearningRateSchedule, build_lr_schedule
+from library.training.optimizer_step import Learner, check_learning
+from library.training.optimizers import OptimizerChoice, build_optimizer, largest_rate, slow_learning_warning
+from library.training.save_schedule import Action, RunPlan, SaveSchedule
+from library.training.state import TrainingState, note_contents, random_states, recorded
 
 logger = logging.getLogger(__name__)
 

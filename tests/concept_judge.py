@@ -15,7 +15,7 @@ import check_miniatures  # noqa: E402
 import measures  # noqa: E402
 import world  # noqa: E402
 
-from library.concept_distance import concept_distance  # noqa: E402
+from library.output.concept_distance import concept_distance  # noqa: E402
 
 CONCEPT = [picture for picture, _ in world.character_concept()]
 CAPTIONS = [caption for _, caption in world.character_concept()] * 2

@@ -4,9 +4,9 @@ import json
 from dataclasses import fields
 from pathlib import Path
 
-from library.dataset_config import DatasetConfig, load_dataset_configs
-from library.option_types import option_of
-from library.options import DatasetOptions
+from library.data.config import DatasetConfig, load_dataset_configs
+from library.options.option_types import option_of
+from library.options.options import DatasetOptions
 
 # The least that is a dataset file.
 MINIMAL = """

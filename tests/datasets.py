@@ -8,11 +8,11 @@ from pathlib import Path
 from PIL import Image
 from transformers import CLIPTokenizer
 
-from library.dataset import TrainingData
-from library.dataset_config import DatasetConfig, SubsetConfig, load_dataset_configs
-from library.options import DatasetOptions
-from library.placeholder import Placeholder
-from library.tokens import PromptTokenizer
+from library.data.config import DatasetConfig, SubsetConfig, load_dataset_configs
+from library.data.training_data import TrainingData
+from library.embedding.placeholder import Placeholder
+from library.embedding.tokenizer import PromptTokenizer
+from library.options.options import DatasetOptions
 
 VOCABULARY = Path(__file__).parents[1] / "configs" / "tokenizer"
 

@@ -17,11 +17,11 @@ from pathlib import Path
 from ftfy import fix_text
 from golden_data import golden_arrays
 
-from library.dataset_schema import DREAMBOOTH, GENERAL, known_keys
-from library.option_types import checked
-from library.options import declared_options
-from library.placeholder import Placeholder
-from library.samplers import SAMPLER_NAMES
+from library.data.schema import DREAMBOOTH, GENERAL, known_keys
+from library.embedding.placeholder import Placeholder
+from library.options.option_types import checked
+from library.options.options import declared_options
+from library.output.samplers import SAMPLER_NAMES
 
 
 @dataclass(frozen=True)

@@ -111,10 +111,11 @@ class World:
         import torch
         from runs import write_dataset
 
-        from library import runtime, training  # noqa: F401 - whatever a fork would import
-        from library.base_model import BaseModel
-        from library.model_family import FAMILIES
-        from library.options import ModelOptions
+        from library import run as training  # noqa: F401 - whatever a fork would import
+        from library.model import runtime
+        from library.model.base_model import BaseModel
+        from library.model.family import FAMILIES
+        from library.options.options import ModelOptions
 
         torch.set_num_threads(1)  # before any work: a pool of threads does not survive a fork
         runtime._use_all_cores = lambda: None
@@ -157,7 +158,7 @@ def _already_loaded(kind: type, part: str, loaded) -> None:
 
 def damaged(out: Path, wanted: dict[str, bytes]) -> list[str]:
     """What stands under a final name in ``out`` and is not what an undisturbed run writes there."""
-    from library.training_state import TrainingState
+    from library.training.state import TrainingState
 
     found = []
     for path in out.rglob("*") if out.is_dir() else ():

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from library.errors import UserError
+from library.support.errors import UserError
 
 _OUT_OF_MEMORY = ("allocate memory", "can't allocate", "bad_alloc", "Cannot allocate")
 _PATIENCE = 12  # a loaded machine may take this many times as long as the work itself

@@ -19,10 +19,11 @@ from runs import TOKEN, arguments, run
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from library import denoising, runtime
-from library.diffusion import NoiseDraw
-from library.learner import Learner
+from library.model import runtime
 from library.trainer import Trainer
+from library.training import denoising
+from library.training.diffusion import NoiseDraw
+from library.training.optimizer_step import Learner
 
 
 def shows(*options: str) -> Callable:

@@ -1,6 +1,7 @@
-"""The house itself: what may import what, how large a room may grow, and that nothing heavy loads for --help."""
+"""The house itself: what may import what, how large a module may grow, and that nothing heavy loads for --help."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -8,55 +9,78 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MODULES = sorted((ROOT / "library").glob("*.py"))
+LIBRARY = ROOT / "library"
+MODULES = sorted(file for file in LIBRARY.rglob("*.py") if file.name != "__init__.py")
 
-# Lower layers know nothing of higher ones; modules of one layer may use each other.
-LAYERS = [
-    "errors interruptions processes imports main_memory file_hash concept_distance device_report text_files transfers",
-    "option_types placeholder text_repair buckets resizing data_options training_options output_options options",
-    "atomic_files npz_files captions clients config_file console option_checks option_notices options_page arguments "
-    "dataset_schema dataset_sources batch_order",
-    "dataset_config images random_masks tokens diffusion named_classes optimizers lr_schedulers frozen_layers metadata "
-    "metadata_files caption_files embedding_files report runtime trackers architectures weight_files latent_files "
-    "device_settings launcher lookout stored_tensors safetensors_header torch_pickle torch_files "
-    "batches prompt_weights samplers sample_prompts",
-    "frozen_vae latents learning_watch model_identity single_file model_folder model_family base_model objective "
-    "distillation checkpoints text_encoding new_word image_sets found_images image_table inpainting sample_scene",
-    "hub preflight dataset sampling custom_dataset debug_dataset denoising",
-    "learning_report learner training_state state_fields sample_album ss_metadata results",
-    "rescue",
-    "trainer training",
-    "command_line",
+# Each package imports only itself and those before it.
+PACKAGES = [
+    "support",  # errors, files, signals: nothing of diffusion
+    "options",  # what can be asked for
+    "model",  # the frozen networks
+    "embedding",  # what is trained, and its files
+    "data",  # images and captions
+    "training",  # the mathematics of a step
+    "output",  # results, sample images, reports
 ]
-LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
+# Above them, each importing only those below it.
+ABOVE = ["rescue", "trainer", "run", "command_line"]
+ORDER = {name: number for number, name in enumerate(PACKAGES + ABOVE)}
+
+
+def dotted(module: Path) -> str:
+    """The module's name below ``library``."""
+    return ".".join(module.relative_to(LIBRARY).with_suffix("").parts)
 
 
 def imports_of(module: Path) -> set[str]:
+    """The modules below ``library`` that a module imports, wherever in its code."""
     found = set()
     for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module == "library":
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("library."):
-            found.add(node.module.removeprefix("library."))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "library":
+            source = node.module.removeprefix("library").removeprefix(".")
+            names = {f"{source}.{alias.name}".removeprefix(".") for alias in node.names}
+            found |= {source} if source in NAMES else names
         elif isinstance(node, ast.Import):
             found |= {a.name.removeprefix("library.") for a in node.names if a.name.startswith("library.")}
     return found
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.stem)
-def test_layers(module):
-    if module.stem == "__init__":
-        assert imports_of(module) == set()
-        return
-    higher = {name for name in imports_of(module) if LAYER_OF[name] > LAYER_OF[module.stem]}
-    assert higher == set()
+NAMES = {dotted(module) for module in MODULES}
 
 
-def test_every_layer_names_a_module():
-    assert set(LAYER_OF) == {module.stem for module in MODULES} - {"__init__"}
+@pytest.mark.parametrize("module", MODULES, ids=dotted)
+def test_imports_go_downwards(module):
+    imported = imports_of(module)
+    assert imported <= NAMES
+    place = ORDER[dotted(module).split(".")[0]]
+    assert {name for name in imported if ORDER[name.split(".")[0]] > place} == set()
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.stem)
+def test_no_module_imports_itself_through_others():
+    graphlib.TopologicalSorter({dotted(module): imports_of(module) for module in MODULES}).prepare()
+
+
+def test_every_package_is_in_order_and_empty_at_its_door():
+    folders = {file.parent.relative_to(LIBRARY).as_posix() for file in LIBRARY.rglob("__init__.py")}
+    assert folders == {".", *PACKAGES}
+    assert {file.stem for file in LIBRARY.glob("*.py")} == {"__init__", *ABOVE}
+    assert all(not (LIBRARY / name / "__init__.py").read_text(encoding="utf-8") for name in PACKAGES)
+
+
+@pytest.mark.parametrize("module", MODULES, ids=dotted)
+def test_private_names_stay_at_home(module):
+    for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert not [alias.name for alias in node.names if alias.name.startswith("_")]
+
+
+def test_the_tests_mirror_the_packages():
+    for name in PACKAGES:
+        for file in (ROOT / "tests" / name).glob("test_*.py"):
+            assert f"{name}.{file.stem.removeprefix('test_')}" in NAMES, file
+
+
+@pytest.mark.parametrize("module", MODULES, ids=dotted)
 def test_size(module):
     source = module.read_text(encoding="utf-8")
     assert source.count("\n") <= 450
@@ -78,10 +102,10 @@ def words_in_code(module: Path) -> set[str]:
 
 def test_the_word_sdxl_has_its_place():
     """The difference between the families is the business of few modules; all others loop over lists."""
-    knowing = {m.stem for m in MODULES if any("sdxl" in word.lower() for word in words_in_code(m))}
-    options = {m.stem for m in MODULES if m.stem.startswith(("option", "arguments")) or m.stem.endswith("_options")}
-    models = {"architectures", "model_family", "model_identity", "base_model", "weight_files"}
-    assert knowing - options - models <= {"dataset_config"}  # an error there names both bucket steps
+    knowing = {dotted(m) for m in MODULES if any("sdxl" in word.lower() for word in words_in_code(m))}
+    models = {f"model.{name}" for name in ("architectures", "family", "identity", "base_model", "weight_files")}
+    elsewhere = {name for name in knowing - models if not name.startswith("options.")}
+    assert elsewhere <= {"data.config"}  # an error there names both bucket steps
 
 
 def test_help_imports_nothing_heavy():

@@ -10,6 +10,6 @@ TESTS = Path(__file__).parent
 
 @pytest.mark.parametrize("name", [file.stem for file in sorted(GOLDEN_DIR.glob("*.json"))])
 def test_golden_file_is_tested(name):
-    others = [file for file in TESTS.glob("test_*.py") if file.name != Path(__file__).name]
+    others = [file for file in TESTS.rglob("test_*.py") if file.name != Path(__file__).name]
     users = [file.name for file in others if f'"{name}"' in file.read_text(encoding="utf-8")]
     assert users

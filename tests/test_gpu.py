@@ -19,8 +19,8 @@ from PIL import Image
 from runs import SCRIPTS, TOKEN, arguments, write_dataset
 from safetensors.torch import load_file
 
-from library.latents import LatentCache
-from library.learner import Learner
+from library.data.latent_cache import LatentCache
+from library.training.optimizer_step import Learner
 
 pytestmark = pytest.mark.gpu
 

@@ -13,8 +13,8 @@ import torch
 from option_effects import train
 from runs import write_dataset
 
-from library.arguments import build_parser, parse
-from library.options import declared_options
+from library.options.options import declared_options
+from library.options.parser import build_parser, parse
 
 # What the tab shows when it is opened, as it hands it on; empty fields stand at the end.
 DEFAULTS: dict[str, Any] = {

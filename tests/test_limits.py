@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from library.errors import UserError
+from library.support.errors import UserError
 from tests.limits import outcome, outcomes
 
 pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux")  # noqa: PTH110

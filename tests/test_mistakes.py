@@ -7,7 +7,7 @@ import torch
 from runs import arguments, run, write_dataset
 from safetensors.torch import save_file
 
-from library.base_model import BaseModel
+from library.model.base_model import BaseModel
 
 
 @pytest.fixture(scope="module")

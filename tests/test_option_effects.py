@@ -12,13 +12,13 @@ import test_option_effects_data
 import test_option_effects_learning
 import test_option_effects_model
 import test_option_effects_output
-import test_sample_album
+import test_sample_images
+import test_state
 import test_trackers
-import test_training_state
 from option_effects import Bench, plan, shows
 from runs import arguments, write_dataset
 
-from library.options import DeepSpeedOptions, declared_options
+from library.options.options import DeepSpeedOptions, declared_options
 
 MODULES = [
     test_hub,
@@ -29,9 +29,9 @@ MODULES = [
     test_option_effects_output,
     test_learning_report,
     test_metadata_files,
-    test_sample_album,
+    test_sample_images,
     test_trackers,
-    test_training_state,
+    test_state,
 ]
 
 # Options whose effect needs what a test machine may lack. Their tests show that the value arrives where it acts, and

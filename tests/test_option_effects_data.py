@@ -12,8 +12,8 @@ from option_effects import Bench, captions_of, epoch_of, plan, shows
 from PIL import Image
 from runs import TOKEN, arguments, write_dataset
 
-from library import dataset as dataset_module
-from library.frozen_vae import FrozenVae
+from library.data import training_data as dataset_module
+from library.model.vae import FrozenVae
 
 
 class Scene:

@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler
 from option_effects import Bench, plan, shows
 from runs import TOKEN, arguments, write_dataset
 
-from library.tokens import TrainableRows
+from library.embedding.tokenizer import TrainableRows
 
 ALPHAS = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
 SGD = ["--optimizer_type=SGD", "--learning_rate=1"]

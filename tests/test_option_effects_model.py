@@ -17,13 +17,13 @@ from runs import TOKEN, arguments, write_dataset
 from safetensors.torch import load_file, save_file
 from tiny_models import build_pipeline, ldm_vae, save_folder
 
-from library import base_model, runtime, weight_files
-from library.base_model import BaseModel
-from library.captions import OBJECT_TEMPLATES, STYLE_TEMPLATES
-from library.frozen_layers import FrozenConv2d, FrozenLinear, fold, unfold
-from library.frozen_vae import vae_fingerprint
-from library.latents import LatentCache
-from library.options import RuntimeOptions
+from library.data.captions import OBJECT_TEMPLATES, STYLE_TEMPLATES
+from library.data.latent_cache import LatentCache
+from library.model import base_model, runtime, weight_files
+from library.model.base_model import BaseModel
+from library.model.frozen_layers import FrozenConv2d, FrozenLinear, fold, unfold
+from library.model.vae import vae_fingerprint
+from library.options.options import RuntimeOptions
 from library.trainer import Trainer
 
 # One step with weights that lie elsewhere in memory: on some processors sums are then made in another order.

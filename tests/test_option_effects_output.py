@@ -13,8 +13,8 @@ from PIL import Image
 from runs import TOKEN, arguments, write_dataset
 from test_config_file import GUI_FILE
 
-from library.embedding_files import read_embedding
-from library.options import MetadataOptions
+from library.embedding.files import read_embedding
+from library.options.options import MetadataOptions
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ sys.path.insert(0, str(QUICKSTART))
 import measures  # noqa: E402
 import world  # noqa: E402
 
-from library.concept_distance import concept_distance  # noqa: E402
+from library.output.concept_distance import concept_distance  # noqa: E402
 
 
 def drawn(count: int, seed: int) -> list[tuple[world.Scene, str]]:

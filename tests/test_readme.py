@@ -13,10 +13,10 @@ from departures import DEPARTURES
 from runs import run, write_dataset
 from safetensors.torch import load_file
 
-from library.data_options import DatasetOptions
-from library.dataset_config import load_dataset_configs
-from library.embedding_files import write_embedding
-from library.metadata import TrainingRecord
+from library.data.config import load_dataset_configs
+from library.embedding.files import write_embedding
+from library.embedding.metadata import TrainingRecord
+from library.options.data import DatasetOptions
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

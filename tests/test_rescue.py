@@ -63,7 +63,9 @@ def test_what_is_worth_nothing_is_not_kept(step, taught, value, tmp_path):
 
 
 def test_a_process_writes_what_no_lower_one_has_written(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("library.lookout.time", SimpleNamespace(monotonic=iter(range(0, 10**6, 5)).__next__, sleep=id))
+    monkeypatch.setattr(
+        "library.support.lookout.time", SimpleNamespace(monotonic=iter(range(0, 10**6, 5)).__next__, sleep=id)
+    )
     second = rescue(tmp_path, process=1)
     second.save(3, 1)
     assert len(second.results.written) == 1

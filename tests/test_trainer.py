@@ -8,10 +8,10 @@ from runs import TOKEN, arguments, run, trainers, write_dataset  # noqa: F401  (
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from library import learning_watch
-from library.base_model import BaseModel
-from library.denoising import DenoisingTask
+from library.model.base_model import BaseModel
 from library.trainer import Trainer
+from library.training import learning_watch
+from library.training.denoising import DenoisingTask
 
 CAPTION = f"a photo of {TOKEN}, smiling"
 
@@ -135,7 +135,7 @@ def fresh_pipeline(folder):
 
 def load_as_printed(pipe, family, file):
     """Run the very lines that the end of a run prints for diffusers."""
-    from library.report import diffusers_snippet
+    from library.output.report import diffusers_snippet
 
     keys = ["clip_l", "clip_g"] if family == "sdxl" else ["emb_params"]
     exec(diffusers_snippet(file, TOKEN, keys), {"pipe": pipe})

@@ -15,7 +15,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from library import batches, diffusion, frozen_vae, text_encoding, transfers
+from library.data import batches
+from library.embedding import prompt_encoder as text_encoding
+from library.model import vae as frozen_vae
+from library.support import transfers
+from library.training import diffusion
 
 _SENDING = (batches, diffusion, frozen_vae, text_encoding)
 # What reads values, or needs them to know the size of its result.

@@ -1,6 +1,7 @@
 """What a picture of the small world shows, and how near pictures are to a concept.
 
-Pictures are uint8 [64, 64, 3] throughout. How far they are from a concept in colour is ``library.concept_distance``.
+Pictures are uint8 [64, 64, 3] throughout. How far they are from a concept in colour is
+``library.output.concept_distance``.
 """
 
 from collections.abc import Sequence

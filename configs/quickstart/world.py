@@ -19,8 +19,8 @@ sys.path.append(str(Path(__file__).parents[2]))  # the scripts beside this file 
 
 # The models are to know every word of Textual Inversion's templates, so these are the world's own sentences. The first
 # of each list is drawn as often as all the others together.
-from library.captions import OBJECT_TEMPLATES as OBJECT_SENTENCES
-from library.captions import STYLE_TEMPLATES as STYLE_SENTENCES
+from library.data.captions import OBJECT_TEMPLATES as OBJECT_SENTENCES
+from library.data.captions import STYLE_TEMPLATES as STYLE_SENTENCES
 
 SIZE = 64  # pixels along one side of a picture
 _FINE = 4  # outlines are drawn this many times larger and then averaged

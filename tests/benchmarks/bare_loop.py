@@ -6,8 +6,8 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
-from library.batches import Batch
-from library.denoising import DenoisingTask
+from library.data.batches import Batch
+from library.training.denoising import DenoisingTask
 
 
 class BareLoop:

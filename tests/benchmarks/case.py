@@ -146,7 +146,7 @@ class _Steps:
 
     def patch(self) -> AbstractContextManager:
         """What has to be entered around the script."""
-        from library.learner import Learner
+        from library.training.optimizer_step import Learner
 
         self.original = Learner.step
         return patch.object(Learner, "step", lambda *given: self._step(*given))
@@ -201,7 +201,7 @@ class _Caching:
 
     def patch(self) -> AbstractContextManager:
         """What has to be entered around the script."""
-        from library.latents import LatentCache
+        from library.data.latent_cache import LatentCache
 
         self.original = LatentCache.fill
 

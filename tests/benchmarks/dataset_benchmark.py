@@ -21,11 +21,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from transformers import CLIPTokenizer
 
-from library.buckets import BucketRules
-from library.dataset import TrainingData
-from library.dataset_config import DatasetConfig, SubsetConfig
-from library.placeholder import Placeholder
-from library.tokens import PromptTokenizer
+from library.data.buckets import BucketRules
+from library.data.config import DatasetConfig, SubsetConfig
+from library.data.training_data import TrainingData
+from library.embedding.placeholder import Placeholder
+from library.embedding.tokenizer import PromptTokenizer
 
 _WORDS = [f"{first}{second}" for first in ("red ", "old ", "big ", "odd ") for second in ("cat", "hat", "sky", "sea")]
 

@@ -144,7 +144,7 @@ def machine() -> str:
     """The device, PyTorch and the system in a sentence."""
     import torch
 
-    from library.device_report import describe_device
+    from library.model.device_report import describe_device
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     said = describe_device(device, "no").replace(" in float32", "")

@@ -13,9 +13,9 @@ from tiny_models import save_folder, save_single_file
 from fuzz.mutations import edited, edits, encoded, json_text, spliced, splices
 from fuzz.running import Target
 from fuzz.tensors import safetensors_bytes
-from library.base_model import BaseModel
-from library.model_family import FAMILIES
-from library.options import ModelOptions
+from library.model.base_model import BaseModel
+from library.model.family import FAMILIES
+from library.options.options import ModelOptions
 
 # What is damaged, the small files first; "tokenizer" stands for what a tokenizer's folder holds.
 _CONFIGS = (

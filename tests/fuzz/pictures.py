@@ -13,8 +13,8 @@ from PIL import Image
 
 from fuzz.mutations import Poke, poked, pokes
 from fuzz.running import Target
-from library.buckets import BucketChooser, BucketRules
-from library.images import Framing, check_resized, frame_image, image_size, read_image
+from library.data.buckets import BucketChooser, BucketRules
+from library.data.images import Framing, check_resized, frame_image, image_size, read_image
 
 Chunk = tuple[bytes, bytes]
 

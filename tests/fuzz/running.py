@@ -17,7 +17,7 @@ import hypothesis
 from hypothesis import HealthCheck, Phase, given, settings
 from limits import Outcome, outcome, outcomes
 
-from library.errors import UserError
+from library.support.errors import UserError
 
 _ROUND = 2000  # inputs of one hypothesis run; it remembers all of them
 _SECONDS, _MEMORY = 5.0, 2**30

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from fuzz.mutations import edited, edits, poked, pokes, values
 from fuzz.running import Target
-from library.embedding_files import rows_from_file
-from library.errors import UserError
-from library.model_identity import identify_file
-from library.weight_files import open_weights
+from library.embedding.files import rows_from_file
+from library.model.identity import identify_file
+from library.model.weight_files import open_weights
+from library.support.errors import UserError
 
 BOMB = 3 * 2**29  # bytes
 

@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 
 from fuzz.mutations import FRAGMENTS, HOSTILE, edited, edits, encoded, json_text, spliced, splices, toml_text, values
 from fuzz.running import LeftAsideError, Target
-from library.arguments import build_parser, parse
-from library.captions import CaptionMoment, CaptionRules, process_caption, token_presence
-from library.dataset import TrainingData
-from library.dataset_config import check_caching, load_dataset_configs
-from library.dataset_schema import DATASET, DREAMBOOTH, FINETUNING, GENERAL, MASK, SUBSET, known_keys
-from library.learner import check_learning
-from library.option_notices import notices
-from library.options import DatasetOptions, Options, as_dict, declared_options
-from library.sample_prompts import read_sample_prompts
-from library.trackers import check_trackers
+from library.data.captions import CaptionMoment, CaptionRules, process_caption, token_presence
+from library.data.config import check_caching, load_dataset_configs
+from library.data.schema import DATASET, DREAMBOOTH, FINETUNING, GENERAL, MASK, SUBSET, known_keys
+from library.data.training_data import TrainingData
+from library.options.notices import notices
+from library.options.options import DatasetOptions, Options, as_dict, declared_options
+from library.options.parser import build_parser, parse
+from library.output.sample_prompts import read_sample_prompts
+from library.output.trackers import check_trackers
+from library.training.optimizer_step import check_learning
 
 # Larger ones are trained for a reason, but not in a test.
 _MOST_PIXELS, _MOST_SAMPLES = 2**18, 16

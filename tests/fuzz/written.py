@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from fuzz.mutations import poked, pokes
 from fuzz.running import LeftAsideError, Target
 from fuzz.tensors import BOMB, ROWS, STRANGE, STRANGE_NAMES, object_recipes, pickled_bytes, torch_bomb
-from library.images import Framing
-from library.latents import LatentCache, LatentEntry
-from library.options import Options
-from library.training_state import FILE, TrainingState, random_states, recorded, set_random_states
+from library.data.images import Framing
+from library.data.latent_cache import LatentCache, LatentEntry
+from library.options.options import Options
+from library.training.state import FILE, TrainingState, random_states, recorded, set_random_states
 
 
 def _state_tree() -> dict[str, Any]:

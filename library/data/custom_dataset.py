@@ -1,0 +1,261 @@
+"""``--dataset_class``: a dataset of the user's own, in place of folders and files.
+
+The class is called as in sd-scripts, ``Class(tokenizer=None, max_token_length, resolution, debug_dataset)``, and must
+have a length and give a dictionary for each number below it: one finished batch. Keys that are read:
+
+- ``input_ids_list``: ids per tokenizer, int [B, 77] or [B, chunks, 77]; or else ``captions``, a list of B texts
+- ``latents`` float [B, 4, h, w] (unscaled), or else ``images`` float [B, 3, H, W] in [-1, 1]
+- optional: ``loss_weights`` [B], ``alpha_masks`` [B, H, W] in [0, 1], ``conditioning_images`` [B, 3, H, W] in [-1, 1]
+  (masks, which win), ``original_sizes_hw``, ``crop_top_lefts`` and ``target_sizes_hw`` [B, 2]; with
+  ``--train_inpainting``, which needs images, ``masks`` [B, 1, H, W] in [0, 1] (1 is hidden) in place of random ones
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from library.data.batch_order import BatchRef, EpochOrder
+from library.data.batches import Batch, collate
+from library.data.latent_cache import PIXELS_PER_LATENT, LatentCache, LatentEntry
+from library.data.preflight import Report
+from library.data.random_masks import random_mask
+from library.data.training_data import BatchedData, sample_seeds
+from library.embedding.tokenizer import PromptTokenizer
+from library.options.options import DatasetOptions
+from library.support.errors import UserError
+from library.support.user_classes import load_class
+
+
+class CustomData(BatchedData):
+    """Has what ``TrainingData`` has, and takes the batches from the user's object."""
+
+    has_validation = False
+
+    def __init__(
+        self,
+        options: DatasetOptions,
+        prompts: PromptTokenizer,
+        *,
+        max_token_length: int | None = None,
+        templates: Sequence[str] | None = None,
+        seed: int = 0,
+    ):
+        """Make the user's dataset and tell it the seed and the word's replacements, as far as it takes them."""
+        self.name = options.dataset_class
+        self.prompts = prompts
+        self.seed = seed
+        self.resolution = options.resolution or (512, 512)
+        self.masked_loss = options.masked_loss
+        self.inpainting = options.train_inpainting
+        size = options.resolution and f"{options.resolution[0]},{options.resolution[1]}"
+        module, _, class_name = self.name.rpartition(".")
+        if not module:
+            raise UserError(f"--dataset_class {self.name} must be a module and a class, such as my_data.MyDataset.")
+        made_by = load_class("--dataset_class", module, class_name)
+        try:
+            self.dataset = made_by(None, max_token_length, size, options.debug_dataset)
+            count = len(self.dataset)
+        except Exception as error:  # the user's class may fail in any way
+            raise UserError(f"--dataset_class {self.name} cannot be used: {type(error).__name__}: {error}.") from error
+        self.fingerprint = f"{self.name} of {count} samples"
+        if count == 0:
+            raise UserError(f"--dataset_class {self.name} has no batches, so there is nothing to train on.")
+        word = prompts.placeholder
+        _tell(self.dataset, "set_seed", seed)
+        if templates:
+            _tell(self.dataset, "add_replacement", "", [text.replace("{}", word.expanded) for text in templates])
+        elif word.count > 1:
+            _tell(self.dataset, "add_replacement", word.text, word.expanded)
+        self.order = EpochOrder(np.zeros(count, dtype=np.int64), np.ones(count, dtype=np.int64), np.array([1]), seed)
+
+    def check(self) -> Report:
+        """Make the first batch and look at it. Raises UserError if it is not as it must be."""
+        batch = CustomSource(self)[BatchRef((0,), 1, 0, 0, 1.0)]
+        report = Report([f"Training data: {len(self.dataset)} batches of {self.name}."])
+        if not batch.has_token.any():
+            report.warnings.append(
+                f'The first batch of {self.name} does not hold the word "{self.prompts.placeholder.text}", so it '
+                f"teaches it nothing. Ids of the word start at {self.prompts.first_new_id()}."
+            )
+        return report
+
+    def latent_entries(self) -> list[LatentEntry]:
+        """Nothing can be cached: only the user's class knows its pictures."""
+        return []
+
+    def first_prompts(self) -> Iterator[list[torch.Tensor]]:
+        """No prompt is known beforehand."""
+        return iter(())
+
+    def use_cache(self, cache: LatentCache) -> None:
+        """Refuse a latent cache where the batches bring pixels."""
+        if CustomSource(self)[BatchRef((0,), 1, 0, 0, 1.0)].latents is None:
+            raise UserError(
+                f"--cache_latents cannot cache the pictures of --dataset_class {self.name}. Leave it out, or let the "
+                'class give "latents".'
+            )
+
+    def source(self, max_steps: int) -> "CustomSource":
+        """Turns the user's dictionaries into batches."""
+        _tell(self.dataset, "set_max_train_steps", max_steps)
+        return CustomSource(self)
+
+
+def _tell(dataset: Any, method: str, *values) -> None:
+    """Call a method that sd-scripts' own datasets have, if this one has it."""
+    if hasattr(dataset, method):
+        getattr(dataset, method)(*values)
+
+
+class CustomSource(Dataset):
+    """Turns the user's dictionaries into batches, in whatever process the loader runs."""
+
+    def __init__(self, data: CustomData):
+        self.data = data
+
+    def __getitem__(self, ref: BatchRef) -> Batch:
+        data = self.data
+        if not ref.indices:
+            return collate([], 0.0, len(data.prompts.tokenizers))
+        _tell(data.dataset, "set_current_epoch", ref.epoch)
+        _tell(data.dataset, "set_current_step", ref.step)
+        number = ref.indices[0]
+        try:
+            values = data.dataset[number]
+        except Exception as error:  # the user's class may fail in any way
+            raise UserError(
+                f"--dataset_class {data.name} fails at batch {number}: {type(error).__name__}: {error}."
+            ) from error
+        return _Reader(data, ref).batch(values)
+
+
+class _Reader:
+    """Reads one dictionary, with errors that name the class and the key."""
+
+    def __init__(self, data: CustomData, ref: BatchRef):
+        self.data = data
+        self.ref = ref
+
+    def batch(self, values: Any) -> Batch:
+        if not isinstance(values, dict):
+            raise self._error(f"must give dictionaries, not {type(values).__name__}")
+        latents = self._floats(values, "latents", (None, 4, None, None))
+        images = self._floats(values, "images", (None, 3, None, None))
+        if latents is None and images is None:
+            raise self._error('gives neither "latents" nor "images"')
+        if self.data.inpainting:
+            if images is None:
+                raise self._error('gives "latents", but masks for --train_inpainting need "images"')
+            latents = None
+        pictures = images if latents is None else latents
+        count, scale = len(pictures), 1 if latents is None else PIXELS_PER_LATENT
+        height, width = (side * scale for side in pictures.shape[-2:])
+        captions = self._captions(values, count)
+        input_ids = self._input_ids(values, captions, count)
+        weights = self._floats(values, "loss_weights", (count,))
+        first_ids = [self.data.prompts.first_new_id(number) for number in range(len(input_ids))]
+        held = [(ids >= first).flatten(1).any(1) for ids, first in zip(input_ids, first_ids, strict=True)]
+        return Batch(
+            keys=[f"{self.data.name}[{self.ref.indices[0]}] {number}" for number in range(count)],
+            captions=captions,
+            input_ids=input_ids,
+            has_token=torch.stack(held).any(0),
+            latents=latents,
+            images=None if latents is not None else images,
+            masks=self._masks(values, count),
+            loss_weights=torch.ones(count) if weights is None else weights,
+            size_conditioning=self._sizes(values, count, (height, width)),
+            seeds=[self._seeds(number)[2] for number in range(count)],
+            weight=self.ref.weight,
+            holes=self._holes(values, count, (height, width)) if self.data.inpainting else None,
+        )
+
+    def _error(self, problem: str) -> UserError:
+        return UserError(f"--dataset_class {self.data.name} {problem} (batch {self.ref.indices[0]}).")
+
+    def _tensor(self, key: str, value: Any) -> torch.Tensor:
+        """A value of numbers as a tensor; sd-scripts' datasets give lists of tensors here and there."""
+        try:
+            if isinstance(value, list | tuple) and all(isinstance(item, torch.Tensor) for item in value):
+                return torch.stack(tuple(value))
+            return torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise self._error(f'gives "{key}" that cannot become a tensor: {error}') from error
+
+    def _floats(self, values: dict, key: str, shape: tuple[int | None, ...]) -> torch.Tensor | None:
+        """The tensor under a key, if there is one; None in ``shape`` stands for any length."""
+        if values.get(key) is None:
+            return None
+        tensor = self._tensor(key, values[key]).float()
+        fits = tensor.ndim == len(shape) and all(
+            wanted in (None, length) for wanted, length in zip(shape, tensor.shape, strict=True)
+        )
+        if not fits:
+            wanted = ", ".join("any" if length is None else str(length) for length in shape)
+            raise self._error(f'gives "{key}" of shape {list(tensor.shape)}; it must be [{wanted}]')
+        return tensor
+
+    def _captions(self, values: dict, count: int) -> list[str]:
+        captions = values.get("captions")
+        if not captions:
+            return [""] * count
+        if isinstance(captions, str) or len(captions) != count or not all(isinstance(one, str) for one in captions):
+            raise self._error(f'gives "captions" that are not a list of {count} texts')
+        return list(map(self.data.prompts.repaired, captions))
+
+    def _input_ids(self, values: dict, captions: list[str], count: int) -> list[torch.Tensor]:
+        prompts, given = self.data.prompts, values.get("input_ids_list")
+        if given is None:
+            if not values.get("captions"):
+                raise self._error(f'gives neither "input_ids_list" nor {count} "captions"')
+            encoded = [prompts.encode(prompts.placeholder.expand(caption)) for caption in captions]
+            return [torch.stack(ids) for ids in zip(*encoded, strict=True)]
+        if len(given) != len(prompts.tokenizers):
+            raise self._error(f'gives "input_ids_list" of {len(given)} items; it must have {len(prompts.tokenizers)}')
+        return [self._ids_of(number, ids, count) for number, ids in enumerate(given)]
+
+    def _ids_of(self, number: int, given: Any, count: int) -> torch.Tensor:
+        ids, prompts = self._tensor("input_ids_list", given), self.data.prompts
+        if ids.ndim not in (2, 3) or ids.shape[0] != count or ids.shape[-1] != 77:
+            raise self._error(
+                f'gives "input_ids_list" with shape {list(ids.shape)}; it must be [{count}, 77] or '
+                f"[{count}, chunks, 77]"
+            )
+        end = prompts.first_new_id(number) + prompts.placeholder.count
+        if ids.min() < 0 or ids.max() >= end:
+            raise self._error(
+                f'gives "input_ids_list" with ids from {ids.min()} to {ids.max()}; with the word, ids go from 0 to '
+                f"{end - 1}"
+            )
+        return ids.long().reshape(count, -1, 77)
+
+    def _masks(self, values: dict, count: int) -> torch.Tensor | None:
+        if self.data.masked_loss:
+            masks = self._floats(values, "conditioning_images", (count, None, None, None))
+            if masks is not None:
+                return (masks[:, :1] + 1) / 2
+        alpha = self._floats(values, "alpha_masks", (count, None, None))
+        return None if alpha is None else alpha.unsqueeze(1)
+
+    def _seeds(self, number: int) -> tuple[int, int, int]:
+        """See ``dataset.sample_seeds``."""
+        return sample_seeds(self.data.seed, self.ref.epoch, self.ref.position << 16 | number)
+
+    def _holes(self, values: dict, count: int, size_hw: tuple[int, int]) -> torch.Tensor:
+        given = self._floats(values, "masks", (count, 1, *size_hw))
+        if given is not None:
+            return given
+        rngs = [random.Random(self._seeds(number)[0]) for number in range(count)]
+        return torch.stack([torch.from_numpy(random_mask(size_hw[::-1], rng))[None].float() for rng in rngs])
+
+    def _sizes(self, values: dict, count: int, size_hw: tuple[int, int]) -> torch.Tensor:
+        """File size, crop and target size of each sample; what is not given is the whole picture."""
+        whole = torch.tensor(size_hw, dtype=torch.float32).expand(count, 2)
+        usual = {"original_sizes_hw": whole, "crop_top_lefts": torch.zeros(count, 2), "target_sizes_hw": whole}
+        given = {key: self._floats(values, key, (count, 2)) for key in usual}
+        columns = [usual[key] if given[key] is None else given[key] for key in usual]
+        return torch.cat(columns, dim=1)

@@ -1,0 +1,86 @@
+"""The images and captions of a run as they are on disk, found before anything heavy is imported.
+
+Most mistakes in a dataset end a run here, at once. What is left needs a tokenizer or the model: see ``preflight``.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from library.data.captions import CaptionRules, token_presence
+from library.data.config import DatasetConfig, check_caching, load_dataset_configs
+from library.data.image_sets import ImageSet, load_image_sets
+from library.embedding.placeholder import Placeholder
+from library.embedding.text_repair import repair, repaired_around
+from library.model.architectures import BUCKET_STEPS, VOCABULARY
+from library.options.options import Options
+from library.support.errors import UserError, counted
+
+_SHOWN = 5  # file names in a message
+
+
+@dataclass(frozen=True)
+class FoundImages:
+    """``sets`` holds the image sets of each dataset of ``configs``, in their order."""
+
+    configs: tuple[DatasetConfig, ...]
+    sets: tuple[list[ImageSet], ...]
+
+
+def find_images(options: Options, family: str) -> FoundImages | None:
+    """What the options name, or None for a dataset class of the user's own; ``family`` is "sd" or "sdxl".
+
+    Raises UserError for whatever is missing or broken, and where no caption holds the token.
+    """
+    if options.dataset.dataset_class:
+        return None
+    configs = load_dataset_configs(options.dataset, bucket_step=BUCKET_STEPS[family])
+    check_caching(configs, caching=options.cache.cache_latents)
+    sets = tuple(map(load_image_sets, configs))
+    token = options.token
+    word = Placeholder(token.token_string, token.num_vectors_per_token)
+    if not (token.use_object_template or token.use_style_template):
+        _require_word([found for those in sets for found in those], word)
+    return FoundImages(configs, sets)
+
+
+def _require_word(sets: Sequence[ImageSet], word: Placeholder) -> None:
+    """Look for the first caption that can hold the word. Raises UserError where there is none."""
+    taught = [found for found in sets if not found.subset.is_reg]
+    if not taught or _may_be_refused(word):  # both have their own words, later
+        return
+    for found in taught:
+        rules = found.subset.captions.rewritten(lambda text: repaired_around(word, text))
+        if any(presence(repaired_around(word, caption), rules, word) != "never" for caption in found.captions):
+            return
+    raise no_word(word, [path for found in taught for path in found.paths])
+
+
+def _may_be_refused(word: Placeholder) -> bool:
+    """Whether the token itself is at fault, as far as that can be told without the model's tokenizer."""
+    if not word.text.strip() or repair(word.text) != word.text:
+        return True
+    vocabulary = json.loads((VOCABULARY / "vocab.json").read_text(encoding="utf-8"))
+    return f"{word.text.lower()}</w>" in vocabulary
+
+
+def presence(caption: str, rules: CaptionRules, word: Placeholder) -> str:
+    """Whether a caption holds the word "always", "sometimes" or "never"; see ``captions.token_presence``."""
+    if not is_plain(caption, rules):
+        return token_presence(caption, rules, word)
+    return "always" if word.found_in(caption) else "never"
+
+
+def is_plain(caption: str, rules: CaptionRules) -> bool:
+    """Whether nothing but the expansion of the word happens to a caption that is not shuffled or dropped."""
+    return "\n" not in caption and not (rules.wildcard or rules.secondary_separator or rules.prefix or rules.suffix)
+
+
+def no_word(word: Placeholder, paths: Sequence[str]) -> UserError:
+    """The error for images of which no caption holds the word."""
+    shown = ", ".join(paths[:_SHOWN]) + (", …" if len(paths) > _SHOWN else "")
+    return UserError(
+        f'No caption holds the token "{word.text}", so nothing could be learned (looked at '
+        f"{counted(len(paths), 'image')}: {shown}). Write --token_string into the captions, set "
+        "caption_prefix or class_tokens, or use --use_object_template or --use_style_template."
+    )

@@ -1,0 +1,166 @@
+"""``--debug_dataset``: what the model will see of the data, as a table and as a contact sheet, without loading it."""
+
+import itertools
+import textwrap
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from library.data.batch_order import BatchSampler
+from library.data.batches import Batch, Sample
+from library.data.captions import CaptionMoment
+from library.data.image_table import ImageTable
+from library.data.training_data import SampleSource, TrainingData
+from library.embedding.tokenizer import PromptTokenizer
+
+_SHOWN = 30  # pictures in the table and on the sheet
+_SHOWN_BATCHES = 3  # of a dataset class of the user's own
+_COLUMNS = 6
+_CELL = 256  # pixels of the sheet for one picture, along each side
+_VEIL = (255, 0, 0)  # over what a mask for inpainting hides
+_LABEL = 30  # pixels of the sheet for the text below it
+SHEET_NAME = "debug_dataset.png"
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    index: int
+    sample: Sample
+
+
+def show_dataset(data: TrainingData, output_dir: str | None = None, max_steps: int = 0) -> Path | None:
+    """Print buckets and samples; write the contact sheet into ``output_dir``, if given, and return its path.
+
+    ``max_steps`` are those of the run, for a token warm-up that is a share of them.
+    """
+    source = data.source(max_steps)
+    print(bucket_table(data.table))
+    drawn = list(_first_draws(data, source))
+    total = len(data.table)
+    shown = f"the first {len(drawn)} of {total:,} pictures" if len(drawn) < total else f"all {total} pictures"
+    print(f"\nSamples: {shown}, each as it is first drawn in epoch 1. Ids in [brackets] are new tokens.")
+    for number, one in enumerate(drawn, start=1):
+        print(f"\n{number:3}. {sample_text(data.table, data.prompts, one.index, one.sample)}")
+    if output_dir is None:
+        return None
+    file = Path(output_dir) / SHEET_NAME
+    file.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet([one.sample for one in drawn]).save(file)
+    print(f"\nWhat the model sees of these pictures (cropped and augmented) is in {file}.")
+    return file
+
+
+def show_batches(batches: Iterable[Batch], prompts: PromptTokenizer) -> None:
+    """Print the samples of the first batches that a dataset of the user's own gives."""
+    for number, batch in enumerate(itertools.islice(batches, _SHOWN_BATCHES), start=1):
+        pictures = batch.images if batch.latents is None else batch.latents
+        kind = "pixels" if batch.latents is None else "latents"
+        print(f"Batch {number}: {kind} {list(pictures.shape)}, loss weights {batch.loss_weights.tolist()}")
+        for row, key in enumerate(batch.keys):
+            print(f"  {key}: {batch.captions[row] or '(no caption given)'}")
+            for encoder, ids in enumerate(batch.input_ids):
+                print(f"    {_ids_text(prompts, encoder, ids[row])}")
+
+
+def _first_draws(data: TrainingData, source: SampleSource) -> Iterator[_Drawn]:
+    """The first draw of each picture in epoch 1, in training order, as many as are shown."""
+    seen: set[int] = set()
+    for ref in BatchSampler(data.order):
+        for offset, index in enumerate(ref.indices):
+            if len(seen) < _SHOWN and index not in seen:
+                seen.add(index)
+                moment = CaptionMoment(ref.step, source.max_steps, ref.epoch)
+                yield _Drawn(index, source.sample(index, moment, ref.position + offset))
+
+
+def bucket_table(table: ImageTable) -> str:
+    """All buckets with their numbers of pictures, samples and batches, one a line."""
+    pictures = np.bincount(table.bucket_of, minlength=len(table.buckets))
+    samples = table.samples_in_buckets()
+    lines = [f"{'dataset':>7}  {'bucket':>11}  {'pictures':>8}  {'samples':>8}  {'batches':>8}"]
+    for row, bucket in enumerate(table.buckets):
+        size, batches = f"{bucket.size[0]}x{bucket.size[1]}", -(-samples[row] // bucket.batch_size)
+        lines.append(f"{bucket.dataset + 1:>7}  {size:>11}  {pictures[row]:>8}  {samples[row]:>8}  {batches:>8}")
+    return "\n".join(lines)
+
+
+def sample_text(table: ImageTable, prompts: PromptTokenizer, index: int, sample: Sample) -> str:
+    """A paragraph on one sample: file, sizes and crop, caption, ids."""
+    width, height = table.image_size(index)
+    bucket = table.bucket(index)
+    resized, cut = sample.cut.resized, sample.cut
+    right, bottom = resized[0] - bucket[0] - cut.left, resized[1] - bucket[1] - cut.top
+    crop = f"crop left {cut.left}, top {cut.top}, right {right}, bottom {bottom}" if resized != bucket else "no crop"
+    notes = [", mirrored"] if sample.flipped else []
+    notes += [", masked"] if sample.mask is not None else []
+    notes += [f", {sample.hole.mean():.0%} hidden"] if sample.hole is not None else []
+    notes += [f", loss weight {sample.loss_weight:g}"] if sample.loss_weight != 1 else []
+    lines = [
+        sample.key,
+        f"{width}x{height}, resized to {resized[0]}x{resized[1]}, bucket {bucket[0]}x{bucket[1]}, {crop}"
+        + "".join(notes),
+        f"caption: {sample.caption}",
+        *(_ids_text(prompts, number, ids) for number, ids in enumerate(sample.input_ids)),
+    ]
+    if not sample.has_token:
+        lines.append("The new word is not among them: this sample teaches it nothing.")
+    return "\n".join(
+        [
+            lines[0],
+            *(textwrap.fill(line, 112, initial_indent=" " * 5, subsequent_indent=" " * 10) for line in lines[1:]),
+        ]
+    )
+
+
+def _ids_text(prompts: PromptTokenizer, number: int, ids) -> str:
+    """The ids of one tokenizer up to the padding, new ones in brackets."""
+    first_new = prompts.first_new_id(number)
+    end, pad = prompts.tokenizers[number].eos_token_id, prompts.tokenizers[number].pad_token_id
+    chunks = []
+    for chunk in ids.tolist():
+        while len(chunk) > 2 and chunk[-1] in (end, pad) and chunk[-2] in (end, pad):
+            chunk.pop()
+        chunks.append(" ".join(f"[{i}]" if i >= first_new else str(i) for i in chunk))
+    name = f"ids {number + 1}" if len(prompts.tokenizers) > 1 else "ids"
+    return f"{name}: " + " | ".join(chunks)
+
+
+def contact_sheet(samples: list[Sample]) -> Image.Image:
+    """The pictures side by side as the model sees them, with the start of each caption.
+
+    What a mask keeps out of the loss is darkened; what is hidden for inpainting lies under a red veil.
+    """
+    columns = min(_COLUMNS, max(1, len(samples)))
+    rows = -(-len(samples) // columns)
+    sheet = Image.new("RGB", (columns * _CELL, rows * (_CELL + _LABEL)), "lightgray")
+    draw = ImageDraw.Draw(sheet)
+    for number, sample in enumerate(samples):
+        left, top = number % columns * _CELL, number // columns * (_CELL + _LABEL)
+        picture = _seen(sample)
+        picture.thumbnail((_CELL - 8, _CELL - 8))
+        sheet.paste(picture, (left + (_CELL - picture.width) // 2, top + (_CELL - picture.height) // 2))
+        label = f"{number + 1}. {Path(sample.key).name}"
+        draw.text((left + 6, top + _CELL), _fitting(draw, label, _CELL - 12), fill="black")
+        draw.text((left + 6, top + _CELL + 13), _fitting(draw, sample.caption, _CELL - 12), fill="dimgray")
+    return sheet
+
+
+def _seen(sample: Sample) -> Image.Image:
+    pixels = sample.image.permute(1, 2, 0).float()
+    if sample.mask is not None:
+        pixels = pixels * (0.25 + 0.75 * sample.mask.unsqueeze(-1))
+    if sample.hole is not None:
+        pixels = pixels.lerp(torch.tensor(_VEIL, dtype=torch.float32), 0.5 * sample.hole.unsqueeze(-1))
+    return Image.fromarray(pixels.round().clamp(0, 255).byte().numpy())
+
+
+def _fitting(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
+    """As much of a text as fits into ``width`` pixels."""
+    text = text.replace("\n", " ")
+    while text and draw.textlength(text) > width:
+        text = text[: max(0, min(len(text) - 1, int(len(text) * width / draw.textlength(text))))]
+    return text

@@ -1,0 +1,106 @@
+"""From ids to the U-Net's conditioning with the live rows, and the cache of what training cannot change."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+
+from library.embedding.tokenizer import MergedEmbedding, PromptTokenizer
+from library.model.family import Conditioning, ModelFamily
+from library.support.transfers import sent
+
+
+class PromptEncoder:
+    """Encodes prompts through the frozen text encoders, the new word's rows taking part with their gradient."""
+
+    def __init__(
+        self,
+        family: ModelFamily,
+        text_encoders: Sequence[nn.Module],
+        prompts: PromptTokenizer,
+        rows: nn.Module,
+        clip_skip: int | None = None,
+    ):
+        """Puts a ``MergedEmbedding`` into every encoder.
+
+        ``rows`` is a ``TrainableRows`` or what accelerate made of it; called with None it gives one [N, D] per encoder.
+        """
+        self.family = family
+        self.text_encoders = list(text_encoders)
+        self.rows = rows
+        self.clip_skip = clip_skip
+        self.first_new_ids = [prompts.first_new_id(i) for i in range(len(self.text_encoders))]
+        self.embeddings = []
+        for encoder, first_new_id in zip(self.text_encoders, self.first_new_ids, strict=True):
+            merged = MergedEmbedding(encoder.get_input_embeddings(), first_new_id)
+            encoder.set_input_embeddings(merged)
+            self.embeddings.append(merged)
+        self._cache: dict[bytes, Conditioning] = {}
+
+    def encode(self, input_ids: Sequence[torch.Tensor]) -> Conditioning:
+        """Conditioning of B prompts; ``input_ids`` holds [B, chunks, 77] per text encoder, on the CPU.
+
+        Calls the rows' module once, so that it may be called once per backward. Cached prompts are not encoded again.
+        """
+        for merged, rows in zip(self.embeddings, self.rows(None), strict=True):
+            merged.rows = rows
+        if not self._cache:
+            return self._run(input_ids)
+        cached = [self._cache.get(_key(input_ids, i)) for i in range(len(input_ids[0]))]
+        live = [i for i, found in enumerate(cached) if found is None]
+        if len(live) == len(cached):
+            return self._run(input_ids)
+        if live:
+            fresh = self._run([ids[live] for ids in input_ids])
+            for place, i in enumerate(live):
+                cached[i] = _one(fresh, place)
+        return _join(cached, self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the conditioning is made."""
+        return self.text_encoders[0].get_input_embeddings().table.weight.device
+
+    def _run(self, input_ids: Sequence[torch.Tensor]) -> Conditioning:
+        devices = [encoder.get_input_embeddings().table.weight.device for encoder in self.text_encoders]
+        ids = [sent(tensor, device) for tensor, device in zip(input_ids, devices, strict=True)]
+        return self.family.encode_prompts(self.text_encoders, ids, self.clip_skip)
+
+    def holds_word(self, input_ids: Sequence[torch.Tensor]) -> bool:
+        """Whether any of these prompts holds an id of the new word."""
+        return any((ids >= first).any().item() for ids, first in zip(input_ids, self.first_new_ids, strict=True))
+
+    @torch.no_grad()
+    def cache(self, prompts: Iterable[Sequence[torch.Tensor]]) -> tuple[int, int]:
+        """Encode once, and keep in memory, every prompt that cannot change during the training.
+
+        ``prompts`` gives the ids of one prompt at a time, [1, chunks, 77] per text encoder. Prompts with the new word
+        depend on the rows and stay live. Returns how many different prompts are cached and how many stay live.
+        """
+        live = set()
+        for input_ids in prompts:
+            key = _key(input_ids, 0)
+            if self.holds_word(input_ids):
+                live.add(key)
+            elif key not in self._cache:
+                self._cache[key] = _on_cpu(self._run(input_ids))  # of very many captions: gigabytes
+        return len(self._cache), len(live)
+
+
+def _one(conditioning: Conditioning, index: int) -> Conditioning:
+    pooled = None if conditioning.pooled is None else conditioning.pooled[index : index + 1]
+    return Conditioning(conditioning.context[index : index + 1], pooled)
+
+
+def _on_cpu(conditioning: Conditioning) -> Conditioning:
+    pooled = None if conditioning.pooled is None else conditioning.pooled.cpu()
+    return Conditioning(conditioning.context.cpu(), pooled)
+
+
+def _join(parts: Sequence[Conditioning], device: torch.device) -> Conditioning:
+    pooled = None if parts[0].pooled is None else torch.cat([sent(part.pooled, device) for part in parts])
+    return Conditioning(torch.cat([sent(part.context, device) for part in parts]), pooled)
+
+
+def _key(input_ids: Sequence[torch.Tensor], index: int) -> bytes:
+    return b"".join(ids[index].numpy().tobytes() for ids in input_ids)

@@ -1,0 +1,38 @@
+"""Text as CLIP's own tokenizer reads it: repaired by ftfy before anything is looked for in it.
+
+CLIP was trained on text that ftfy had repaired, and sd-scripts' tokenizer repairs with it too: curly quotes become
+straight, full-width letters and signs plain, ligatures letters, HTML entities signs, and mojibake what was meant.
+"""
+
+import re
+from functools import lru_cache
+
+import ftfy
+
+from library.embedding.placeholder import Placeholder
+from library.support.text_files import check_lines
+
+# Of plain ASCII, only entities and control characters are ever changed.
+_PLAIN = re.compile(r"[\t\n -%'-~]*")
+
+
+def repair(text: str) -> str:
+    """Return ``text`` with each of its lines repaired; no line is added, whatever ftfy takes for a line break."""
+    if _PLAIN.fullmatch(text):
+        return text
+    return "\n".join(map(_repaired_line, text.split("\n")))
+
+
+def repaired_around(word: Placeholder, text: str) -> str:
+    """Return ``text`` as it is read: repaired around the word's names, which then may be found in more places.
+
+    Around them, for so sd-scripts does: a ``<`` in the word itself does not tell ftfy that this is HTML. Raises
+    UserError for a line that is too long to be of a caption.
+    """
+    check_lines(text, f'The caption "{text[:40]}…"')
+    return word.rewrite_between(text, repair)
+
+
+@lru_cache(maxsize=20_000)  # captions come again in every epoch; ftfy takes as long as the tokenizer
+def _repaired_line(line: str) -> str:
+    return ftfy.fix_text(line).replace("\n", " ")

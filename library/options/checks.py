@@ -1,0 +1,226 @@
+"""What options must satisfy together: required ones, ranges and contradictions."""
+
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from library.options.option_types import Option, shown
+from library.options.options import Options, as_dict, declared_options
+from library.options.output import REPO_TYPES, VISIBILITIES
+from library.support.errors import UserError, did_you_mean
+from library.support.text_files import is_unicode
+
+logger = logging.getLogger(__name__)
+
+
+CACHED_INPAINTING = (
+    "train_inpainting hides another part of each image every time, so its latents cannot be made once and for all. "
+    "Leave out --cache_latents and --cache_latents_to_disk."
+)
+# File systems take names of 255 bytes; "-step00001600-state" and the marks of an unfinished file come on top.
+LONGEST_NAME = 200
+
+
+def settle(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values with old spellings, implied options and the default file name filled in.
+
+    Takes and returns every option's value by name. Logs a warning for each value that is set aside.
+    """
+    settled = dict(values)
+    for name, option in declared_options():
+        if option.zero_is_off and settled[name] is not None and settled[name] <= 0:
+            logger.warning("--%s %s means never; it is taken as not given.", name, settled[name])
+            settled[name] = None
+    if settled["max_token_length"] == 75:
+        settled["max_token_length"] = None
+    if settled["caption_extention"] is not None:
+        settled["caption_extension"] = settled["caption_extention"]
+    if settled["cache_latents_to_disk"] and not settled["cache_latents"]:
+        logger.warning("--cache_latents_to_disk switches --cache_latents on.")
+        settled["cache_latents"] = True
+    if settled["persistent_data_loader_workers"] and settled["max_data_loader_n_workers"] == 0:
+        logger.warning("--persistent_data_loader_workers has nothing to do with --max_data_loader_n_workers 0.")
+        settled["persistent_data_loader_workers"] = False
+    if settled["output_name"] is None and settled["token_string"] is not None:
+        settled["output_name"] = safe_file_name(settled["token_string"])
+    return settled
+
+
+def safe_file_name(text: str) -> str:
+    """Return the text with every sign that some file system refuses replaced by "_"; "embedding" if nothing is left."""
+    return re.sub(r'[<>:"/\\|?*\x00-\x1f]', "_", text).strip(" ._") or "embedding"
+
+
+def check(options: Options, family: str) -> None:
+    """Refuse options that cannot lead to a run of the family ("sd" or "sdxl"). Raises UserError."""
+    check_limits(options)
+    check_combinations(options)
+    _check_family(options, family)
+    _check_samples(options)
+    _check_hub(options)
+    _check_required(options)
+    _check_output(options)
+
+
+def check_limits(options: Options) -> None:
+    """Refuse a number outside its option's range."""
+    values = as_dict(options)
+    for name, option in declared_options():
+        value = values.get(name)
+        if option.limits and value is not None and not option.allows(value):
+            raise UserError(f"--{name} is {value}; it must be {option.limits}.")
+        _check_unicode(name, option, value)
+    for name in ("lr_warmup_steps", "lr_decay_steps"):
+        if isinstance(values[name], float) and values[name] > 1:
+            raise UserError(f"--{name} is {values[name]:.0%} of all steps; a share must be at most 100%.")
+
+
+def _check_unicode(name: str, option: Option, value: Any) -> None:
+    """Refuse bytes that are not UTF-8 where no file name is meant: no prompt, tokenizer or metadata can hold them."""
+    for text in value if isinstance(value, tuple) else (value,):
+        if isinstance(text, str) and not is_unicode(text, odd_names=option.is_place):
+            raise UserError(f"--{name} {shown(text)} is not valid UTF-8. Type it again in a UTF-8 terminal or file.")
+
+
+def check_combinations(options: Options) -> None:
+    """Refuse options that contradict or miss each other; warn about likely mistakes."""
+    noise, loss, model = options.noise, options.loss, options.model
+    if noise.adaptive_noise_scale is not None and noise.noise_offset is None:
+        raise UserError("--adaptive_noise_scale changes the noise offset and needs --noise_offset, for example 0.05.")
+    if loss.scale_v_pred_loss_like_noise_pred and not model.v_parameterization:
+        raise UserError(
+            "--scale_v_pred_loss_like_noise_pred is for v-prediction models and needs --v_parameterization."
+        )
+    if loss.v_pred_like_loss is not None and model.v_parameterization:
+        raise UserError("--v_pred_like_loss is for models that predict noise. Leave it out with --v_parameterization.")
+    if noise.zero_terminal_snr and model.v_parameterization is False:
+        logger.warning(
+            "--zero_terminal_snr with --v_parameterization=false: a model that predicts noise learns nothing from pure "
+            "noise. The results may be unexpected."
+        )
+    if model.v2 and model.clip_skip is not None:
+        logger.warning("--clip_skip is unusual with --v2: those models use the second last layer already.")
+    if options.dataset.train_inpainting and options.cache.cache_latents:
+        raise UserError(f"--{CACHED_INPAINTING}")
+    _check_timesteps(noise.min_timestep, noise.max_timestep)
+    _check_precision(options)
+    _check_optimizer(options)
+
+
+def _check_timesteps(lowest: int | None, end: int | None) -> None:
+    low, high = lowest or 0, 1000 if end is None else end
+    if low >= high:
+        raise UserError(
+            f"--min_timestep {low} is not below --max_timestep {high}. Both lie between 0 and 1000; unset they are "
+            "0 and 1000."
+        )
+
+
+def _check_precision(options: Options) -> None:
+    runtime = options.runtime
+    for flag, wanted in (("full_fp16", "fp16"), ("full_bf16", "bf16")):
+        if getattr(runtime, flag) and runtime.mixed_precision != wanted:
+            chosen = f'it is "{runtime.mixed_precision}"' if runtime.mixed_precision else "it is not given"
+            raise UserError(f"--{flag} needs --mixed_precision {wanted}; {chosen}.")
+    if options.deepspeed.deepspeed:
+        raise UserError(
+            "--deepspeed cannot help here: it divides weights, gradients and optimizer states among GPUs, and only the "
+            "few new vectors have any. Leave it out; several GPUs work with accelerate launch --multi_gpu."
+        )
+
+
+def _check_optimizer(options: Options) -> None:
+    optimizer = options.optimizer
+    names = {"--use_8bit_adam": optimizer.use_8bit_adam, "--use_lion_optimizer": optimizer.use_lion_optimizer}
+    names[f"--optimizer_type {optimizer.optimizer_type}"] = bool(optimizer.optimizer_type)
+    chosen = [name for name, given in names.items() if given]
+    if len(chosen) > 1:
+        raise UserError(f"{' and '.join(chosen)} name two optimizers. Keep one of them.")
+
+
+def _check_family(options: Options, family: str) -> None:
+    if family == "sdxl" and options.model.v2:
+        raise UserError("--v2 is for Stable Diffusion 2.x: use train_textual_inversion.py, or leave --v2 out for SDXL.")
+
+
+def _check_samples(options: Options) -> None:
+    sample = options.sample
+    if sample.draws_during_training and sample.sample_prompts is None:
+        raise UserError(
+            "--sample_prompts is missing: a file with the prompts to draw, one on each line, is needed for "
+            "--sample_every_n_steps, --sample_every_n_epochs and --sample_at_first."
+        )
+    if sample.learning_report and options.dataset.dataset_class:
+        raise UserError(
+            "--learning_report compares with the training pictures, and only your --dataset_class knows them. Leave "
+            "one of the two out."
+        )
+
+
+def _check_hub(options: Options) -> None:
+    hub = options.hub
+    if hub.resume_from_huggingface and options.save.resume is None:
+        raise UserError(
+            "--resume_from_huggingface says where --resume is to be found; give --resume user/name/path too."
+        )
+    if hub.save_state_to_huggingface and hub.huggingface_repo_id is None:
+        raise UserError("--save_state_to_huggingface needs --huggingface_repo_id, the repository to upload to.")
+    if hub.huggingface_repo_id is not None and not re.fullmatch(r"[^/\s]+/[^/\s]+", hub.huggingface_repo_id):
+        raise UserError(f'--huggingface_repo_id is "{hub.huggingface_repo_id}"; it must be user/name.')
+    for name, known in (("huggingface_repo_type", REPO_TYPES), ("huggingface_repo_visibility", VISIBILITIES)):
+        value = getattr(hub, name)
+        if value is not None and value not in known:
+            raise UserError(f'--{name} is "{value}"; it must be one of {", ".join(known)}.{did_you_mean(value, known)}')
+
+
+def _check_required(options: Options) -> None:
+    if options.model.pretrained_model_name_or_path is None:
+        raise UserError("--pretrained_model_name_or_path is missing: the base model that learns the word.")
+    if options.token.token_string is None or not options.token.token_string.strip():
+        raise UserError("--token_string is missing: the new word, for example --token_string mychar.")
+    data = options.dataset
+    if not (data.dataset_config or data.train_data_dir or data.in_json or data.dataset_class):
+        raise UserError("No pictures are given: use --dataset_config (a TOML file) or --train_data_dir (a folder).")
+    if options.save.output_dir is None and not data.debug_dataset:
+        raise UserError("--output_dir is missing: the folder for the embedding file.")
+
+
+def _check_output(options: Options) -> None:
+    name = options.save.output_name
+    if name and re.search(r"[/\\\x00-\x1f]", name):
+        raise UserError(f'--output_name "{name}" is no file name. The folder belongs in --output_dir.')
+    if name and len(os.fsencode(name)) > LONGEST_NAME:
+        raise UserError(
+            f'--output_name "{name[:20]}…" is too long for a file name: {len(os.fsencode(name))} bytes. At most '
+            f"{LONGEST_NAME} leave room for the step and the ending."
+        )
+    if options.save.output_dir is not None:
+        check_folder("--output_dir", options.save.output_dir)
+    if options.logging.trackers and options.logging.logging_dir is not None:
+        check_folder("--logging_dir", options.logging.logging_dir)
+
+
+def check_folder(option: str, given: str) -> None:
+    """Raise UserError unless files can be written into a folder that is there, or can be made."""
+    folder = Path(given)
+    try:
+        places = (folder, *folder.absolute().parents)
+        existing = next(place for place in places if place.exists() or place.is_symlink())
+    except OSError as error:
+        raise UserError(f"{option} {folder} cannot be a folder: {error.strerror}. Choose another one.") from error
+    if not existing.is_dir():
+        what = "is a file, not a folder" if existing.exists() else "is a link to a folder that does not exist"
+        raise UserError(f"{option} {folder}: {existing} {what}. Choose another folder.")
+    try:
+        # Asking for permissions says nothing of read-only and full disks, nor anything to a superuser.
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{option} {folder}: {existing} is not writable ({error.strerror}). Choose another folder or change its "
+            "permissions."
+        ) from error

@@ -1,0 +1,165 @@
+"""Options about what comes out: embedding files, metadata, uploads, sample pictures, logs.
+
+Each is declared once, here, with the help a user sees.
+"""
+
+from dataclasses import dataclass
+
+from library.options.option_types import flag, option, text_or_boolean, whole_number
+
+SAMPLERS = ("ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++")
+SAMPLERS += ("dpmsingle", "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a")
+REPO_TYPES = ("model", "dataset", "space")
+VISIBILITIES = ("public", "private")
+
+
+def _count(help: str) -> int | None:
+    """A number of epochs, steps or files; unset, or 0, switches off what it counts."""
+    return option(None, help, read=whole_number, zero_is_off=True)
+
+
+@dataclass(frozen=True)
+class SaveOptions:
+    """Saving"""
+
+    output_dir: str | None = option(None, "Folder for the embedding files; made if missing.", metavar="DIR")
+    output_name: str | None = option(
+        None,
+        "File name without ending. Most programs use it as the word to type in a prompt. Unset: the token string.",
+        metavar="NAME",
+    )
+    save_model_as: str = option(
+        "safetensors",
+        "File format. safetensors suits every current program; pt and ckpt are for old ones.",
+        choices=("ckpt", "pt", "safetensors"),
+    )
+    save_precision: str | None = option(
+        None,
+        "Number format in the file. Unset: float (32 bits), the only one that stable-diffusion.cpp reads; the file has "
+        "a few kilobytes either way.",
+        choices=("float", "fp16", "bf16"),
+    )
+    save_every_n_epochs: int | None = _count("Also save after every n-th epoch.")
+    save_every_n_steps: int | None = _count(
+        "Also save after every n-th step. Typical: 100 to 250; an embedding is often best before the end."
+    )
+    save_n_epoch_ratio: int | None = _count("Save about this many times, evenly; wins over --save_every_n_epochs.")
+    save_last_n_epochs: int | None = _count("Keep only the last n epoch files. Unset: all.")
+    save_last_n_steps: int | None = _count(
+        "Keep only the step files of the last n steps (steps, not files). Unset: all."
+    )
+    save_last_n_epochs_state: int | None = _count("The same for states. Unset: as --save_last_n_epochs.")
+    save_last_n_steps_state: int | None = _count("The same for states. Unset: as --save_last_n_steps.")
+    save_state: bool = flag("With each saved file, also save what --resume needs to go on exactly from there.")
+    save_state_on_train_end: bool = flag("Save that state at the end only.")
+    resume: str | None = option(
+        None,
+        "Folder of a saved state to go on from; latest: the newest one of --output_name in --output_dir. To start from "
+        "an embedding file use --weights.",
+        metavar="DIR",
+    )
+
+
+@dataclass(frozen=True)
+class MetadataOptions:
+    """Metadata of the file (safetensors only)"""
+
+    metadata_title: str | None = option(None, "Title. Unset: the output name.")
+    metadata_author: str | None = option(None, "Author.")
+    metadata_description: str | None = option(None, "Description.")
+    metadata_license: str | None = option(None, "Licence.")
+    metadata_tags: str | None = option(None, "Tags, separated by commas.")
+    metadata_usage_hint: str | None = option(None, "How to use the embedding.")
+    metadata_thumbnail: str | None = option(None, "Small picture: a file, or a data:image/… URL.", metavar="FILE")
+    metadata_merged_from: str | None = option(None, "What the embedding was merged from.")
+    metadata_trigger_phrase: str | None = option(None, "Word to type in a prompt. Unset: the file's name.")
+    metadata_preprocessor: str | None = option(None, "Preprocessor.")
+    metadata_is_negative_embedding: str | None = option(
+        None, "true for an embedding meant for the negative prompt.", read=text_or_boolean, metavar="true|false"
+    )
+    training_comment: str | None = option(None, "Any text; model managers show it.")
+    no_metadata: bool = flag(
+        "Leave out how the file was trained: the base model's name and hash, images, tags of the captions, settings. "
+        "What clients need stays, and so do the fields above."
+    )
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """Upload to the Hugging Face hub"""
+
+    huggingface_repo_id: str | None = option(
+        None, "Repository for the saved files, user/name; made if missing.", metavar="USER/NAME"
+    )
+    huggingface_repo_type: str | None = option(None, "Kind of repository: model, dataset or space. Unset: model.")
+    huggingface_path_in_repo: str | None = option(None, "Folder inside the repository. Unset: its top.", metavar="DIR")
+    huggingface_token: str | None = option(
+        None,
+        "Access token. Better kept in the environment variable HF_TOKEN: a command line is visible to others.",
+        secret="HF_TOKEN",
+    )
+    huggingface_repo_visibility: str | None = option(
+        None, "public, or private (also when unset). Only for a repository that is made anew."
+    )
+    save_state_to_huggingface: bool = flag("Upload states too.")
+    resume_from_huggingface: bool = flag("--resume names a state on the hub: user/name/path[:revision[:type]].")
+    async_upload: bool = flag("Upload in the background; the last file is waited for.")
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """Sample pictures during training"""
+
+    sample_prompts: str | None = option(
+        None,
+        "File of prompts (.txt, .toml or .json) that are drawn during training. Needs one of the next three.",
+        metavar="FILE",
+    )
+    sample_every_n_steps: int | None = _count("Draw them after every n-th step. Typical: 100 to 250.")
+    sample_every_n_epochs: int | None = _count("Draw them after every n-th epoch; wins over --sample_every_n_steps.")
+    sample_at_first: bool = flag("Draw them before training too, to compare with.")
+    sample_sampler: str = option("ddim", "Sampler for the pictures, where a prompt names none.", choices=SAMPLERS)
+    learning_report: bool = flag(
+        "At the end, measure what the word learned: loss, and distance of pictures to the training's, with --init_word "
+        "and with the new word, and write both words' pictures side by side. Takes as long as drawing 32 pictures."
+    )
+
+    @property
+    def draws_during_training(self) -> bool:
+        """Whether --sample_prompts are drawn at any time."""
+        return bool(self.sample_at_first or self.sample_every_n_steps or self.sample_every_n_epochs)
+
+    @property
+    def draws_pictures(self) -> bool:
+        """Whether the run needs a decoder at all."""
+        return self.learning_report or self.draws_during_training
+
+
+@dataclass(frozen=True)
+class LoggingOptions:
+    """Logging to TensorBoard or Weights & Biases"""
+
+    logging_dir: str | None = option(None, "Folder for TensorBoard logs; giving it switches logging on.", metavar="DIR")
+    log_with: str | None = option(
+        None,
+        "Where to log. Unset: tensorboard if --logging_dir is given.",
+        choices=("tensorboard", "wandb", "all"),
+    )
+    log_prefix: str | None = option(None, "Start of the log folder's name, before the time.")
+    log_tracker_name: str | None = option(None, "Project name in the logs. Unset: textual_inversion.")
+    log_tracker_config: str | None = option(None, "TOML file with further settings for the tracker.", metavar="FILE")
+    log_config: bool = flag("Write all options into the log (never secrets or paths).")
+    wandb_run_name: str | None = option(None, "Name of the run in Weights & Biases.")
+    wandb_api_key: str | None = option(
+        None,
+        "Key for Weights & Biases. Better kept in the environment variable WANDB_API_KEY: a command line is visible "
+        "to others.",
+        secret="WANDB_API_KEY",
+    )
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """Where a run logs to: "tensorboard", "wandb", both, or nowhere."""
+        if self.log_with is None:
+            return ("tensorboard",) if self.logging_dir is not None else ()
+        return ("tensorboard", "wandb") if self.log_with == "all" else (self.log_with,)

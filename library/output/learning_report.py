@@ -1,0 +1,196 @@
+"""``--learning_report``: did the word learn anything? Loss, distance and pictures before and after, all else equal."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from library.data.batches import Batch
+from library.data.training_data import TrainingData
+from library.embedding.initialization import NewWord
+from library.embedding.tokenizer import TrainableRows
+from library.model.identity import read_object
+from library.model.runtime import shared_out
+from library.output.concept_distance import concept_distance
+from library.output.results import say_kept
+from library.output.sample_prompts import SamplePrompt
+from library.output.sampling import SamplingPipeline
+from library.support.atomic_files import write_atomically, write_png
+from library.support.errors import UserError
+from library.support.processes import rank
+from library.training.denoising import DenoisingTask
+
+logger = logging.getLogger(__name__)
+
+# Drawn with each word, from the same noise; seeds 0 to 15.
+PICTURES = 16
+_STEPS, _SCALE = 25, 5.0
+_CONCEPT_PICTURES = 64  # at most, spread over all
+# What the loss is averaged over, with the same noise and timesteps for both words.
+_LOSS_SAMPLES = 128
+_COLUMNS = 8
+_SMALLEST_CELL, _LARGEST_CELL = 128, 256
+_HEADING = 20
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one word does: the mean loss, the concept distance of its pictures (see ``concept_distance``), and these."""
+
+    label: str
+    loss: float
+    distance: float
+    pictures: list[np.ndarray]
+
+
+@dataclass(frozen=True)
+class LearningReport:
+    """The word after the training beside what it started from, with the pictures they should resemble.
+
+    ``held_out`` tells whether the loss was measured on pictures that were not trained on.
+    """
+
+    before: Measured
+    after: Measured
+    concept: list[np.ndarray]
+    held_out: bool
+
+    @property
+    def text(self) -> str:
+        """A small table with a sentence on what it means."""
+        before, after = self.before, self.after
+        width = max(len(before.label), len(after.label))
+        pictures = "held-out pictures" if self.held_out else "training pictures"
+        lines = [f"What the word learned ({PICTURES} pictures each, drawn from the same noise):"]
+        lines.append(f"{'':<{width}}  loss on {pictures}  distance to the training pictures")
+        for one in (before, after):
+            lines.append(f"{one.label:<{width}}  {one.loss:>{len(pictures) + 8}.5f}  {one.distance:>33.2f}")
+        lines.append(
+            f"The distance is {after.distance / max(before.distance, 1e-9):.2f} times what it was. It compares coarse "
+            "colours with the nearest training picture: 0 is a copy, and well below 1 means that the word learned."
+        )
+        return "\n".join(lines)
+
+    @property
+    def numbers(self) -> dict:
+        """The same for programs, as it goes into the JSON file."""
+        measured = {
+            name: {"prompt_word": one.label, "loss": one.loss, "distance": one.distance}
+            for name, one in (("before", self.before), ("after", self.after))
+        }
+        return {**measured, "pictures": PICTURES, "loss_on_held_out_pictures": self.held_out}
+
+    def write(self, stem: Path, run: str) -> Path:
+        """Write ``<stem>_report.png`` and ``<stem>_report.json``; return the picture's path. Raises UserError.
+
+        A report of another run than ``run`` is kept: see ``write_atomically``.
+        """
+        picture, numbers = (stem.with_name(f"{stem.name}_report{ending}") for ending in (".png", ".json"))
+        content = json.dumps({**self.numbers, "run": run}, indent=2) + "\n"
+        sheet = comparison_sheet(
+            [("training pictures", self.concept), *((one.label, one.pictures) for one in (self.before, self.after))]
+        )
+        others = _run_of(numbers) != run
+        # The numbers say whose report it is, so they come last.
+        kept = {
+            picture: write_png(picture, sheet, keep_old=others),
+            numbers: write_atomically(numbers, content.encode(), keep_old=others),
+        }
+        for file, place in kept.items():
+            if place:
+                say_kept(file, place)
+        return picture
+
+
+class LearningMeasure:
+    """Measures a word before and after its training, with everything else the same: captions, noise, seeds."""
+
+    def __init__(
+        self, pipeline: SamplingPipeline, task: DenoisingTask, data: TrainingData, word: NewWord, rows: TrainableRows
+    ):
+        self.pipeline, self.task, self.data, self.word, self.rows = pipeline, task, data, word, rows
+        self.concept = data.concept_pictures(_CONCEPT_PICTURES)
+        self.captions = data.concept_captions(PICTURES)
+        self.held_out = data.has_validation and any(batch.has_token.any() for batch in self._batches(held_out=True))
+        if data.has_validation and not self.held_out:
+            logger.warning("No held-out caption holds the word: the report takes its loss from the training pictures.")
+
+    def report(self, init_word: str | None, starts: Sequence[Tensor]) -> LearningReport:
+        """Compare the rows as they are with ``init_word`` as a user would write it, or without one with ``starts``.
+
+        ``starts`` [N, D] per text encoder are the rows that the training began with.
+        """
+        if init_word is not None:
+            placeholder = self.word.placeholder
+            before = self._measure(f'"{init_word}"', lambda text: placeholder.replace(text, init_word))
+        else:
+            with self.rows.holding(starts):
+                before = self._measure("the start", _unchanged)
+        after = self._measure(f'"{self.word.placeholder.text}"', _unchanged)
+        return LearningReport(before, after, self.concept, self.held_out)
+
+    def _measure(self, label: str, rewrite: Callable[[str], str]) -> Measured:
+        """Loss and pictures with every caption as ``rewrite`` leaves it."""
+        wanted = [
+            SamplePrompt(
+                rewrite(caption), width=width, height=height, steps=_STEPS, scale=_SCALE, seed=seed, weighted=False
+            )
+            for seed, (caption, (width, height)) in enumerate(self.captions)
+        ]
+        batch_size = max(config.batch_size for config in self.data.configs)
+        title = "" if rank() else f"Drawing {label}"
+        pictures = shared_out(wanted, lambda part: self.pipeline.draw(part, batch_size=batch_size, title=title))
+        return Measured(label, self._loss(rewrite), concept_distance(pictures, self.concept), pictures)
+
+    @torch.no_grad()
+    def _loss(self, rewrite: Callable[[str], str]) -> float:
+        """Mean over the samples whose caption holds the word. Raises UserError where there are none."""
+        losses = []
+        for batch in self._batches(held_out=self.held_out):
+            if not batch.has_token.any():
+                continue
+            encoded = [self.word.prompts.encode(rewrite(caption)) for caption in batch.captions]
+            ids = [torch.stack(each) for each in zip(*encoded, strict=True)]
+            moved = replace(batch, input_ids=ids).to(self.pipeline.device)
+            losses.append(self.task.losses(moved)[moved.has_token])
+        if not losses:
+            raise UserError("No caption that was drawn holds the word, so there is no loss to compare.")
+        return float(torch.cat(losses).mean())
+
+    def _batches(self, *, held_out: bool) -> Iterator[Batch]:
+        return self.data.fixed_batches(_LOSS_SAMPLES, held_out=held_out)
+
+
+def comparison_sheet(rows: Sequence[tuple[str, Sequence[np.ndarray]]]) -> Image.Image:
+    """Rows of up to eight pictures (uint8 [H, W, 3]) below a heading each; small pictures are enlarged."""
+    largest = max(max(picture.shape[:2]) for _, pictures in rows for picture in pictures)
+    cell = min(max(largest, _SMALLEST_CELL), _LARGEST_CELL)
+    sheet = Image.new("RGB", (_COLUMNS * cell, len(rows) * (cell + _HEADING)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (heading, pictures) in enumerate(rows):
+        top = number * (cell + _HEADING)
+        draw.text((4, top + 4), heading, fill="black")
+        for column, picture in enumerate(pictures[:_COLUMNS]):
+            scale = (cell - 4) / max(picture.shape[:2])
+            size = tuple(max(1, round(side * scale)) for side in reversed(picture.shape[:2]))
+            way = Image.Resampling.BOX if scale < 1 else Image.Resampling.NEAREST
+            sheet.paste(Image.fromarray(picture).resize(size, way), (column * cell + 2, top + _HEADING))
+    return sheet
+
+
+def _run_of(report: Path) -> str | None:
+    """The run that wrote a report's JSON file; None where it does not say so, or is not there."""
+    try:
+        return (read_object(report) or {}).get("run")
+    except UserError:
+        return None
+
+
+def _unchanged(text: str) -> str:
+    return text

@@ -1,0 +1,205 @@
+"""What a run leaves behind: embedding files with their metadata, and the closing words to the user."""
+
+import glob
+import logging
+import secrets
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from library.data.training_data import TrainingData
+from library.embedding.files import SAVE_DTYPES, run_of, write_embedding
+from library.embedding.initialization import NewWord
+from library.embedding.metadata import TrainedFor, TrainingRecord, modelspec_metadata
+from library.model.architectures import SD2
+from library.model.base_model import BaseModel
+from library.model.family import ModelFamily
+from library.model.runtime import decided_by_main
+from library.options.options import Options
+from library.output.report import movement_table, movement_warning, movements, usage_card
+from library.output.ss_metadata import ss_metadata
+from library.support.atomic_files import sweep
+from library.support.errors import UserError
+from library.training.optimizers import OptimizerChoice
+from library.training.save_schedule import RunPlan, remove_checkpoint
+from library.training.state import TrainingState, run_of_state
+
+logger = logging.getLogger(__name__)
+
+REPORT_ENDINGS = ("_report.json", "_report.png")  # of the files that --learning_report writes beside a result
+
+
+def say_kept(path: Path, kept: Path) -> None:
+    """Tell where a file or a folder of another run is now whose name was needed."""
+    logger.warning("%s of an earlier run was kept: it is now %s.", path, kept.name)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Writes a run's files into ``--output_dir`` and reports on the last one.
+
+    ``folder`` is where the files go; ``metadata`` holds the ModelSpec keys that all of them share. ``run`` and
+    ``resumed`` go into their record (see ``TrainingRecord``).
+    """
+
+    folder: Path
+    options: Options
+    family: ModelFamily
+    model: BaseModel
+    word: NewWord
+    seed: int
+    metadata: dict[str, str]
+    run: str
+    resumed: str | None = None
+
+    @classmethod
+    def create(
+        cls, options: Options, family: ModelFamily, model: BaseModel, word: NewWord, data: TrainingData
+    ) -> "Results":
+        """Collect what is known before a new run. Raises UserError for metadata that cannot be written."""
+        # A folder says itself what it is, whether --v2 is given or not.
+        base = replace(options.model, v2=model.architecture is SD2)
+        trained_for = TrainedFor(
+            architecture=family.modelspec_architecture(base),
+            prediction_type="v_prediction" if options.model.v_parameterization else "epsilon",
+            resolution=data.resolution,
+            min_timestep=options.noise.min_timestep,
+            max_timestep=options.noise.max_timestep,
+            clip_skip=options.model.clip_skip,
+        )
+        metadata = modelspec_metadata(options.metadata, trained_for, options.save.output_name)
+        metadata |= ss_metadata(options, family, model, data)
+        return cls(Path(options.save.output_dir), options, family, model, word, data.seed, metadata, _new_run())
+
+    def continuing(self, state: TrainingState, plan: RunPlan, data: str, processes: int) -> "Results":
+        """The same for a run that goes on from a state; what makes it another run than it was is said.
+
+        Such a run keeps the files that are there. ``data`` is the fingerprint of its pictures. Raises UserError where
+        the run is over before the state, or has another base. The main process decides, for it alone knows the hash.
+        """
+        run, resumed = decided_by_main(lambda: self._compared(state, plan, data, processes))
+        return replace(self, run=run, resumed=resumed)
+
+    def as_another_run(self) -> "Results":
+        """The same for a run that has left the course of the one that it goes on with: it keeps the files there."""
+        return replace(self, run=_new_run())
+
+    def _compared(self, state: TrainingState, plan: RunPlan, data: str, processes: int) -> tuple[str, str | None]:
+        if state.step > plan.total_steps:
+            raise UserError(
+                f"--resume: the state was saved at step {state.step}, and the run has {plan.total_steps} steps in all. "
+                "Raise --max_train_steps or --max_train_epochs, or use an earlier state."
+            )
+        base, length = self.model.hash(), plan.total_steps
+        state.check_base(base)
+        changes = state.changes(self.options, length, data, processes, base)
+        if changes:
+            logger.warning("The run does not go on exactly as it would have: %s.", "; ".join(changes))
+        if length != state.total_steps:
+            logger.info("The run has %d steps in all; it had %d when the state was saved.", length, state.total_steps)
+        same = state.run and not changes and length == state.total_steps
+        return state.run if same else self.run, state.resumed_with(self.options, length)
+
+    def owns(self, path: Path) -> bool:
+        """Whether an embedding file or a state folder was written by this run."""
+        return (run_of_state(path) if path.is_dir() else run_of(path)) == self.run
+
+    def sweep(self) -> None:
+        """Remove what killed runs of the same name left unfinished."""
+        name = self.options.save.output_name or ""
+        for folder in (self.folder, self.folder / "sample"):
+            sweep(folder, name)
+        for state in self.folder.glob(f"{glob.escape(name)}*-state"):
+            sweep(state, "state")
+
+    def path(self, name: str) -> Path:
+        """Where the file ``name`` is or will be."""
+        return self.folder / name
+
+    def write(
+        self,
+        name: str,
+        rows: Sequence[Tensor],
+        step: int,
+        epoch: int,
+        choice: OptimizerChoice,
+        *,
+        in_haste: bool = False,
+    ) -> None:
+        """Write rows [N, D], one tensor per text encoder, as they are after ``step`` steps in ``epoch`` (from 1).
+
+        ``choice`` is the optimizer that trained them. ``in_haste`` does without the checkpoint's hash where it is not
+        known yet. A file of another run that stands in the place is kept under the next free number, and so is its
+        report.
+        """
+        record = TrainingRecord(
+            token=self.word.placeholder.text,
+            num_vectors=self.word.placeholder.count,
+            steps=step,
+            epoch=epoch,
+            init_word=None if self.options.token.weights else self.options.token.init_word,
+            base_model=self.model.name,
+            base_model_hash=self.model.hash(wait=not in_haste),
+            seed=self.seed,
+            learning_rate=choice.rates_text,
+            optimizer=choice.description,
+            run=self.run,
+            resumed=self.resumed,
+        )
+        if self.options.metadata.no_metadata:
+            record = record.without_training()
+        path = self.path(name)
+        kept = write_embedding(
+            path,
+            dict(zip(self.family.embedding_keys, rows, strict=True)),
+            record,
+            dtype=SAVE_DTYPES.get(self.options.save.save_precision),
+            metadata=self.metadata,
+            keep_old=not self.owns(path),
+        )
+        if kept:
+            say_kept(path, kept)
+            for ending in REPORT_ENDINGS:
+                report, place = (file.with_name(file.stem + ending) for file in (path, kept))
+                if report.exists() and not place.exists():
+                    with suppress(OSError):
+                        report.rename(place)
+
+    def write_state(self, name: str, state: TrainingState) -> None:
+        """Write a state folder; what stands in the place is kept unless it is a state of this run."""
+        path = self.path(name)
+        kept = replace(state, run=self.run, base=self.model.hash(), resumed=self.resumed).write(path)
+        if kept:
+            say_kept(path, kept)
+
+    def remove(self, name: str) -> None:
+        """Remove an older embedding file or state folder of this run, if it is there."""
+        path = self.path(name)
+        if self.owns(path):
+            remove_checkpoint(path)
+
+    def report(
+        self, path: Path, starts: Sequence[Tensor], rows: Sequence[Tensor], steps: int, learning_rate: float | None
+    ) -> None:
+        """Print where the file is, how far each vector moved from its start, and how to use the file."""
+        print(f"\nThe embedding is in {path}\n")
+        moved = []
+        for key, start, now in zip(self.family.embedding_keys, starts, rows, strict=True):
+            compared = movements(self.word.placeholder.names, start, now)
+            if len(self.family.embedding_keys) > 1:
+                print(f"{key}:")
+            print(movement_table(compared) + "\n")
+            moved += compared
+        if warning := movement_warning(moved, learning_rate, steps):
+            logger.warning(warning)
+        keys, count = self.family.embedding_keys, self.word.placeholder.count
+        base = f"{self.model.architecture.title}, trained on {self.model.name}"
+        print(usage_card(path, self.word.placeholder.text, keys, count, base))
+
+
+def _new_run() -> str:
+    """A name for a run that no other has; the same in all its processes."""
+    return decided_by_main(lambda: secrets.token_hex(8))

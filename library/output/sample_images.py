@@ -1,0 +1,139 @@
+"""The pictures of ``--sample_prompts``: when they are drawn, and the files they become."""
+
+import glob
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
+
+from library.embedding.tokenizer import PromptTokenizer
+from library.options.options import Options
+from library.output.sample_prompts import SamplePrompt, read_sample_prompts
+from library.output.sample_scene import check_scene
+from library.output.samplers import check_sampler
+from library.output.sampling import SamplingPipeline
+from library.support.atomic_files import write_png
+from library.support.errors import UserError, survived
+from library.training.save_schedule import SampleSchedule
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "sample"
+_LOST = "A sample picture was lost; the training goes on without it."
+
+
+@dataclass(frozen=True)
+class SampleAlbum:
+    """Draws the same prompts again and again during a run, into the folder ``sample`` of ``--output_dir``."""
+
+    prompts: tuple[SamplePrompt | None, ...]  # None keeps the number of one that is left out
+    schedule: SampleSchedule
+    folder: Path
+    output_name: str
+
+    @classmethod
+    def create(cls, options: Options, tokenizer: PromptTokenizer) -> "SampleAlbum":
+        """Read the prompts, if any are to be drawn.
+
+        Raises UserError for a file, a sampler or a folder that cannot be used.
+        """
+        if options.sample.draws_pictures:
+            check_sampler(options.sample.sample_sampler)
+        wanted = read_sample_prompts(options.sample.sample_prompts) if options.sample.draws_during_training else []
+        _warn_of_weak_prompts(wanted, tokenizer)
+        wanted = _with_scenes(wanted) if options.dataset.train_inpainting else _without_scenes(wanted)
+        folder = Path(options.save.output_dir) / FOLDER
+        if wanted and folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file, but sample pictures go into a folder of this name. Move the file.")
+        return cls(tuple(wanted), SampleSchedule.create(options.sample), folder, options.save.output_name)
+
+    def draw(
+        self,
+        pipeline: SamplingPipeline,
+        mark: str,
+        *,
+        process_index: int = 0,
+        num_processes: int = 1,
+        missing: bool = False,
+    ) -> dict[int, np.ndarray]:
+        """Draw this process's share of the prompts, or what is ``missing`` of it, one by one, and write the files.
+
+        Returns the pictures, uint8 [H, W, 3], by the number of their prompt (from 0). What cannot be drawn or written
+        is said and left out.
+
+        ``mark`` tells in the files' names when it was: see :func:`epoch_mark` and :func:`step_mark`.
+        """
+        numbers = [number for number, prompt in enumerate(self.prompts) if prompt][process_index::num_processes]
+        if missing:
+            begin = f"{glob.escape(self.output_name)}_{mark}"
+            numbers = [number for number in numbers if not any(self.folder.glob(f"{begin}_{number:02d}_*.png"))]
+        moment = datetime.now().strftime("%Y%m%d%H%M%S")
+        pictures = {}
+        bar = tqdm(numbers, desc="Drawing samples", unit="picture", disable=process_index > 0)
+        with survived(_LOST), pipeline.vae.on(pipeline.device):
+            for number in bar:
+                with survived(_LOST):
+                    (picture,) = pipeline.draw([self.prompts[number]])
+                    pictures[number] = picture
+                    self._write(number, picture, f"{mark}_{number:02d}_{moment}")
+        return pictures
+
+    def _write(self, number: int, picture: np.ndarray, mark: str) -> None:
+        prompt = self.prompts[number]
+        seed = "" if prompt.seed is None else f"_{prompt.seed}"
+        notes = PngInfo()
+        notes.add_itxt("parameters", prompt.prompt)  # where other programs look for the prompt
+        write_png(self.folder / f"{self.output_name}_{mark}{seed}.png", Image.fromarray(picture), notes)
+
+
+def _with_scenes(wanted: Sequence[SamplePrompt]) -> list[SamplePrompt | None]:
+    """The prompts that an inpainting model can draw. Raises UserError for an image or a mask that cannot be used."""
+    for number, prompt in enumerate(wanted, start=1):
+        if prompt.image is not None:
+            check_scene(prompt)
+        else:
+            logger.warning(
+                'The sample prompt number %d, "%.60s", is left out: an inpainting model draws into an image. Give it '
+                "one with --i, and perhaps a mask with --m (white is painted anew).",
+                *(number, prompt.prompt),
+            )
+    return [prompt if prompt.image is not None else None for prompt in wanted]
+
+
+def _without_scenes(wanted: Sequence[SamplePrompt]) -> Sequence[SamplePrompt]:
+    """The prompts as they are, with a warning where images in them do nothing."""
+    if any(prompt.image or prompt.mask_image for prompt in wanted):
+        logger.warning("--sample_prompts: images (--i) and masks (--m) have no effect without --train_inpainting.")
+    return wanted
+
+
+def _warn_of_weak_prompts(wanted: Sequence[SamplePrompt], tokenizer: PromptTokenizer) -> None:
+    """Say which prompts are cut off, and if none of them can show what is learned."""
+    word = tokenizer.placeholder
+    texts = [text for prompt in wanted for text in (prompt.prompt, prompt.negative_prompt)]
+    # Part by part, as they are drawn: a bracket ends a word.
+    parts = {text: [part for part, _ in tokenizer.weighted_parts(text)] for text in texts}
+    if wanted and not any(word.found_in(part) for text in texts for part in parts[text]):
+        logger.warning("No prompt of --sample_prompts holds the word %s, so no picture will show it.", word.text)
+    for text in texts:
+        if (length := sum(map(tokenizer.length, parts[text]))) > tokenizer.capacity:
+            logger.warning(
+                'The sample prompt "%s…" has %d tokens; only the first %d count. --max_token_length takes more.',
+                *(text[:40], length, tokenizer.capacity),
+            )
+
+
+def epoch_mark(epoch: int) -> str:
+    """The mark of pictures drawn at the end of an epoch (from 1), or before the training (0)."""
+    return f"e{epoch:06d}"
+
+
+def step_mark(step: int) -> str:
+    """The mark of pictures drawn after a step."""
+    return f"{step:06d}"

@@ -1,0 +1,138 @@
+"""Logs for TensorBoard and Weights & Biases, through accelerate's trackers: what is logged, and where."""
+
+import importlib.util
+import os
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
+from accelerate.utils import gather_object
+
+from library.options.options import LoggingOptions, Options, as_dict, declared_options
+from library.support.errors import UserError, survived
+from library.support.text_files import parse_toml, read_text
+
+PROJECT = "textual_inversion"
+# What stands for an option's value in the help, where that value is a path.
+_PATHS = ("DIR", "FILE", "MODEL", "VAE")
+_TRACKERS = ("tensorboard", "wandb")  # and the packages they need
+
+
+def check_trackers(options: LoggingOptions) -> None:
+    """Raise UserError, before any model is loaded, for what would keep a run from logging."""
+    for name in options.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"Logging to {name} needs its package: pip install {name}. Or leave it out.")
+    if "tensorboard" in options.trackers and options.logging_dir is None:
+        raise UserError(f"--log_with {options.log_with} needs --logging_dir, the folder for TensorBoard's files.")
+    if options.trackers:
+        _settings(options)
+
+
+def _settings(options: LoggingOptions) -> dict[str, dict[str, Any]]:
+    """Arguments of each tracker, by its name: those of --log_tracker_config alone, if there is such a file."""
+    file = options.log_tracker_config
+    if file is None:
+        return {"wandb": {"name": options.wandb_run_name}} if options.wandb_run_name else {}
+    what = f"--log_tracker_config {file}"
+    settings = parse_toml(read_text(file, what), what)
+    strange = [name for name, values in settings.items() if name not in _TRACKERS or not isinstance(values, dict)]
+    if strange:
+        raise UserError(f"{what} holds {', '.join(strange)}; it may hold the tables [tensorboard] and [wandb].")
+    return settings
+
+
+class RunLog:
+    """What one run tells its trackers. All steps are optimizer steps; only the main process writes."""
+
+    def __init__(self, trackers: Sequence[GeneralTracker]):
+        self.trackers = list(trackers)
+        self.used = bool(trackers)
+        self.epoch_losses: list[float] = []
+
+    @classmethod
+    def start(cls, options: Options) -> "RunLog":
+        """Open the logs; ``--log_config`` writes the options into them. The Accelerator must exist."""
+        logs, trackers = options.logging, []
+        project, settings = logs.log_tracker_name or PROJECT, _settings(logs) if logs.trackers else {}
+        for name in logs.trackers:
+            given = settings.get(name, {})
+            if name == "tensorboard":
+                trackers.append(TensorBoardTracker(project, _log_folder(logs), **given))
+            else:
+                _prepare_wandb(logs)
+                trackers.append(WandBTracker(project, **given))
+        for tracker in trackers:
+            tracker.start()
+            if logs.log_config:
+                tracker.store_init_configuration(loggable(options))
+        return cls(trackers)
+
+    def values(self, values: Mapping[str, float], step: int) -> None:
+        """Log numbers by name, as they are after ``step`` optimizer steps."""
+        self._tell(lambda tracker: tracker.log(dict(values), step=step))
+
+    def step(self, loss: float, rates: Mapping[str, float], step: int) -> None:
+        """Log the loss of a step and its learning rates by name."""
+        self.epoch_losses.append(loss)
+        self.values({"loss": loss, **rates}, step)
+
+    def epoch(self, step: int) -> None:
+        """Log the mean loss of the steps since the last epoch, which ends after ``step`` steps."""
+        if self.epoch_losses:
+            self.values({"loss/epoch": float(np.mean(self.epoch_losses))}, step)
+        self.epoch_losses = []
+
+    def pictures(self, pictures: Mapping[int, np.ndarray], step: int) -> None:
+        """Log sample pictures, uint8 [H, W, 3] by the number of their prompt (from 0), those of all processes."""
+        if self.used:  # in every process alike, whatever has become of the main one's trackers
+            pictures = dict(gather_object([*pictures.items()]))
+
+        def tell(tracker: GeneralTracker) -> None:
+            shape = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            for number, picture in pictures.items():
+                tracker.log_images({f"sample_{number}": picture[None]}, step=step, **shape)
+
+        self._tell(tell)
+
+    def finish(self) -> None:
+        """Close the logs."""
+        self._tell(lambda tracker: tracker.finish())
+        self.trackers = []
+
+    def _tell(self, tell: Callable[[GeneralTracker], None]) -> None:
+        """Tell every tracker; one that fails (a full disk, a lost connection) is told nothing more."""
+        told = []
+        for tracker in self.trackers:
+            with survived(f"The log of {tracker.name} ends here; the training goes on."):
+                tell(tracker)
+                told.append(tracker)
+        self.trackers = told
+
+
+def _log_folder(options: LoggingOptions) -> Path:
+    """A folder of this run's own in --logging_dir."""
+    return Path(options.logging_dir) / f"{options.log_prefix or ''}{datetime.now():%Y%m%d%H%M%S}"
+
+
+def _prepare_wandb(options: LoggingOptions) -> None:
+    if options.logging_dir is not None:
+        Path(options.logging_dir).mkdir(parents=True, exist_ok=True)
+        os.environ["WANDB_DIR"] = options.logging_dir
+    if options.wandb_api_key is not None:
+        import wandb
+
+        wandb.login(key=options.wandb_api_key)
+
+
+def loggable(options: Options) -> dict[str, bool | int | float | str]:
+    """The options that are given, as a log may show them: no secrets, no paths; lists and the like as text."""
+    private = {name for name, option in declared_options() if option.secret or option.metavar in _PATHS}
+    return {
+        name: value if isinstance(value, bool | int | float | str) else str(value)
+        for name, value in as_dict(options).items()
+        if value is not None and name not in private
+    }

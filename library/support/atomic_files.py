@@ -1,0 +1,150 @@
+"""Files and folders that appear whole or not at all, and never in the place of what must be kept."""
+
+import errno
+import io
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import BinaryIO
+
+from PIL.Image import Image
+from PIL.PngImagePlugin import PngInfo
+
+from library.support.errors import UserError
+
+
+def write_atomically(path: Path, content: bytes, *, keep_old: bool = False) -> Path | None:
+    """Put ``content`` in place at once: a reader, a crash or a full disk never meets half a file.
+
+    The folder is made if need be. With ``keep_old`` what stands in the place moves to the next free number when the new
+    file is complete, and its new path is returned. Raises :class:`UserError` when the system refuses.
+    """
+    temporary = _beside(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_through(temporary, content)
+        kept = _move_away(path) if keep_old else None
+        temporary.replace(path)
+    except OSError as error:
+        raise _refused(path, error) from error
+    finally:
+        remove_quietly(temporary)
+    return kept
+
+
+def write_folder(folder: Path, contents: Mapping[str, bytes]) -> Path | None:
+    """Make ``folder`` with these files in it at once, as :func:`write_atomically` does with a file.
+
+    What stands in the place is always kept: it moves to the next free number, and its new path is returned.
+    """
+    temporary = _beside(folder)
+    try:
+        temporary.mkdir(parents=True)
+        for name, content in contents.items():
+            _write_through(temporary / name, content)
+        kept = _move_away(folder)
+        temporary.rename(folder)
+    except OSError as error:
+        raise _refused(folder, error) from error
+    finally:
+        remove_quietly(temporary)
+    return kept
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder with all that is in it; where that is cut short, no part of it is left under its name."""
+    temporary = _beside(folder)
+    folder.rename(temporary)
+    shutil.rmtree(temporary)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _write_through(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _move_away(path: Path) -> Path | None:
+    """Give what is at ``path`` the next free number: ``mychar-1.safetensors``; None where there is nothing."""
+    if not os.path.lexists(path):
+        return None
+    ending = "" if path.is_dir() else path.suffix
+    stem = path.name.removesuffix(ending)
+    free = next(new for number in count(1) if not os.path.lexists(new := path.with_name(f"{stem}-{number}{ending}")))
+    path.rename(free)
+    return free
+
+
+def _refused(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path} cannot be written: {error.strerror or error}. Check --output_dir.")
+
+
+def sweep(folder: Path, name: str) -> None:
+    """Remove what killed processes left unfinished in ``folder``, of files whose names begin with ``name``."""
+    unfinished = re.compile(rf"\.{re.escape(name)}(?![A-Za-z0-9]).*\.(\d+)(-[0-9a-f]+)?\.tmp")
+    for path in list(folder.glob(".*.tmp")):
+        found = unfinished.fullmatch(path.name)
+        if found and not _is_at_work(int(found[1])):
+            remove_quietly(path)
+
+
+def _is_at_work(process: int) -> bool:
+    """Whether another process of this number runs; our own has begun nothing yet where this is asked."""
+    if process == os.getpid():
+        return False
+    if os.name == "nt":  # where there is no asking: the signal 0 would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # it belongs to somebody else
+        return True
+    return True
+
+
+def write_png(path: Path, picture: Image, notes: PngInfo | None = None, *, keep_old: bool = False) -> Path | None:
+    """Write a picture, with notes in the file if there are any; see :func:`write_atomically`."""
+    content = io.BytesIO()
+    picture.save(content, format="png", pnginfo=notes)
+    return write_atomically(path, content.getvalue(), keep_old=keep_old)
+
+
+def remove_quietly(path: Path) -> None:
+    """Remove a file or a folder if it is there and the system allows it."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError:
+        # The folder itself could not be made or entered; that has been reported already.
+        return
+
+
+@contextmanager
+def replacement(path: Path) -> Iterator[BinaryIO]:
+    """Within a ``with``: a new file that takes the place of ``path`` at its end, if all went well.
+
+    Raises OSError, also where ``path`` is a symbolic link: what is behind one is not the caller's to write.
+    """
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "it is a symbolic link, and nothing is written through one", str(path))
+    # Unforeseeable, and new ("x"): a link that waits under the name is not followed.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("x+b") as file:
+            yield file
+        temporary.replace(path)
+    finally:
+        remove_quietly(temporary)

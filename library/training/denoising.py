@@ -1,0 +1,78 @@
+"""One batch through the frozen networks: from latents and prompts to a loss for every sample."""
+
+from dataclasses import dataclass
+
+import torch
+
+from library.data.batches import Batch
+from library.data.images import normalized
+from library.embedding.prompt_encoder import PromptEncoder
+from library.model.family import ModelFamily
+from library.model.inpainting import surroundings
+from library.model.vae import FrozenVae
+from library.options.options import LossOptions, NoiseOptions
+from library.training.diffusion import NoiseSchedule, draw_noise, per_sample_loss
+
+
+@dataclass(frozen=True)
+class DenoisingTask:
+    """What the U-Net is asked and how its answer is judged; all of it but the rows is frozen.
+
+    ``vae`` serves batches that bring pictures instead of cached latents; ``vae_scale_factor`` brings latents to the
+    U-Net's scale; ``schedule`` is on the U-Net's device.
+    """
+
+    family: ModelFamily
+    unet: torch.nn.Module
+    prompt_encoder: PromptEncoder
+    schedule: NoiseSchedule
+    noise: NoiseOptions
+    loss: LossOptions
+    v_prediction: bool
+    vae_scale_factor: float
+    vae: FrozenVae | None = None
+
+    def losses(self, batch: Batch, *, check: bool = True) -> torch.Tensor:
+        """The loss of each of the batch's B samples, float32 [B]; ``batch`` is on the U-Net's device.
+
+        Without ``check`` nobody waits for the device: the loss of an image at which the VAE overflows is not finite.
+        """
+        latents = self._latents(batch, check)
+        draw = draw_noise(latents, self.noise, batch.seeds)
+        noisy = self.schedule.add_noise(latents, draw.input_noise, draw.timesteps)
+        if batch.holes is not None:
+            noisy = torch.cat([noisy, self._surroundings(batch, check)], dim=1)
+        conditioning = self.prompt_encoder.encode(batch.input_ids)
+        prediction = self.family.predict_noise(self.unet, noisy, draw.timesteps, conditioning, batch.size_conditioning)
+        return per_sample_loss(
+            prediction,
+            self.schedule.target(latents, draw.noise, draw.timesteps, v_prediction=self.v_prediction),
+            draw.timesteps,
+            self.schedule,
+            self.loss,
+            v_prediction=self.v_prediction,
+            mask=batch.masks,
+            loss_weights=batch.loss_weights,
+        )
+
+    def _latents(self, batch: Batch, check: bool) -> torch.Tensor:
+        latents = batch.latents
+        if latents is None:
+            latents = self.vae.encode(_pixels(batch), _generators(batch, 1 << 62), batch.keys, check=check)
+        return latents.float() * self.vae_scale_factor
+
+    def _surroundings(self, batch: Batch, check: bool) -> torch.Tensor:
+        """The channels that an inpainting U-Net sees besides the noisy latents, float32 [B, 5, h, w]."""
+        generators = _generators(batch, 1 << 61)
+        images, scale = _pixels(batch), self.vae_scale_factor
+        return surroundings(self.vae, scale, images, batch.holes, generators, batch.keys, check=check)
+
+
+def _pixels(batch: Batch) -> torch.Tensor:
+    """The batch's images in [-1, 1], [B, 3, H, W]."""
+    return normalized(batch.images) if batch.images.dtype == torch.uint8 else batch.images
+
+
+def _generators(batch: Batch, mark: int) -> list[torch.Generator]:
+    """For the VAE's posterior: not those of the noise, since the draws must be independent of each other."""
+    return [torch.Generator().manual_seed(seed ^ mark) for seed in batch.seeds]

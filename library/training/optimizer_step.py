@@ -1,0 +1,205 @@
+"""Teaches the rows, one optimizer step at a time. All that a training changes is held here, and nowhere else."""
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import accelerate
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor
+
+from library.data.batches import Batch
+from library.embedding.tokenizer import TrainableRows
+from library.options.console import silenced
+from library.options.options import Options
+from library.support.errors import UserError, first_line
+from library.support.signals import in_one_piece
+from library.training.denoising import DenoisingTask
+from library.training.learning_watch import LearningWatch
+from library.training.lr_schedulers import LearningRateSchedule, build_lr_schedule
+from library.training.optimizers import OptimizerChoice, averaged_values, build_optimizer
+from library.training.state import packed
+
+# What a schedule may set in an optimizer's parameter groups.
+_SCHEDULED = ("lr", "initial_lr", "max_lr", "min_lr", "betas", "momentum", "base_momentum", "max_momentum")
+
+
+class Learner:
+    """The rows with their optimizer and its schedule.
+
+    ``max_grad_norm`` limits the joint norm of all rows' gradient (0: no limit). With ``norms``, one per text encoder,
+    every row is brought to that length after each step. ``steps`` have been done.
+    """
+
+    def __init__(
+        self,
+        accelerator: accelerate.Accelerator,
+        rows: TrainableRows,
+        choice: OptimizerChoice,
+        schedule: LearningRateSchedule,
+        watch: LearningWatch,
+        *,
+        max_grad_norm: float = 0.0,
+        norms: Sequence[float] | None = None,
+    ):
+        """The rows and the optimizer become the accelerator's; ``prepared_rows`` is what the encoders must use."""
+        self.accelerator, self.rows, self.choice, self.schedule, self.watch = accelerator, rows, choice, schedule, watch
+        self.max_grad_norm, self.norms = max_grad_norm, norms
+        self.steps = 0
+        self.optimizer: AcceleratedOptimizer
+        self.optimizer, self.prepared_rows = accelerator.prepare(choice.optimizer, rows)
+
+    def step(self, batches: Iterable[Batch], task: DenoisingTask) -> float | None:
+        """The next optimizer step, from the batches of one accumulation group; returns the mean loss of what taught.
+
+        None where no sample holds the token: such a step counts, but nothing is learned, and no schedule sees it.
+        Raises UserError where going on could only spoil the rows, or has never taught them anything.
+        """
+        batches, again = itertools.tee(batches)
+        mean, norms = self._gradient(batches, task, check=False)
+        if mean is not None and not math.isfinite(mean) and task.vae:
+            self.optimizer.zero_grad()
+            mean, norms = self._gradient(again, task, check=True)  # the VAE may have overflowed in half precision
+        finite = mean is not None and self._judge(mean, norms)
+        # What is interrupted here would be neither this step nor the next.
+        with in_one_piece():
+            if mean is not None:
+                self._update_rows(finite)
+            if finite:
+                self.schedule.step(mean)
+            self.steps += 1
+        self.optimizer.zero_grad()
+        return mean
+
+    def rates(self) -> dict[str, float]:
+        """The learning rate of the next step, and its product with the estimate of an optimizer that makes one."""
+        rates = {"lr": self.schedule.get_last_lr()[0]}
+        group = self.choice.optimizer.param_groups[0]
+        if "d" in group:
+            rates["lr/d*lr"] = float(group["d"] * group["lr"])
+        return rates
+
+    def agree(self, taught: Tensor) -> float | None:
+        """The mean loss over the processes from [sum, weight] of each; None where the weights are all zero."""
+        return _mean(self._of_all(taught))
+
+    def _of_all(self, taught: Tensor) -> Tensor:
+        return self.accelerator.reduce(taught, reduction="mean") if self.accelerator.num_processes > 1 else taught
+
+    @contextmanager
+    def averaged_rows(self) -> Iterator[list[Tensor]]:
+        """The rows as they are to be used, within a ``with``: the average of an optimizer that keeps one.
+
+        The training values come back bit by bit, so that saving more often does not change a run.
+        """
+        with self.rows.kept(), averaged_values(self.choice.optimizer):
+            yield self.values()
+
+    def values(self) -> list[Tensor]:
+        """A copy of the rows as they are, on the CPU: [N, D] per text encoder."""
+        return [rows.detach().cpu().clone() for rows in self.rows.rows]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`load_state_dict` needs to go on as if nothing had happened."""
+        scaler = self.accelerator.scaler
+        return {
+            "rows": self.values(),
+            "optimizer": self.choice.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else {},
+            "taught": self.watch.taught,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], steps: int, *, new_rates: bool = False) -> None:
+        """Go on where ``state`` was taken after ``steps`` steps, with an optimizer of the same kind. Raises UserError.
+
+        With ``new_rates`` the learning rate and the schedule are those of today, at the place where the old one was.
+        """
+        try:
+            self._load(state, steps, new_rates)
+        except Exception as error:  # whatever an optimizer or a schedule says of values that are not its own
+            raise UserError(
+                f"--resume: the state does not fit this optimizer, schedule or model ({first_line(error)}). Use "
+                "another state, or start from an embedding file with --weights."
+            ) from error
+
+    def _load(self, state: dict[str, Any], steps: int, new_rates: bool) -> None:
+        self.steps = steps
+        self.rows.assign(state["rows"])
+        groups = self.choice.optimizer.param_groups
+        today = [{name: group[name] for name in _SCHEDULED if name in group} for group in groups]
+        self.choice.optimizer.load_state_dict(state["optimizer"])
+        if new_rates:
+            for group, values in zip(self.choice.optimizer.param_groups, today, strict=True):
+                group.update(values)
+            self.schedule.go_to(state["schedule"].get("last_epoch", steps))
+        else:
+            self.schedule.load_state_dict(state["schedule"])
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.watch.taught = state["taught"]
+
+    def _gradient(self, batches: Iterable[Batch], task: DenoisingTask, *, check: bool) -> tuple[float | None, Tensor]:
+        """The batches' gradient into the rows; their mean loss, and the gradient's norms on the CPU, [encoders, N].
+
+        The one place of a step that waits for the device: whatever is to be known is read at once, at the end.
+        """
+        # The sum of the losses of the samples that hold the token, and how many they are, both as shares of the step.
+        taught = torch.zeros(2, device=self.accelerator.device)
+        for batch in batches:
+            # Processes add up their gradients after every batch: a few kilobytes, and --ddp_static_graph cannot wait.
+            losses = self._losses(batch, task, check)
+            self.accelerator.backward(losses.mean() * batch.weight)
+            # By numbers, one by one: a mask on the device would have to be read to know how many it leaves.
+            if held := [losses.detach()[i] for i, holds in enumerate(batch.has_token.tolist()) if holds]:
+                total = torch.stack(held).sum()
+                taught += torch.stack([total, torch.full_like(total, len(held))]) * (batch.weight / len(batch))
+        norms = torch.stack([rows.grad.norm(dim=1) for rows in self.rows.rows])
+        numbers = torch.cat([self._of_all(taught), norms.flatten()]).cpu()
+        return _mean(numbers[:2]), numbers[2:].reshape(norms.shape)
+
+    def _judge(self, mean: float, norms: Tensor) -> bool:
+        """Whether the gradient is finite, and so can be followed. Raises UserError where it is no use to go on."""
+        self.watch.check_loss(mean, self.steps + 1)
+        return self.watch.check_gradient(norms, self.steps + 1)
+
+    def _losses(self, batch: Batch, task: DenoisingTask, check: bool) -> Tensor:
+        """The loss of each sample [B], or one zero that depends on the rows where nothing in it can teach them."""
+        if not batch.has_token.any():
+            # The networks are skipped, but the rows stay in the graph: other processes may wait for their gradient.
+            return sum(rows.sum() for rows in task.prompt_encoder.rows(None)) * torch.zeros(
+                1, device=self.accelerator.device
+            )
+        return task.losses(batch.to(self.accelerator.device), check=check)
+
+    def _update_rows(self, finite: bool) -> None:
+        """Follow the gradient, clipped jointly for all encoders; fp16's scaler sees one that is not ``finite`` too."""
+        scaler = self.accelerator.scaler
+        if scaler is not None:
+            scaler.unscale_(self.choice.optimizer)
+        if self.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(self.rows.parameters(), self.max_grad_norm)
+        # Not through the scaler, nor accelerate: they would read once more from the device what is known here.
+        if finite:
+            self.choice.optimizer.step()
+        if scaler is not None:
+            scaler.update()
+        if self.norms is not None:
+            self.rows.rescale(self.norms)
+
+
+def _mean(taught: Tensor) -> float | None:
+    total, weight = taught.tolist()
+    return total / weight if weight else None
+
+
+def check_learning(options: Options, total_steps: int) -> None:
+    """Find mistakes in the optimizer's and the schedule's options before anything is loaded. Raises UserError."""
+    with silenced():  # what there is to say is said when the real ones are built
+        choice = build_optimizer(options.optimizer, [torch.nn.Parameter(torch.zeros(1, 1))])
+        schedule = build_lr_schedule(options.schedule, choice, total_steps)
+        if options.save.save_state or options.save.save_state_on_train_end:
+            packed({"optimizer": choice.optimizer.state_dict(), "schedule": schedule.state_dict()})

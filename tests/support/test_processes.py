@@ -1,0 +1,394 @@
+"""The scripts in processes of their own: through ``accelerate launch``, two at a time, with loader workers."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from runs import SCRIPTS, TOKEN, arguments, run, trainers, write_dataset  # noqa: F401  (a fixture)
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from library.training.state import TrainingState
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(module: str, *arguments: object) -> subprocess.CompletedProcess:
+    """Run a Python module in a process of its own, offline and on the CPU."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
+
+
+# What torch says of a port that another program listens to.
+TAKEN = "EADDRINUSE"
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listened to a moment ago."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def ended(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+    """Wait for processes that are one run: exit code, standard output and errors of each."""
+    said = []
+    try:
+        for process in processes:
+            said.append(process.communicate(timeout=300))
+            if TAKEN in said[-1][1]:  # the others would wait for a partner that listens to another program's port
+                break
+    finally:
+        for process in processes:
+            process.kill()
+    said += [process.communicate() for process in processes[len(said) :]]
+    return [(process.returncode, *texts) for process, texts in zip(processes, said, strict=True)]
+
+
+def two_nodes(*command: object) -> list[tuple[int, str, str]]:
+    """Run a script as two nodes of one process each, as two machines would: each has a launcher of its own.
+
+    Exit code, standard output and errors of each. Anew where another program took the port in between.
+    """
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    for _ in range(5):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+        launcher += ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+        nodes = [
+            subprocess.Popen(
+                [*launcher, f"--node_rank={rank}", *map(str, command)],
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in (0, 1)
+        ]
+        done = ended(nodes)
+        if not any(TAKEN in errors for _, _, errors in done):
+            break
+    return done
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """Five photographs in batches of one: with two processes the last step has an empty batch."""
+    folder = tmp_path_factory.mktemp("data")
+    file = write_dataset(folder, count=5, subset="shuffle_caption = true", caption=f"{TOKEN}, red, green, blue")
+    file.write_text(file.read_text().replace("batch_size = 2", "batch_size = 1"))
+    return file
+
+
+def assert_moved_alike(one, two, starts):
+    """Both are the same up to 5 % of how far they went: processors order sums differently, and steps build on steps."""
+    for first, second, start in zip(one, two, starts, strict=True):
+        assert (first - start).norm() > 0
+        assert (first - second).norm() < 0.05 * (first - start).norm()
+
+
+@pytest.mark.parametrize("family", ["sd2", "sdxl"])
+def test_two_processes_equal_one_with_accumulation(family, dataset, tmp_path, request, trainers):  # noqa: F811
+    model = request.getfixturevalue(f"tiny_{family}")
+    more = ["--max_train_steps=5", "--num_vectors_per_token=2", "--optimizer_type=SGD", "--learning_rate=0.01"]
+    alone = arguments(family, model, dataset, tmp_path / "one", *more, "--gradient_accumulation_steps=2")
+    assert run(family, alone) == 0
+    argv = arguments(family, model, dataset, tmp_path / "two", *more)
+    # accelerate's own launcher starts several CPU processes through MPI only; torch's does it everywhere.
+    done = start("torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPTS[family].__file__, *argv)
+    assert done.returncode == 0, done.stderr
+    one, two = (load_file(tmp_path / name / f"{TOKEN}.safetensors") for name in ("one", "two"))
+    assert done.stdout.count("The embedding is in") == 1
+    keys = trainers[0].family.embedding_keys
+    assert_moved_alike([one[key] for key in keys], [two[key] for key in keys], trainers[0].starts)
+
+
+def test_two_nodes_equal_one_process_with_accumulation(dataset, tmp_path, tiny_sd2, trainers):  # noqa: F811
+    more = ["--max_train_steps=5", "--num_vectors_per_token=2", "--optimizer_type=SGD", "--learning_rate=0.01"]
+    alone = arguments("sd2", tiny_sd2, dataset, tmp_path / "one", *more, "--gradient_accumulation_steps=2")
+    assert run("sd2", alone) == 0
+    argv = arguments("sd2", tiny_sd2, dataset, tmp_path / "two", *more)
+    (first, out, errors), (second, silence, more_errors) = two_nodes(SCRIPTS["sd2"].__file__, *argv)
+    assert (first, second) == (0, 0), errors + more_errors
+    assert "2 processes" in errors
+    assert (out.count("The embedding is in"), silence) == (1, "")
+    one, two = (load_file(tmp_path / name / f"{TOKEN}.safetensors")["emb_params"] for name in ("one", "two"))
+    assert_moved_alike([one], [two], trainers[0].starts)
+
+
+def test_pictures_of_all_processes_reach_the_trackers_and_the_report(dataset, tmp_path, tiny_sd1):
+    """Each draws its share; the numbers of the report are those of one process."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(f"{TOKEN} {number} --w 64 --h 64 --s 2 --d {number}" for number in range(3)))
+    quick = "from library import learning_report\nlearning_report._STEPS, learning_report._LOSS_SAMPLES = 2, 8\n"
+    drawn = f"from library.output.sampling import SamplingPipeline\noriginal = SamplingPipeline.draw\n{COUNTING}"
+    file = script(tmp_path, quick + drawn.format(folder=str(tmp_path)))
+    reports = []
+    for folder, processes in (("one", 1), ("two", 2)):
+        argv = arguments("sd1", tiny_sd1, dataset, tmp_path / folder, "--learning_report", "--max_train_steps=1")
+        argv += [f"--sample_prompts={prompts}", "--sample_at_first", f"--logging_dir={tmp_path / folder / 'logs'}"]
+        done = start("torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", file, *argv)
+        assert done.returncode == 0, done.stderr
+        (events,) = {path.parent for path in (tmp_path / folder / "logs").rglob("events*")}
+        reader = EventAccumulator(str(events)).Reload()
+        assert sorted(reader.Tags()["images"]) == ["sample_0", "sample_1", "sample_2"]
+        reports.append(json.loads((tmp_path / folder / f"{TOKEN}_report.json").read_text()))
+    counts = {path.name: path.read_text().split() for path in tmp_path.glob("drawn*")}
+    assert counts["drawn_1_of_2"].count("8") == counts["drawn_0_of_2"].count("8") == 2
+    one, two = (report["before"] for report in reports)
+    assert (two["loss"], two["distance"]) == pytest.approx((one["loss"], one["distance"]), rel=0.02)
+
+
+def test_two_processes_with_accumulation_and_every_ddp_option(dataset, tmp_path, tiny_sd2, trainers):  # noqa: F811
+    more = ["--max_train_steps=2", "--optimizer_type=SGD", "--learning_rate=0.01"]
+    assert (
+        run("sd2", arguments("sd2", tiny_sd2, dataset, tmp_path / "one", *more, "--gradient_accumulation_steps=4")) == 0
+    )
+    argv = arguments("sd2", tiny_sd2, dataset, tmp_path / "two", *more, "--gradient_accumulation_steps=2")
+    argv += ["--ddp_static_graph", "--ddp_gradient_as_bucket_view", "--ddp_timeout=5"]
+    done = start("torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPTS["sd2"].__file__, *argv)
+    assert done.returncode == 0, done.stderr
+    one, two = (load_file(tmp_path / name / f"{TOKEN}.safetensors")["emb_params"] for name in ("one", "two"))
+    assert_moved_alike([one], [two], trainers[0].starts)
+
+
+def test_two_processes_go_on_from_a_state(dataset, tmp_path, tiny_sd1):
+    more = ["--max_train_steps=5", "--save_every_n_steps=2", "--save_state", "--num_vectors_per_token=2"]
+
+    def launch(folder: str, *given: str) -> torch.Tensor:
+        argv = arguments("sd1", tiny_sd1, dataset, tmp_path / folder, *more, *given)
+        done = start("torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPTS["sd1"].__file__, *argv)
+        assert done.returncode == 0, done.stderr
+        return load_file(tmp_path / folder / f"{TOKEN}.safetensors")["emb_params"]
+
+    whole = launch("whole")
+    state = tmp_path / "whole" / f"{TOKEN}-step00000002-state"
+    assert len(TrainingState.read(state).random_states) == 2
+    assert torch.equal(launch("rest", f"--resume={state}"), whole)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signal")
+def test_a_run_that_is_told_to_end_keeps_what_it_learned(dataset, tmp_path, tiny_sd1):
+    argv = arguments("sd1", tiny_sd1, dataset, tmp_path / "out", "--max_train_steps=100000", "--save_every_n_steps=3")
+    command = [sys.executable, SCRIPTS["sd1"].__file__, *argv, "--max_data_loader_n_workers=1"]
+    process = subprocess.Popen(
+        [*map(str, command)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
+    )
+    for _ in range(1200):
+        if (tmp_path / "out" / f"{TOKEN}-step00000003.safetensors").exists() or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    kept = re.search(r"The vectors of step (\d+) are kept in (.+)\.$", said, re.MULTILINE)
+    assert int(kept[1]) >= 3
+    assert load_file(kept[2])["emb_params"].isfinite().all()
+    assert "Traceback" not in said
+
+
+def test_a_mistake_through_the_launcher_is_a_sentence(dataset, tmp_path, tiny_sd1):
+    argv = [*arguments("sd1", tiny_sd1, dataset, tmp_path / "out"), "--token_string=cat"]
+    done = start("accelerate.commands.launch", "--cpu", "--num_processes=1", SCRIPTS["sd1"].__file__, *argv)
+    assert done.returncode != 0
+    assert 'error: --token_string "cat"' in done.stderr
+
+
+def test_loader_workers_change_nothing(dataset, tmp_path, tiny_sd1):
+    for workers in (0, 2):
+        argv = arguments("sd1", tiny_sd1, dataset, tmp_path / str(workers), "--max_train_steps=6")
+        argv = [a for a in argv if a != "--cache_latents"] + [f"--max_data_loader_n_workers={workers}"]
+        assert run("sd1", [*argv, "--persistent_data_loader_workers"] if workers else argv) == 0
+    first, second = (load_file(tmp_path / name / f"{TOKEN}.safetensors")["emb_params"] for name in ("0", "2"))
+    assert torch.equal(first, second)
+
+
+def test_two_processes_agree_on_a_seed(dataset, tmp_path, tiny_sd1):
+    argv = [a for a in arguments("sd1", tiny_sd1, dataset, tmp_path) if not a.startswith("--seed")]
+    # Without a word to start from, the start itself depends on the seed.
+    argv = [a for a in argv if not a.startswith("--init_word")]
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import torch, train_textual_inversion; from library.trainer import Trainer; original = Trainer.finish\n"
+        "def finish(self):\n"
+        f"    torch.save([*self.rows.parameters()], {str(tmp_path)!r} + '/rows' + os.environ['RANK'])\n"
+        "    return original(self)\n"
+        "Trainer.finish = finish; sys.exit(train_textual_inversion.main())\n"
+    )
+    done = start("torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *argv)
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / f"rows{rank}")[0] for rank in (0, 1))
+    assert torch.equal(first, second)
+
+
+# Run before the script itself: what accelerate does for GPUs, where DDP moves the module's inputs to its device.
+AS_ON_GPUS = """
+from torch.nn.parallel import DistributedDataParallel as DDP
+original = DDP.__init__
+def init(self, *arguments, **options):
+    original(self, *arguments, **options)
+    self.device_ids, self.device_type = [0], "cpu"
+DDP.__init__ = init
+"""
+# How many pictures each call draws, by process.
+COUNTING = """
+def draw(self, wanted, **details):
+    with open({folder!r} + "/drawn_" + os.environ["RANK"] + "_of_" + os.environ["WORLD_SIZE"], "a") as file:
+        print(len(wanted), file=file)
+    return original(self, wanted, **details)
+SamplingPipeline.draw = draw
+"""
+# One of the processes is killed as soon as it has made its third step.
+LOSING = """
+from library.training.optimizer_step import Learner
+original = Learner.step
+def step(self, batches, task):
+    result = original(self, batches, task)
+    if self.steps == 3 and os.environ["RANK"] == "{rank}":
+        os.kill(os.getpid(), 9)
+    return result
+Learner.step = step
+"""
+
+
+def metadata(file) -> dict[str, str]:
+    with safe_open(file, "pt") as opened:
+        return opened.metadata()
+
+
+def script(folder: Path, before: str) -> Path:
+    """The script of SD models after ``before``, as a file."""
+    file = folder / "script.py"
+    file.write_text(
+        f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\n{before}\n"
+        "import train_textual_inversion\nsys.exit(train_textual_inversion.main())\n"
+    )
+    return file
+
+
+def two_processes(file: Path, argv: list[str], **environment: str) -> list[tuple[int, str, str]]:
+    """Run the file in two processes that no launcher watches: exit code, standard output and errors of each.
+
+    Anew where another program took the port between its being found free and its being used.
+    """
+    for _ in range(5):
+        done = _two_processes(file, argv, free_port(), environment)
+        if not any(TAKEN in errors for _, _, errors in done):
+            break
+    return done
+
+
+def _two_processes(file: Path, argv: list[str], port: int, environment: dict) -> list[tuple[int, str, str]]:
+    common = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+    common |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common.pop("ACCELERATE_USE_CPU", None)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, file, *map(str, argv)],
+            cwd=ROOT,
+            env={**common, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    return ended(processes)
+
+
+def test_two_processes_are_one_run_with_one_log_as_on_gpus(dataset, tmp_path, tiny_sd1):
+    """Nothing tells accelerate to use the CPU, and DDP has devices, as where there are two GPUs."""
+    log = tmp_path / "log.txt"
+    argv = arguments("sd1", tiny_sd1, dataset, tmp_path / "out", f"--console_log_file={log}")
+    (first, out, errors), (second, silence, more_errors) = two_processes(script(tmp_path, AS_ON_GPUS), argv)
+    assert (first, second) == (0, 0), errors + more_errors
+    assert out.count("The embedding is in") == 1
+    assert silence == ""
+    assert "2 processes" in log.read_text()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signal")
+@pytest.mark.parametrize("lost", [0, 1])
+def test_the_process_that_is_left_keeps_the_vectors(lost, dataset, tmp_path, tiny_sd1_file):
+    more = ["--max_train_steps=50", "--save_every_n_steps=2"]
+    argv = arguments("sd1", tiny_sd1_file, dataset, tmp_path / "out", *more)
+    done = two_processes(script(tmp_path, LOSING.format(rank=lost)), argv)
+    assert done[lost][0] == -signal.SIGKILL, done
+    code, _, said = done[1 - lost]
+    assert code == 1, said
+    assert "Traceback" not in said
+    assert "error: Another process of this run is gone" in said
+    kept = re.search(r"The vectors of step 3 are kept in (.+)\.$", said, re.MULTILINE)
+    assert load_file(kept[1])["emb_params"].isfinite().all()
+    # It is a file of the same run as the main process's, which alone reads the checkpoint for its hash.
+    of_main, of_rescue = metadata(tmp_path / "out" / f"{TOKEN}-step00000002.safetensors"), metadata(kept[1])
+    assert of_rescue["ti.run"] == of_main["ti.run"]
+    assert "ti.base_model_hash" in of_main
+    assert ("ti.base_model_hash" in of_rescue) == (lost == 1)
+
+
+@pytest.mark.parametrize(
+    ("work", "code", "said"),
+    [
+        ("lambda: 0", 0, ""),
+        ("lambda: 1", 1, ""),
+        ("lambda: sys.exit()", 0, ""),
+        ("lambda: sys.exit(2)", 2, ""),
+        ("lambda: 1 / 0", 1, "ZeroDivisionError"),
+    ],
+)
+def test_a_process_among_several_ends_whatever_holds_it(work, code, said):
+    """Here a thread that never ends, in a real run a process group that waits for a partner."""
+    program = (
+        "import sys, threading; from library.support.processes import ended_at_once\n"
+        "threading.Thread(target=threading.Event().wait).start()\n"
+        f"print('written', end=''); ended_at_once({work})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={**os.environ, "WORLD_SIZE": "2"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (code, "written")
+    assert said in done.stderr
+
+
+def test_processes_that_accelerate_does_not_join_are_refused(dataset, tmp_path, tiny_sd1, monkeypatch, capsys):
+    # As with two processes on one Mac: its device cannot be shared, and each would train on its own.
+    monkeypatch.setattr("library.support.processes.count", lambda: 2)
+    monkeypatch.setattr("library.command_line.ended_at_once", lambda work: work())
+    assert run("sd1", arguments("sd1", tiny_sd1, dataset, tmp_path / "out")) == 1
+    assert "2 processes (WORLD_SIZE or its like), but accelerate joined 1 on cpu" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_port_that_is_taken_in_between_is_left_for_another(monkeypatch, tmp_path):
+    """Here another program listens to the port that was found free first."""
+    file = tmp_path / "joins.py"
+    file.write_text(
+        "import os, torch.distributed as dist\ndist.init_process_group('gloo')\n"
+        "print(dist.get_world_size(), os.environ['MASTER_PORT'])\n"
+    )
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken, fine = other.getsockname()[1], free_port()
+        ports = iter([taken, fine])
+        monkeypatch.setattr(sys.modules[__name__], "free_port", lambda: next(ports))
+        done = two_processes(file, [])
+    assert [(code, out) for code, out, _ in done] == [(0, f"2 {fine}\n")] * 2, done
