@@ -46,7 +46,21 @@ def _run(parser: argparse.ArgumentParser, family: str, arguments: Sequence[str] 
         release()
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        if not error.filename:
+            raise
+        release()
+        print(f"error: {_unusable(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return EXIT_CODE
     return 0
+
+
+def _unusable(error: OSError) -> str:
+    """What the system says of a file or folder that no other part has words for: no permission, a disk that fails."""
+    return (
+        f"{error.filename} cannot be used: {error.strerror}. Check the path, its permissions and those of the folders "
+        "above it, and the disk."
+    )

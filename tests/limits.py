@@ -43,6 +43,21 @@ def outcome(action: Callable[[], Any], *, seconds: float = 5, memory: int = 2**3
     return next(outcomes(lambda _: action(), [None], seconds=seconds, memory=memory))
 
 
+def outcome_in_locked(folder: Path, action: Callable[[], Any]) -> Outcome:
+    """How ``action`` ends where nothing in ``folder`` may be read, whoever runs the tests."""
+
+    def locked_out() -> Any:
+        folder.chmod(0)
+        if os.geteuid() == 0:
+            os.seteuid(65534)  # nobody; root may read everything
+        return action()
+
+    try:
+        return outcome(locked_out)
+    finally:
+        folder.chmod(0o700)
+
+
 def outcomes(
     action: Callable[[Any], Any], inputs: Iterable[Any], *, seconds: float = 5, memory: int = 2**30
 ) -> Iterator[Outcome]:

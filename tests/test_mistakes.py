@@ -1,5 +1,6 @@
 """A user's mistakes through the real scripts: one sentence each, no traceback, an exit code, no model loaded."""
 
+import errno
 import json
 
 import pytest
@@ -185,3 +186,14 @@ def test_a_diffusers_index_without_parts(dataset, tmp_path, capsys):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
     fails(capsys, "sd1", arguments("sd1", tmp_path / "model", dataset, tmp_path / "out"), "FLUX")
+
+
+def test_what_the_system_refuses_is_a_sentence(dataset, tiny_sd1, tmp_path, monkeypatch, capsys):
+    """Wherever it happens: no permission, a disk that fails, a network drive that is gone."""
+
+    def refuses(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", "/shared/model")
+
+    monkeypatch.setattr(BaseModel, "open", refuses)
+    said = "error: /shared/model cannot be used: Permission denied."
+    fails(capsys, "sd1", arguments("sd1", tiny_sd1, dataset, tmp_path / "out"), said)

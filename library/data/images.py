@@ -130,7 +130,7 @@ def _upright_size(image: Image.Image) -> Size:
 
 def _hunger(image: Image.Image) -> float:
     """How many times the memory of an ordinary image its decoder takes."""
-    if image.info.get("progressive"):
+    if hasattr(image, "layer") and image.info.get("progressive"):  # other formats' texts may be named so
         # Two bytes a coefficient, of the whole image, beside Pillow's four bytes a pixel; nine a pixel are ordinary.
         areas = [across * down for _, across, down, *_ in image.layer]
         return max(1, (4 + 2 * sum(areas) / max(areas)) / 9)
@@ -139,8 +139,7 @@ def _hunger(image: Image.Image) -> float:
 
 def _check_pixels(path: Path | str, size: Size, hunger: float) -> None:
     """Raise UserError for an image with more pixels than one process should hold."""
-    most = int(MOST_PIXELS / hunger)
-    width, height = size
+    most, (width, height) = int(MOST_PIXELS / hunger), size
     if width * height <= most:
         return
     side = math.sqrt(most / (width * height))
@@ -245,6 +244,8 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         reason = "is a link to a file that does not exist" if path.is_symlink() else "does not exist"
         return f"The image {path} {reason}."
+    if isinstance(error, OSError) and error.errno:
+        return f"The image {path} cannot be read: {error.strerror}."
     if isinstance(error, Image.DecompressionBombError):
         limit = 2 * Image.MAX_IMAGE_PIXELS // 1_000_000
         return f"The image {path} has more than {limit} million pixels. Scale it down; training uses far fewer."
@@ -254,18 +255,18 @@ def _why_unreadable(path: Path, error: Exception) -> str:
         with path.open("rb") as file:
             if reason := not_downloaded(file.read(64)):
                 return f"The image {path} cannot be read: {reason}. Fetch it again, or remove it."
-        known = ", ".join(_FORMATS)
-        return f"{path} is not an image in a format that can be read here ({known}). Convert it, or remove it."
+        return f"{path} is not an image in a format known here ({', '.join(_FORMATS)}). Convert it, or remove it."
     reason = str(error).rstrip(".") or type(error).__name__
     return f"The image {path} cannot be read: {reason}. Copy or export it again, or remove it."
 
 
 def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8, as far as it stands before the pixels (so that size and pixels agree on it)."""
-    if not any(key in image.info for key in _METADATA_KEYS):
-        return 1
-    # Not image.getexif(): PNG's own version would decode the whole picture.
-    orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    orientation = 1
+    if any(key in image.info for key in _METADATA_KEYS):
+        with suppress(Exception):  # damaged metadata says nothing, and the picture beside it is whole
+            # Not image.getexif(): PNG's own version would decode the whole picture.
+            orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
     return orientation if orientation in _UPRIGHT else 1
 
 

@@ -31,6 +31,7 @@ from library.data.latent_files import (
     cache_path,
     find_slot,
     read_slot,
+    refuse_foreign,
     refuse_shared_names,
     refuse_unwritable,
     slot_shapes,
@@ -243,6 +244,7 @@ class LatentCache:
             if slot:
                 self.slots[_place(entry)] = slot
             tasks.append(_Task(entry, reason))
+        refuse_foreign(self.file(task.entry) for task in tasks if task.reason == "unreadable")
         refuse_unwritable(self.file(task.entry) for task in tasks if task.reason)
         return tasks
 

@@ -37,6 +37,7 @@ _VARIANTS = _SLOT_KEYS[:3]
 _LATENTS_OF_A_SIZE = re.compile(r"latents_\d+x\d+")
 # What latents can be made in, the coarsest first.
 _PRECISIONS = ("bfloat16", "float16", "float32")
+_SIZE_IN_NAME = re.compile(r"_\d{4,}x\d{4,}_[a-z]+$")  # what other names of caches end in
 # Some file systems count time in steps of two seconds: within them a file may change again unseen.
 _CLOCK_STEP = 2 * 10**9
 
@@ -182,6 +183,21 @@ def refuse_unwritable(files: Iterable[Path]) -> None:
             with _write_errors(file):
                 raise OSError("the folder is not writable")
         folders.add(file.parent)
+
+
+def refuse_foreign(files: Iterable[Path]) -> None:
+    """Raise UserError for the first of these unreadable files that may be another program's.
+
+    The old style's name says nothing of latents: poses and masks are also kept in ``<image>.npz``. An empty file is
+    nothing that could be lost.
+    """
+    for file in files:
+        if not _SIZE_IN_NAME.search(file.stem) and file.stat().st_size:
+            raise UserError(
+                f"{file} stands where the latents of the image beside it would be cached (sd-scripts' older name for "
+                "them), but cannot be read as such a cache. Move it to another folder, or remove it if it is a damaged "
+                "cache; or leave out --cache_latents_to_disk."
+            )
 
 
 def find_slot(path: Path, wanted: Wanted, skip_check: bool = False) -> tuple[Slot | None, str]:

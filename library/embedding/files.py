@@ -114,8 +114,12 @@ def read_embedding(path: Path | str) -> dict[str, Tensor]:
 
 
 def _embedding_weights(path: Path) -> Weights:
-    if not path.is_file():
-        raise UserError(f"The embedding file {path} does not exist." if not path.exists() else f"{path} is not a file.")
+    try:
+        if not path.is_file():
+            missing = f"The embedding file {path} does not exist."
+            raise UserError(missing if not path.exists() else f"{path} is not a file.")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}. Check its permissions.") from error
     return open_weights(path, mmap=False)
 
 

@@ -16,6 +16,16 @@ from library.support.text_files import check_lines
 _PLAIN = re.compile(r"[\t\n -%'-~]*")
 
 
+def _wide(text: str) -> str:
+    """A pattern for ASCII text, each of its signs plain or full-width."""
+    return "".join(f"[{re.escape(sign)}{chr(ord(sign) + 0xFEE0)}]" for sign in text)
+
+
+# "&amp;amp;amp;" is "&" in the end, but ftfy goes over the whole line for each "amp;". Its ways to write "&":
+_CODES = f"{_wide('#')}{_wide('0')}{{0,9}}{_wide('38')}|{_wide('#x')}{_wide('0')}{{0,9}}{_wide('26')}"
+_AMPERSANDS = re.compile(rf"([&＆])(?:(?:{_wide('amp')}|{_wide('AMP')}|{_CODES}){_wide(';')}){{2,}}")
+
+
 def repair(text: str) -> str:
     """Return ``text`` with each of its lines repaired; no line is added, whatever ftfy takes for a line break."""
     if _PLAIN.fullmatch(text):
@@ -35,4 +45,6 @@ def repaired_around(word: Placeholder, text: str) -> str:
 
 @lru_cache(maxsize=20_000)  # captions come again in every epoch; ftfy takes as long as the tokenizer
 def _repaired_line(line: str) -> str:
+    if "<" not in line:  # where ftfy leaves entities alone
+        line = _AMPERSANDS.sub(r"\1amp;", line)
     return ftfy.fix_text(line).replace("\n", " ")

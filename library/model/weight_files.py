@@ -51,10 +51,13 @@ def open_weights(path: Path, *, mmap: bool = True) -> Weights:
     moved. Without it they are read plainly, which is faster on network drives. Raises UserError if the file is missing,
     cut off, or no file of weights.
     """
-    if not path.is_file():
-        raise UserError(f"{path} does not exist.")
-    with path.open("rb") as file:
-        head = file.read(64)
+    try:
+        if not path.is_file():
+            raise UserError(f"{path} does not exist.")
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}. Check its permissions.") from error
     if head[8:9] == b"{":
         return _open_safetensors(path, mmap)
     if head[:2] == b"PK":

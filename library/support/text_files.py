@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 import stat
 import tomllib
 from pathlib import Path
@@ -19,8 +20,13 @@ LONGEST_LINE = 2**16
 _DEEPEST = 64
 # What is longer than a float can say is a slip, and Python itself refuses to print it.
 _LONGEST_NUMBER = 308
-# tomllib's time for a key grows with the square of the dots in it.
-_MOST_DOTS_SQUARED = 10_000_000
+# What stands in quotes or is a comment; TOML may also end within it, which is for tomllib to say.
+_QUOTED = re.compile(
+    r'''"""(?:[^\\]|\\.)*?(?:"""|\Z)|'{3}.*?(?:'{3}|\Z)|"(?:[^"\\\n]|\\[^\n])*+"?|'[^'\n]*+'?|(\#)[^\n]*+''',
+    re.DOTALL,
+)
+# tomllib's time for a key grows with the square of the parts in it.
+_DEEP_KEY = re.compile(rf"(?<![\w-])(?:[\w-]++[ \t]*+\.[ \t]*+){{{_DEEPEST}}}")
 
 
 class _RepeatedKeyError(ValueError):
@@ -54,8 +60,7 @@ def read_text(path: str | Path, what: str, *, largest: int = LARGEST_FILE) -> st
 
 def parse_toml(text: str, what: str) -> dict[str, Any]:
     """The tables of a TOML text. Raises UserError where it is not valid TOML, or no configuration can be meant."""
-    dots = (line.partition("=")[0].count(".") for line in text.split("\n"))
-    if sum(count * count for count in dots) > _MOST_DOTS_SQUARED:
+    if _DEEP_KEY.search(_QUOTED.sub(lambda found: "" if found[1] else "quoted", text)):
         raise _too_deep(what)
     try:
         content = tomllib.loads(text)

@@ -20,6 +20,8 @@ from library.support.stored_tensors import Place, is_count, is_shape
 # The largest real ones have some 200,000; each makes an object of at most some hundred bytes.
 _MOST_INSTRUCTIONS = 1_000_000
 _PLAIN_KEYS = (str, bytes, int, float, type(None))
+# Real ones number parameters. Python's dicts become slow where large ones are chosen for it.
+_LARGEST_KEY = 2**32
 
 
 class DamagedError(Exception):
@@ -164,6 +166,8 @@ class _Machine:
         name, kind, key, _, count, *view = self.stack.pop()
         if name != "storage" or not isinstance(kind, _StorageKind) or not is_count(count) or any(view):
             raise DamagedError("it describes its data in an unknown way")
+        if not isinstance(key, str | int):  # a tuple of tuples of … may have a name without end
+            raise DamagedError("it describes its data in an unknown way")
         found = self.storages.setdefault(str(key), Storage(str(key), kind.dtype, count))
         if (found.dtype, found.count) != (kind.dtype, count):
             raise DamagedError("it contradicts itself about where its data is")
@@ -172,7 +176,7 @@ class _Machine:
 
 def _plain_key(key: Any) -> Any:
     """A key of a dict or set; others may take for ever to compare."""
-    if not isinstance(key, _PLAIN_KEYS):
+    if not isinstance(key, _PLAIN_KEYS) or (isinstance(key, int) and abs(key) >= _LARGEST_KEY):
         raise RefusedError("Python objects besides tensors")
     return key
 
@@ -230,7 +234,8 @@ def _ordered_dict(pairs: Any = ()) -> OrderedDict:
 
 
 def _counter(counts: Any = ()) -> Counter:
-    return Counter({_plain_key(key): value for key, value in dict(counts).items()})
+    pairs = counts.items() if isinstance(counts, dict) else counts
+    return Counter({_plain_key(key): value for key, value in pairs})
 
 
 def _encoded(text: Any, encoding: Any = "") -> bytes:

@@ -151,6 +151,12 @@ def known_optimizer(name: str) -> KnownOptimizer:
     )
 
 
+def trusted_modules(options: OptimizerOptions) -> set[str]:
+    """Modules from which optimizers may be imported: those known here, and the one the user names. Raises UserError."""
+    known = {optimizer.module for optimizer in KNOWN_OPTIMIZERS.values()}
+    return known | {"torch.optim", known_optimizer(chosen_name(options)).module}
+
+
 def default_learning_rate(class_name: str) -> float:
     """The rate that suits a Textual Inversion with this optimizer, by its class name."""
     name = class_name.lower()

@@ -22,7 +22,7 @@ from library.support.atomic_files import write_atomically, write_folder
 from library.support.errors import UserError, first_line
 from library.support.torch_files import load_torch
 from library.support.torch_pickle import DamagedError, RefusedError
-from library.training.optimizers import build_optimizer
+from library.training.optimizers import build_optimizer, chosen_name, known_optimizer, trusted_modules
 from library.training.save_schedule import CheckpointNames
 from library.training.state_fields import malformed_field
 
@@ -120,11 +120,13 @@ class TrainingState:
     def read(cls, folder: Path) -> "TrainingState":
         """Read what :meth:`write` wrote. Raises UserError for anything else."""
         file = folder / FILE
-        if not file.is_file():
-            raise UserError(_no_state(folder))
         try:
+            if not file.is_file():
+                raise UserError(_no_state(folder))
             with file.open("rb") as opened:
                 content = load_torch(opened)
+        except OSError as error:
+            raise UserError(f"--resume: {file} cannot be read: {error.strerror or error}.") from error
         except (DamagedError, RefusedError) as error:
             raise UserError(
                 f"--resume: {file} is damaged, or holds objects that cannot be read safely. "
@@ -147,8 +149,14 @@ class TrainingState:
 
         What is damaged is said and passed over. Raises UserError if none is whole.
         """
-        found = [path for path in folder.glob("*") if names.is_state(path.name) and (path / FILE).is_file()]
-        for path in sorted(found, key=lambda path: (path / FILE).stat().st_mtime_ns, reverse=True):
+        try:
+            paths = [path for path in folder.iterdir() if names.is_state(path.name)]
+        except FileNotFoundError:
+            paths = []
+        except OSError as error:
+            raise UserError(f"--resume=latest: {folder} cannot be read: {error.strerror or error}.") from error
+        found = [(_modified(path / FILE), path) for path in paths]
+        for _, path in sorted(((when, path) for when, path in found if when is not None), reverse=True):
             try:
                 cls.read(path)
             except UserError as error:
@@ -166,8 +174,10 @@ class TrainingState:
         for name in _MUST_AGREE:
             if name in self.options and self.options[name] != now[name]:
                 raise UserError(_not_as_then(f"--{name}", self.options[name], now[name]))
-        if _OPTIMIZER & self.options.keys() and (then := self._optimizer()) != (given := _described(options.optimizer)):
-            raise UserError(_not_as_then("The optimizer", then, given))
+        if _OPTIMIZER & self.options.keys():
+            then, given = self._optimizer(options.optimizer), _described(options.optimizer)
+            if then != given:
+                raise UserError(_not_as_then("The optimizer", then, given))
         for name in _START:
             if now[name] not in (None, self.options.get(name, now[name])):
                 logger.warning(
@@ -185,10 +195,18 @@ class TrainingState:
                 "file with --weights."
             )
 
-    def _optimizer(self) -> str:
-        """The optimizer of the state with its arguments."""
-        then = {name: self.options[name] for name in _OPTIMIZER & self.options.keys()}
-        return _described(OptimizerOptions(**then))
+    def _optimizer(self, given: OptimizerOptions) -> str:
+        """The optimizer of the state with its arguments.
+
+        A state may come from anybody: a module that it alone names is not imported, for that would run its code.
+        """
+        then = OptimizerOptions(**{name: self.options[name] for name in _OPTIMIZER & self.options.keys()})
+        try:
+            if known_optimizer(chosen_name(then)).module in trusted_modules(given):
+                return _described(then)
+        except (UserError, TypeError, AttributeError):  # a package that is gone, or values of other types
+            pass
+        return f"{then.optimizer_type or 'AdamW'} {then.optimizer_args or ''}".strip()
 
     def changes(
         self, options: Options, total_steps: int, data: str, processes: int, base: str | None = None
@@ -242,6 +260,14 @@ class TrainingState:
                 f"model {' and '.join(str(table.embedding_dim) for table in tables)}. Give the model of the first run."
             )
         return [start.to(table.weight.device) for start, table in zip(self.starts, tables, strict=True)]
+
+
+def _modified(file: Path) -> int | None:
+    """When it last changed (ns); None where there is no file, 0 where that is not to be learned."""
+    try:
+        return file.stat().st_mtime_ns if file.is_file() else None
+    except OSError:
+        return 0
 
 
 _FIELDS = set(TrainingState.__dataclass_fields__)

@@ -32,6 +32,7 @@ from library.data.images import (
 )
 from library.data.resizing import resize
 from library.support.errors import UserError
+from tests.limits import outcome_in_locked
 
 FORMATS = ["png", "jpg", "webp", "bmp", *(["avif"] if features.check("avif") else [])]
 
@@ -167,6 +168,24 @@ def test_exif_values_that_mean_nothing_are_ignored(tmp_path):
     assert image_size(tmp_path / "odd.jpg") == (30, 20)
     assert image_size(tmp_path / "broken.jpg") == (30, 20)
     assert read_image(tmp_path / "broken.jpg").shape == (20, 30, 3)
+
+
+@pytest.mark.parametrize("extension", [".jpg", ".png", ".webp"])
+@pytest.mark.parametrize("exif", [b"Exif\0\0", b"Exif\0\0II*\0", b"Exif\0\0nonsense"])
+def test_a_picture_with_damaged_exif_is_whole(tmp_path, extension, exif):
+    file = tmp_path / f"a{extension}"
+    _smooth(30, 20).save(file, exif=exif)
+    assert image_size(file) == (30, 20)
+    assert read_image(file).shape == (20, 30, 3)
+
+
+@pytest.mark.parametrize("name", ["exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif", "progressive"])
+def test_a_text_of_a_png_is_only_a_text(tmp_path, name):
+    notes = PngImagePlugin.PngInfo()
+    notes.add_text(name, "what some program wrote here")
+    _smooth(30, 20).save(tmp_path / "a.png", pnginfo=notes)
+    assert image_size(tmp_path / "a.png") == (30, 20)
+    assert read_image(tmp_path / "a.png").shape == (20, 30, 3)
 
 
 def test_a_png_with_metadata_is_not_decoded_to_learn_its_size(tmp_path):
@@ -339,6 +358,15 @@ def test_a_webp_header_with_an_impossible_size_is_refused(tmp_path, chunk):
     file.write_bytes(b"RIFF\x20\0\0\0WEBP" + chunk + bytes(40))
     with pytest.raises(UserError, match=r"image\.webp"):
         image_size(file)
+
+
+def test_a_picture_that_may_not_be_read(tmp_path):
+    folder = tmp_path / "locked"
+    folder.mkdir()
+    _smooth(30, 20).save(folder / "a.png")
+    for read in (image_size, read_image):
+        found = outcome_in_locked(folder, lambda read=read: read(folder / "a.png"))
+        assert found == ("error", f"The image {folder / 'a.png'} cannot be read: Permission denied.")
 
 
 def test_a_picture_must_have_the_size_that_was_noted(tmp_path):
@@ -549,5 +577,5 @@ def test_strips_make_the_same_pixels(tmp_path, monkeypatch, mode, alpha):
 def test_only_the_formats_that_are_named_are_tried(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.tiff")
     (tmp_path / "a.tiff").rename(tmp_path / "a.png")
-    with pytest.raises(UserError, match=r"a\.png is not an image in a format that can be read here \(PNG, JPEG"):
+    with pytest.raises(UserError, match=r"a\.png is not an image in a format known here \(PNG, JPEG"):
         image_size(tmp_path / "a.png")

@@ -419,6 +419,25 @@ def test_a_file_that_cannot_be_read_is_made_anew_with_a_warning(tmp_path, caplog
     assert _cache().fill(entries, _encoder()).reused == 2
 
 
+def test_a_file_of_another_program_is_never_overwritten(tmp_path, monkeypatch):
+    """``<image>.npz`` may be anything: what is no archive, or too large for a cache, was replaced."""
+    entries = _images(tmp_path, 1)
+    file = tmp_path / "image_0.npz"
+    file.write_bytes(b"poses")
+    with pytest.raises(UserError, match=r"image_0\.npz stands where .* Move it"):
+        _cache().fill(entries, _encoder())
+    assert file.read_bytes() == b"poses"
+    np.savez(file, poses=np.zeros(4))
+    with monkeypatch.context() as patch:
+        patch.setattr("library.support.npz_files.LARGEST_FILE", 100)
+        with pytest.raises(UserError, match="Move it"):
+            _cache().fill(entries, _encoder())
+    assert _cache().fill(entries, _encoder()).encoded == 1
+    assert set(np.load(file)) >= {"poses", "latents_8x8"}
+    file.write_bytes(b"")
+    assert _cache().fill(entries, _encoder()).encoded == 1
+
+
 def test_an_alpha_mask_in_the_file_counts_only_if_asked_for(tmp_path):
     entry = _entry(_image(tmp_path / "image.png", mode="RGBA"), alpha_mask=True)
     assert [_cache().fill([entry], _encoder()).encoded for _ in range(2)] == [1, 0]

@@ -12,6 +12,7 @@ from library.data.preview import show_dataset
 from library.embedding.text_repair import repair
 from library.embedding.tokenizer import check_token_string, init_word_ids
 from library.support.errors import UserError
+from tests.limits import outcome
 
 # What is written, and what CLIP's own tokenizer makes of it.
 REPAIRED = {
@@ -54,6 +55,20 @@ def test_a_word_in_angle_brackets_is_no_html():
 def test_plain_text_is_left_alone_for_the_same_reason_as_by_ftfy(text):
     lines = text.split("\n")
     assert repair(text) == "\n".join(ftfy.fix_text(line).replace("\n", " ") for line in lines)
+
+
+_PIECES = ["&", "＆", "amp;", "AMP;", "#38;", "#038;", "#x26;", "ａｍｐ；", "lt;", "<", "＜", "Ã©", "a", " ", "#", ";"]
+
+
+@given(st.lists(st.sampled_from(_PIECES)).map("".join))
+def test_entities_within_entities_become_the_same_as_by_ftfy(text):
+    assert repair(text) == ftfy.fix_text(text)
+
+
+def test_entities_within_entities_do_not_take_for_ever():
+    """A line of the greatest length took 39 s."""
+    found = outcome(lambda: [repair("&" + count * piece) for piece, count in (("amp;", 16_000), ("#38;", 16_000))])
+    assert found == ("ok", "['&', '&']")
 
 
 @given(st.text())

@@ -6,8 +6,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from library.embedding.files import read_embedding
 from library.model.weight_files import join_weights, open_weights
 from library.support.errors import UserError
+from tests.limits import outcome_in_locked
 
 
 class Harmful:
@@ -153,3 +155,12 @@ def anonymous_mib() -> float:
     except OSError:
         pytest.skip("needs Linux")
     return int(lines["RssAnon"].split()[0]) / 1024
+
+
+@pytest.mark.parametrize("read", [open_weights, read_embedding])
+def test_a_file_that_may_not_be_read(tmp_path, tensors, read):
+    file = tmp_path / "locked" / "model.safetensors"
+    file.parent.mkdir()
+    save_file(tensors, file)
+    found = outcome_in_locked(file.parent, lambda: read(file))
+    assert found == ("error", f"{file} cannot be read: Permission denied. Check its permissions.")

@@ -19,6 +19,7 @@ from library.output.sample_prompts import read_sample_prompts
 from library.output.trackers import check_trackers
 from library.support.errors import UserError
 from library.support.text_files import LONGEST_LINE, parse_json, parse_toml, read_text
+from tests.limits import outcome
 
 MANY = 1_000_000
 
@@ -59,6 +60,8 @@ BROKEN_TOML = {
     "tables": "a = " + "{a=" * MANY,
     "dots": "a." * MANY + "a = 1",
     "dots of a heading": "[" + "a." * MANY + "a]",
+    "dots of a quoted key": '"=".' + "a." * MANY + "a = 1",
+    "dots within braces": 'a = {b = """\n\'""", ' + "a." * MANY + "a = 1, c = 'd'}",
     "digits": "seed = " + "9" * 5000,
     "hexadecimal digits": "seed = 0x" + "f" * 5000,
     "twice": "seed = 1\nseed = 2",
@@ -85,6 +88,22 @@ def test_broken_toml(reader, broken, tmp_path):
     path = tmp_path / "file.toml"
     path.write_text(BROKEN_TOML[broken])
     assert str(path) in refusal(lambda: TOML_READERS[reader](path))
+
+
+def test_dots_that_make_no_key():
+    dots = "a." * 5000
+    text = f'# {dots}\na = "{dots} \\" {dots}" # {dots}\nb = \'{dots}\'\nc = """\n{dots}\n" {dots}"""\n'
+    text += f"d.e.f = [{'1.5, ' * 5000}]"
+    content = parse_toml(text, "The file")
+    assert content["a"] == f'{dots} " {dots}'
+    assert (content["b"], content["c"]) == (dots, f'{dots}\n" {dots}')
+    assert len(content["d"]["e"]["f"]) == 5000
+
+
+@pytest.mark.parametrize("text", ['"""', "'", '"\\"', '\\"""', "a", " ", "a.", "a .", "#"])
+def test_signs_without_end_take_no_time(text):
+    found = outcome(lambda: parse_toml(text * MANY, "The file"))
+    assert found.sound, found
 
 
 @pytest.mark.parametrize("reader", JSON_READERS)

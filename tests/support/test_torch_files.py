@@ -178,6 +178,24 @@ def test_lists_in_lists(make):
     assert "DamagedError" in found.detail
 
 
+# 2 ** 40 strings in tuples of two, each of them twice in the next.
+_TUPLES = b"X\x01\0\0\0a\x85" + 40 * b"q\x01h\x01\x86"
+_STORAGE = b"(X\x07\0\0\0storagectorch\nFloatStorage\n" + _TUPLES + b"X\x03\0\0\0cpuK\x01tQ"
+# Python's dicts compare each of these with all before it: their hashes are 0.
+_ALIKE = b"".join(b"\x8a\x0a" + (n * sys.hash_info.modulus).to_bytes(10, "little") + b"N" for n in range(1, 40_000))
+
+
+@pytest.mark.parametrize(
+    "instructions",
+    [_STORAGE, b"}(" + _ALIKE + b"u", b"ccollections\nCounter\n(](" + _TUPLES + b"K\x01tatR"],
+    ids=["the name of a storage", "keys that are alike", "keys of a counter"],
+)
+def test_names_and_keys_that_take_for_ever(instructions):
+    file = io.BytesIO(rewritten({}, set_part("data.pkl", b"\x80\x02" + instructions + b".")))
+    found = outcome(lambda: load_torch(file))
+    assert "DamagedError" in found.detail or "RefusedError" in found.detail, found
+
+
 def test_many_names_for_the_same_numbers():
     large = torch.zeros(2**20)
     file = io.BytesIO()

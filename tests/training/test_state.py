@@ -28,6 +28,7 @@ from library.training.denoising import DenoisingTask
 from library.training.optimizer_step import Learner
 from library.training.save_schedule import CheckpointNames
 from library.training.state import FILE, TrainingState, random_states, set_random_states
+from tests.limits import outcome_in_locked
 
 RESULT = f"{TOKEN}.safetensors"
 STATES = {step: f"{TOKEN}-step{step:08d}-state" for step in range(1, 9)}
@@ -514,6 +515,21 @@ def test_the_same_optimizer_may_be_asked_for_in_another_way(state):
     kept.check(replace(same, token=TokenOptions(token_string=TOKEN, num_vectors_per_token=2)))
 
 
+@pytest.mark.parametrize("arguments", [None, [1], ["no argument"]])
+def test_a_module_that_only_the_state_names_is_not_imported(arguments, tmp_path, monkeypatch):
+    """Whoever made the state would choose what runs here."""
+    (tmp_path / "surprise.py").write_text("raise SystemExit('this has run')")
+    monkeypatch.syspath_prepend(tmp_path)
+    options = {"optimizer_type": "surprise.Optimizer", "optimizer_args": arguments}
+    kept = replace(small_state(), options={"init_word": None, "weights": None, **options})
+    with pytest.raises(UserError, match=r"The optimizer was surprise.Optimizer.* and is torch.optim.adamw.AdamW\(\)"):
+        kept.check(Options())
+    monkeypatch.setitem(kept.options, "optimizer_type", "AdamW")
+    if arguments:
+        with pytest.raises(UserError, match="The optimizer was AdamW"):
+            kept.check(Options())
+
+
 def small_state(run: str = "") -> TrainingState:
     """A state of one vector with nothing in its optimizer."""
     rows = [torch.ones(1, 4)]
@@ -542,6 +558,15 @@ def test_the_newest_whole_state(tmp_path, caplog):
     (newest / FILE).write_bytes((newest / FILE).read_bytes()[:100])
     assert TrainingState.latest(tmp_path, names) == tmp_path / "n-000002-state"
     assert "n-step00000003-state/state.pt is damaged" in caplog.text
+
+
+def test_a_state_that_may_not_be_read(tmp_path):
+    folder = tmp_path / "locked" / "mychar-state"
+    small_state().write(folder)
+    found = outcome_in_locked(folder.parent, lambda: TrainingState.read(folder))
+    assert found == ("error", f"--resume: {folder / FILE} cannot be read: Permission denied.")
+    found = outcome_in_locked(folder.parent, lambda: TrainingState.latest(folder.parent, CheckpointNames("a", "pt")))
+    assert found == ("error", f"--resume=latest: {folder.parent} cannot be read: Permission denied.")
 
 
 def test_resume_latest(command, tmp_path, capsys):
