@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import time
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -161,10 +162,14 @@ def cache_path(image: Path, image_size: Size, suffix: str) -> Path:
 
 
 def refuse_shared_names(images: Iterable[Path]) -> None:
-    """Raise UserError, naming both, for two images that differ in the extension only: they would share a cache file."""
-    owners: dict[Path, Path] = {}
+    """Raise UserError, naming both, for two images that differ in the extension only: they would share a cache file.
+
+    So they would on Windows and macOS where they also differ in upper and lower case.
+    """
+    owners: dict[str, Path] = {}
     for image in images:
-        owner = owners.setdefault(image.with_suffix(""), image)
+        name = str(image.with_suffix(""))
+        owner = owners.setdefault(name.casefold() if sys.platform in ("win32", "darwin") else name, image)
         if owner != image:
             raise UserError(
                 f"The images {owner} and {image} would share one latent cache file on disk. Rename one of them, or "

@@ -110,7 +110,8 @@ class Lookout:
         while not self._stopped:
             readable, _, _ = select.select([self._reader], [], [], 0.5)
             now = time.monotonic()
-            if readable and asked is None and _ENDING & set(self._reader.recv(4096)):
+            signals = set(self._reader.recv(4096)) if readable else set()
+            if asked is None and _ENDING & signals:
                 asked = now
             if asked is not None and now - asked > GRACE:
                 self._save_and_end("The run was told to end while it waited for another process.", 130)

@@ -10,7 +10,16 @@ import pytest
 from departures import departure
 from golden_data import GOLDEN_DIR, golden_cases
 
-from library.data.latent_files import Origin, Source, Wanted, cache_path, find_slot, read_slot, write_slot
+from library.data.latent_files import (
+    Origin,
+    Source,
+    Wanted,
+    cache_path,
+    find_slot,
+    read_slot,
+    refuse_shared_names,
+    write_slot,
+)
 from library.support.errors import UserError
 from library.support.npz_files import ArchiveError
 
@@ -424,3 +433,15 @@ def test_nothing_is_written_through_a_link(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="File exists"):
         write_slot(file, WANTED, _arrays())
     assert target.read_bytes() == b"mine"
+
+
+def test_images_that_would_share_a_cache_are_refused(monkeypatch):
+    same, by_case = [Path("a.png"), Path("a.jpg")], [Path("A.png"), Path("a.jpg")]
+    with pytest.raises(UserError, match=r"a\.png and a\.jpg would share one latent cache"):
+        refuse_shared_names(same)
+    monkeypatch.setattr("sys.platform", "linux")
+    refuse_shared_names(by_case)
+    for platform in ("win32", "darwin"):
+        monkeypatch.setattr("sys.platform", platform)
+        with pytest.raises(UserError, match=r"A\.png and a\.jpg would share"):
+            refuse_shared_names(by_case)

@@ -1,6 +1,7 @@
 """What saves the vectors of a run whose main thread waits for another process that is gone."""
 
 import os
+import select
 import signal
 import threading
 import time
@@ -49,6 +50,22 @@ def test_a_signal_that_the_main_thread_does_not_obey_saves_the_copy(watched):
         signal.signal(signal.SIGTERM, before)
     assert watched.happened == [SEVEN, 130]
     assert signal.set_wakeup_fd(-1) == -1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signal")
+def test_further_signals_are_read_too(watched):
+    """What nobody reads would keep the thread busy until the end."""
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        with watched() as watch:
+            one_step(watch)
+            for _ in range(3):
+                os.kill(os.getpid(), signal.SIGTERM)
+                while unread := select.select([watch._reader], [], [], 0)[0]:
+                    assert not watched.ended.wait(0.01), unread
+            assert watched.ended.wait(10)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signal")
