@@ -38,9 +38,9 @@ def open_pipeline(family: str, embedding: Path | None = None) -> DiffusionPipeli
     return pipeline
 
 
-def draw(pipeline: DiffusionPipeline, prompts: list[str]) -> list[np.ndarray]:
-    """One picture for each prompt, from the first seeds."""
-    return check_miniatures.generate(pipeline, prompts, SEEDS[: len(prompts)])
+def draw(pipeline: DiffusionPipeline, prompts: list[str], **more: int) -> list[np.ndarray]:
+    """One picture for each prompt, from the first seeds; ``more`` goes to ``generate``."""
+    return check_miniatures.generate(pipeline, prompts, SEEDS[: len(prompts)], **more)
 
 
 def captions_with(word: str) -> list[str]:
@@ -64,9 +64,9 @@ def known_words(pipeline: DiffusionPipeline) -> list[str]:
 def best_known_word(pipeline: DiffusionPipeline, finalists: int = 6) -> tuple[str, float]:
     """The single known word whose pictures are nearest to the concept, and their distance.
 
-    All words compete with four pictures each, the best of them with all sixteen.
+    All words compete with four pictures each that are drawn in a few steps, the best of them with all sixteen in full.
     """
-    first = {word: judge(draw(pipeline, captions_with(word)[:4])).distance for word in known_words(pipeline)}
+    first = {word: judge(draw(pipeline, captions_with(word)[:4], steps=8)).distance for word in known_words(pipeline)}
     best = sorted(first, key=first.get)[:finalists]
     full = {word: judge(draw(pipeline, captions_with(word))).distance for word in best}
     word = min(full, key=full.get)

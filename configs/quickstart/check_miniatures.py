@@ -33,9 +33,9 @@ def open_pipeline(folder: Path) -> DiffusionPipeline:
 
 
 def generate(
-    pipeline: DiffusionPipeline, prompts: list[str], seeds: list[int], guidance: float = 4.0
+    pipeline: DiffusionPipeline, prompts: list[str], seeds: list[int], guidance: float = 4.0, steps: int = 25
 ) -> list[np.ndarray]:
-    """One picture (uint8 [64, 64, 3]) for each prompt and seed, in batches of 32 with 25 DDIM steps."""
+    """One picture (uint8 [64, 64, 3]) for each prompt and seed, in batches of 32 with so many DDIM steps."""
     pictures = []
     for start in range(0, len(prompts), 32):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + 32]]
@@ -43,7 +43,7 @@ def generate(
             prompts[start : start + 32],
             height=world.SIZE,
             width=world.SIZE,
-            num_inference_steps=25,
+            num_inference_steps=steps,
             guidance_scale=guidance,
             generator=generators,
         ).images
