@@ -13,7 +13,7 @@ from runs import TOKEN, arguments, run, trainers, write_dataset  # noqa: F401  (
 from safetensors.torch import load_file
 
 from library.model.vae import FrozenVae
-from library.options.options import SampleOptions, SaveOptions
+from library.options.options import DatasetOptions, SampleOptions, SaveOptions
 from library.output import learning_report
 from library.output import sample_images as sample_album
 from library.output.sample_images import SampleAlbum, epoch_mark, step_mark
@@ -112,6 +112,7 @@ def test_a_decoder_that_overflows_changes_nothing(command, tmp_path, monkeypatch
         return original(vae, latents) * (1 if vae.decoding_dtype == torch.float32 else torch.inf)
 
     monkeypatch.setattr(FrozenVae, "_pixels", overflowing)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})  # others decode in float32
     flags = ("--cache_latents=false", "--mixed_precision=bf16")
     assert run("sd1", command(*flags, folder="plain")) == 0
     assert run("sd1", command(*flags, "--sample_every_n_steps=1", folder="drawn")) == 0
@@ -208,7 +209,8 @@ def test_where_a_prompt_holds_the_word(word, prompt, holds, tmp_path, caplog):
     (tmp_path / "p.txt").write_text(prompt)
     sample = SampleOptions(sample_prompts=str(tmp_path / "p.txt"), sample_at_first=True)
     with caplog.at_level("WARNING"):
-        SampleAlbum.create(SimpleNamespace(sample=sample, save=SaveOptions(output_dir=str(tmp_path))), words(word=word))
+        options = SimpleNamespace(sample=sample, save=SaveOptions(output_dir=str(tmp_path)), dataset=DatasetOptions())
+        SampleAlbum.create(options, words(word=word))
     assert ("No prompt of --sample_prompts holds the word" in caplog.text) != holds
 
 
