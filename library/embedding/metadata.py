@@ -6,6 +6,7 @@ keys follow the SAI ModelSpec 1.0.1 as sd-scripts writes them; ``ti.*`` is this 
 
 import base64
 import importlib.metadata
+import json
 import logging
 import mimetypes
 import time
@@ -18,6 +19,7 @@ from pathlib import Path
 from library.embedding.clients import client_words
 from library.options.options import MetadataOptions
 from library.support.errors import UserError
+from library.support.safetensors_header import LONGEST_HEADER
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,8 @@ _SS_NAMES = {
     "learning_rate": "learning_rate",
     "optimizer": "optimizer",
 }
+# Of what a run's files share, in bytes: what one file adds to it, and its tensors' places, take far less than the rest.
+_LONGEST = LONGEST_HEADER - 1_000_000
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
@@ -111,6 +115,27 @@ def modelspec_metadata(options: MetadataOptions, trained_for: TrainedFor, output
     given["is_negative_embedding"] = _true_or_false(given["is_negative_embedding"])
     values |= {name: value for name, value in given.items() if value is not None}
     return {f"modelspec.{name}": value for name, value in values.items()}
+
+
+def check_length(run_metadata: Mapping[str, str]) -> None:
+    """Raise UserError for more than the header of a file may hold: nobody could read the embedding any more."""
+    lengths = {
+        key: len(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+        for key, value in run_metadata.items()
+    }
+    if (total := sum(lengths.values())) <= _LONGEST:
+        return
+    longest = max(lengths, key=lengths.__getitem__)
+    cures = {
+        "modelspec.thumbnail": "Give a smaller picture as --metadata_thumbnail",
+        "ss_training_comment": "Shorten --training_comment",
+        "ss_tag_frequency": "It counts the tags of all captions; --no_metadata leaves it out",
+    }
+    cure = cures.get(longest, f"Shorten --{longest.replace('modelspec.', 'metadata_')}")
+    raise UserError(
+        f"The metadata of the embedding would take {total:,} bytes, most of them for {longest}, and of files with more "
+        f"than {_LONGEST:,} the embedding cannot be read. {cure}."
+    )
 
 
 def file_metadata(run_metadata: Mapping[str, str], record: TrainingRecord, stem: str) -> dict[str, str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from library.data.training_data import TrainingData
 from library.embedding.files import SAVE_DTYPES, run_of, write_embedding
 from library.embedding.initialization import NewWord
-from library.embedding.metadata import TrainedFor, TrainingRecord, modelspec_metadata
+from library.embedding.metadata import TrainedFor, TrainingRecord, check_length, modelspec_metadata
 from library.model.architectures import SD2
 from library.model.base_model import BaseModel
 from library.model.family import ModelFamily
@@ -72,6 +72,8 @@ class Results:
         )
         metadata = modelspec_metadata(options.metadata, trained_for, options.save.output_name)
         metadata |= ss_metadata(options, family, model, data)
+        if options.save.save_model_as == "safetensors":
+            check_length(metadata)
         return cls(Path(options.save.output_dir), options, family, model, word, data.seed, metadata, _new_run())
 
     def continuing(self, state: TrainingState, plan: RunPlan, data: str, processes: int) -> "Results":

@@ -10,7 +10,7 @@ from library.support.errors import UserError
 from library.support.stored_tensors import Place, contiguous, is_count, is_shape
 
 # Real headers have up to some megabytes (metadata with a preview image); parsed, a header can take 25 times its length.
-_LONGEST_HEADER = 25_000_000
+LONGEST_HEADER = 25_000_000
 _LONGEST_NAME = 1000
 _AGAIN = "Download or copy it again."
 
@@ -39,7 +39,7 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, Place], dict[str, str
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         start = 8 + length
-        text = file.read(length) if start <= size and length <= _LONGEST_HEADER else b""
+        text = file.read(length) if start <= size and length <= LONGEST_HEADER else b""
     if start > size:
         raise UserError(f"{path} is cut off inside its header, or damaged. {_AGAIN}")
     if not text:

@@ -7,11 +7,21 @@ from dataclasses import replace
 from datetime import datetime
 
 import pytest
+import torch
 from departures import departure
 from golden_data import golden_cases
 from PIL import Image
+from safetensors import safe_open
 
-from library.embedding.metadata import TrainedFor, TrainingRecord, client_words, file_metadata, modelspec_metadata
+from library.embedding.files import run_of, write_embedding
+from library.embedding.metadata import (
+    TrainedFor,
+    TrainingRecord,
+    check_length,
+    client_words,
+    file_metadata,
+    modelspec_metadata,
+)
 from library.model.family import STABLE_DIFFUSION, STABLE_DIFFUSION_XL
 from library.options.options import MetadataOptions, Options
 from library.options.parser import build_parser, read_values
@@ -156,3 +166,30 @@ def test_the_words_of_the_clients():
     assert words["InvokeAI"] == "<my_file>"
     assert words["SwarmUI"] == "<embed:my_file>"
     assert words["diffusers"] == "mychar"
+
+
+@pytest.mark.parametrize(
+    ("key", "cure"),
+    [
+        ("modelspec.thumbnail", "Give a smaller picture as --metadata_thumbnail."),
+        ("modelspec.description", "Shorten --metadata_description."),
+        ("ss_training_comment", "Shorten --training_comment."),
+        ("ss_tag_frequency", "--no_metadata leaves it out."),
+    ],
+)
+def test_more_than_a_file_can_hold_is_refused(key, cure, tmp_path):
+    """A header longer than what readers accept would make the whole embedding unreadable."""
+    with pytest.raises(UserError, match="most of them for ") as error:
+        check_length({"modelspec.title": "x", key: "ü\n" * 7_000_000})
+    assert key in str(error.value)
+    assert str(error.value).endswith(cure)
+
+
+def test_as_much_as_a_file_can_hold_is_read_again(tmp_path):
+    metadata = {"modelspec.thumbnail": "A" * 23_999_900, "modelspec.title": "\ud800"}
+    check_length(metadata)
+    file, record = tmp_path / "mychar.safetensors", TrainingRecord("mychar", 1, run="r")
+    write_embedding(file, {"emb_params": torch.ones(1, 8)}, record, metadata=metadata)
+    assert run_of(file) == "r"
+    with safe_open(file, "pt") as opened:
+        assert len(opened.metadata()["modelspec.thumbnail"]) == 23_999_900

@@ -237,3 +237,14 @@ def test_a_checkpoint_that_is_gone_meanwhile_costs_its_hash(dataset, tmp_path, t
     assert run("sd1", arguments("sd1", tiny_sd1_file, dataset, tmp_path)) == 0
     assert "it cannot be read ([Errno 116] Stale file handle)" in capsys.readouterr().err
     assert "ti.base_model_hash" not in metadata(tmp_path)
+
+
+def test_a_thumbnail_that_would_make_the_embedding_unreadable_is_refused(dataset, tmp_path, tiny_sd1, capsys):
+    thumbnail = tmp_path / "photo.png"
+    with thumbnail.open("wb") as file:
+        file.truncate(20_000_000)
+    given = arguments("sd1", tiny_sd1, dataset, tmp_path / "out", f"--metadata_thumbnail={thumbnail}")
+    assert run("sd1", given) == 1
+    assert "Give a smaller picture as --metadata_thumbnail." in capsys.readouterr().err
+    assert not (tmp_path / "out" / f"{TOKEN}.safetensors").exists()
+    assert run("sd1", [*given, "--save_model_as=pt"]) == 0  # which has no place for it
