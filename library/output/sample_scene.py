@@ -5,8 +5,8 @@ import random
 import torch
 from torch import Tensor
 
-from library.data.buckets import covering_size
-from library.data.images import Framing, check_mask_size, frame_image, frame_mask, image_size, to_tensor
+from library.data.buckets import Size, covering_size
+from library.data.images import Framing, check_mask_size, check_resized, frame_image, frame_mask, image_size, to_tensor
 from library.data.random_masks import preview_mask
 from library.output.sample_prompts import SamplePrompt
 from library.support.errors import UserError
@@ -22,7 +22,7 @@ def scene(prompt: SamplePrompt) -> tuple[Tensor, Tensor]:
     if prompt.image is None:
         return torch.zeros(3, *size[::-1]), torch.ones(1, *size[::-1])
     given = image_size(prompt.image)
-    framing = Framing(covering_size(given, size), size)
+    framing = _framing(prompt, given)
     pixels = frame_image(prompt.image, framing).pixels
     if prompt.mask_image is not None:
         hole = frame_mask(prompt.mask_image, given, framing, image_path=prompt.image) >= 0.5
@@ -35,7 +35,16 @@ def check_scene(prompt: SamplePrompt) -> None:
     """Raise UserError, naming the prompt, where its image or its mask cannot be used; it reads headers only."""
     try:
         size = image_size(prompt.image)
+        _framing(prompt, size)
         if prompt.mask_image is not None:
             check_mask_size(image_size(prompt.mask_image), prompt.mask_image, size, prompt.image)
     except UserError as error:
         raise UserError(f'The sample prompt "{prompt.prompt:.60}": {error}') from error
+
+
+def _framing(prompt: SamplePrompt, given: Size) -> Framing:
+    """How an image of the size ``given`` is resized and cropped. Raises UserError if it would grow beyond measure."""
+    size = prompt.width, prompt.height
+    resized = covering_size(given, size)
+    check_resized(prompt.image, given, resized, size)
+    return Framing(resized, size)

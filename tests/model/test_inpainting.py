@@ -24,8 +24,9 @@ from library.model.inpainting import surroundings
 from library.model.vae import FrozenVae
 from library.output import learning_report
 from library.output.sample_prompts import SamplePrompt
-from library.output.sample_scene import scene
+from library.output.sample_scene import check_scene, scene
 from library.output.samplers import make_sampler
+from library.support.errors import UserError
 from library.training.diffusion import NoiseSchedule
 
 PIXELS = "--cache_latents=false"
@@ -344,6 +345,16 @@ def test_the_scene_of_a_prompt(tmp_path):
     nothing, everything = scene(replace(prompt, image=None))
     assert (nothing == 0).all()
     assert (everything == 1).all()
+
+
+def test_an_image_so_thin_that_it_would_fill_the_memory_is_refused(tmp_path):
+    Image.new("RGB", (2, 20000)).save(tmp_path / "thin.png")
+    prompt = SamplePrompt("x", width=512, height=512, image=str(tmp_path / "thin.png"))
+    for use in (check_scene, scene):
+        with pytest.raises(
+            UserError, match=r"thin\.png has 2x20000 pixels, a shape that has to be scaled to 512x5120000"
+        ):
+            use(prompt)
 
 
 def sampled(bench, tmp_path, lines, *more, **details):
