@@ -199,6 +199,14 @@ class _Reader:
             raise self._error(f'gives "{key}" of shape {list(tensor.shape)}; it must be [{wanted}]')
         return tensor
 
+    def _shares(self, values: dict, key: str, shape: tuple[int | None, ...]) -> torch.Tensor | None:
+        """The same for numbers from 0 to 1."""
+        tensor = self._floats(values, key, shape)
+        if tensor is not None and not ((tensor >= 0) & (tensor <= 1)).all():  # nor is NaN
+            lowest, highest = tensor.min().item(), tensor.max().item()
+            raise self._error(f'gives "{key}" with values from {lowest:g} to {highest:g}; they must be from 0 to 1')
+        return tensor
+
     def _captions(self, values: dict, count: int) -> list[str]:
         captions = values.get("captions")
         if not captions:
@@ -238,7 +246,7 @@ class _Reader:
             masks = self._floats(values, "conditioning_images", (count, None, None, None))
             if masks is not None:
                 return (masks[:, :1] + 1) / 2
-        alpha = self._floats(values, "alpha_masks", (count, None, None))
+        alpha = self._shares(values, "alpha_masks", (count, None, None))
         return None if alpha is None else alpha.unsqueeze(1)
 
     def _seeds(self, number: int) -> tuple[int, int, int]:
@@ -246,7 +254,7 @@ class _Reader:
         return sample_seeds(self.data.seed, self.ref.epoch, self.ref.position << 16 | number)
 
     def _holes(self, values: dict, count: int, size_hw: tuple[int, int]) -> torch.Tensor:
-        given = self._floats(values, "masks", (count, 1, *size_hw))
+        given = self._shares(values, "masks", (count, 1, *size_hw))
         if given is not None:
             return given
         rngs = [random.Random(self._seeds(number)[0]) for number in range(count)]

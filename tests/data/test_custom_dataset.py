@@ -185,6 +185,7 @@ def test_a_class_that_cannot_be_used_is_an_error(make, name, phrases):
         ({"latents": None, "images": [[[[0.0]]]]}, ['"images"', "[1, 1, 1, 1]", "[any, 3, any, any]"]),
         ({"loss_weights": [1.0] * 3}, ['"loss_weights"', "[3]", "[2]"]),
         ({"captions": "mychar"}, ['"captions"', "2 texts"]),
+        ({"alpha_masks": [[[255.0] * 6] * 8] * 2}, ['"alpha_masks"', "from 255 to 255", "from 0 to 1"]),
         ({"captions": [1, "mychar"]}, ['"captions"', "2 texts"]),
         ({"input_ids_list": ["x"]}, ['"input_ids_list"', "tensor"]),
         ({"input_ids_list": [[[60000] * 77] * 2]}, ['"input_ids_list"', "60000", "49408"]),
@@ -235,6 +236,16 @@ def test_masks_for_inpainting_are_random_or_its_own(make):
     assert next(iter(make(images=images, latents=None, masks=own.tolist()).loader())).holes is None
     with pytest.raises(UserError, match=r'gives "masks" of shape \[2, 1, 8\]; it must be \[2, 1, 8, 16\]'):
         make(train_inpainting=True, images=images, masks=torch.zeros(2, 1, 8).tolist()).check()
+
+
+@pytest.mark.parametrize("value", [255.0, -1.0])
+def test_masks_for_inpainting_on_another_scale_are_an_error(make, value):
+    """The U-Net would be given them as they are, and learn from a mask that it has never seen the like of."""
+    masks = torch.zeros(2, 1, 8, 16)
+    masks[1] = value
+    details = {"images": torch.rand(2, 3, 8, 16).tolist(), "masks": masks.tolist()}
+    with pytest.raises(UserError, match=r'gives "masks" with values from -?[0-9]+ to [0-9]+; they must be from 0 to 1'):
+        make(train_inpainting=True, **details).check()
 
 
 def test_latents_cannot_be_masked(make):
