@@ -72,7 +72,7 @@ class BaseModel:
         if not name:
             raise UserError("--pretrained_model_name_or_path is missing: give the base model that learns the word.")
         path = _local_path(name)
-        short_name = name if path is None else Path(name).name
+        short_name = name if path is None else _own_name(Path(name), path)
         if path is None:
             path = fetch_from_hub(_hub_id(name, "--pretrained_model_name_or_path"), half=half)
         mmap = not options.disable_mmap_load_safetensors
@@ -248,6 +248,11 @@ def _local_path(name: str) -> Path | None:
     """The file or folder behind a path, links resolved; None if there is none."""
     path = Path(name).expanduser()
     return path.resolve() if path.exists() else None
+
+
+def _own_name(given: Path, resolved: Path) -> str:
+    """The last part of a path, as it was given (a link has a name of its own) unless that says nothing."""
+    return resolved.name if given.name in ("", "..") else given.name
 
 
 def _hub_id(name: str, option: str) -> str:

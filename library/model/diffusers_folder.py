@@ -98,7 +98,7 @@ def _shards(index: Path) -> list[Path] | None:
     places = content.get("weight_map")
     names = list(places.values()) if isinstance(places, dict) else []
     # A shard lies beside its index; a path would lead elsewhere.
-    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+    if not names or not all(isinstance(name, str) and name and Path(name).name == name for name in names):
         raise UserError(
             f'{index} is damaged: its "weight_map" does not name files of this folder. Download or copy it again.'
         )

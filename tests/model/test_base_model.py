@@ -241,6 +241,13 @@ def test_name_hash_and_scale(tiny_sd1, tiny_sd1_file, tiny_sdxl_file):
     assert xl.vae_scale_factor == 0.13025
 
 
+@pytest.mark.parametrize("path", [".", "vae/..", "../{}"])
+def test_a_folder_has_its_name_however_it_is_called(path, tiny_sd1, monkeypatch):
+    """It goes into the metadata of the embedding, by which --weights knows the base again."""
+    monkeypatch.chdir(tiny_sd1)
+    assert open_model(path.format(tiny_sd1.name)).name == tiny_sd1.name
+
+
 def test_opening_reads_no_tensor(tiny_sdxl_file, monkeypatch):
     for module, reading in ((stored_tensors, "read_place"), (torch, "frombuffer")):
         monkeypatch.setattr(module, reading, lambda *_, **__: pytest.fail("a tensor was read"))
@@ -611,7 +618,14 @@ def test_nonsense_for_a_tokenizer_is_a_sentence(tiny_sd1, tmp_path, name, conten
 
 
 @pytest.mark.parametrize(
-    "index", [{}, {"weight_map": []}, {"weight_map": {"a": 1}}, {"weight_map": {"a": "../x.safetensors"}}]
+    "index",
+    [
+        {},
+        {"weight_map": []},
+        {"weight_map": {"a": 1}},
+        {"weight_map": {"a": ""}},
+        {"weight_map": {"a": "../x.safetensors"}},
+    ],
 )
 def test_a_damaged_index_of_shards_is_a_sentence(tiny_sd1, tmp_path, index):
     name = "unet/diffusion_pytorch_model.safetensors"
