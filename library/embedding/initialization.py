@@ -22,6 +22,7 @@ from library.model.family import ModelFamily
 from library.options.options import TokenOptions
 
 logger = logging.getLogger(__name__)
+_LONGEST_SHOWN = 100
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,19 @@ def warn_of_other_base(options: TokenOptions, model: BaseModel) -> None:
     origin = origin_of(options.weights) if options.weights is not None else None
     if origin is None or _is_same_base(origin, model):
         return
-    other = origin.base_model if origin.base_model != model.name else f"another file named {model.name}"
+    other = _shown(origin.base_model) if origin.base_model != model.name else f"another file named {model.name}"
     logger.warning(
         "--weights %s was trained on %s, and this run's base model is %s. An embedding belongs to its base model: the "
         "shapes fit, but expect a longer training, or give the model that the file was trained on.",
-        *(options.weights, other or "another model", model.name),
+        *(options.weights, other, model.name),
     )
+
+
+def _shown(name: str | None) -> str:
+    """A name out of a file that may come from anybody, as a message can hold it."""
+    if name is None:
+        return "another model"
+    return "".join(letter if letter.isprintable() else " " for letter in name[:_LONGEST_SHOWN])
 
 
 def _is_same_base(origin: Origin, model: BaseModel) -> bool:

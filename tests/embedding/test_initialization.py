@@ -43,6 +43,11 @@ def test_another_base_is_said(suffix, said, tmp_path):
     assert "was trained on pony.safetensors, and this run's base model is tiny_sd1.safetensors" in text
 
 
+def test_a_name_that_is_no_name_does_not_fill_the_screen(said, tmp_path):
+    text = said(embedding(tmp_path, "evil\n\x1b[31m" + "x" * 100_000, OTHER))
+    assert f"was trained on evil  [31m{'x' * 90}, and this run's" in text
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 @pytest.mark.parametrize("shorten", [lambda digest: digest, lambda digest: digest[:10].upper()])
 def test_the_hash_decides_whatever_the_name_is(shorten, suffix, said, tmp_path, tiny_sd1_file):
