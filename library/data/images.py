@@ -167,7 +167,7 @@ def _plain_webp_size(path: Path | str) -> Size | None:
     try:
         with Path(path).open("rb") as file:
             head = file.read(30)
-    except OSError:
+    except (OSError, ValueError):  # a NUL in the path
         return None
     if len(head) < 30 or head[:4] != b"RIFF" or head[8:12] != b"WEBP":
         return None

@@ -48,4 +48,4 @@ def _texts(source: SingleFile | ModelFolder, name: str) -> Iterator[tuple[str, s
     yield "its U-Net's configuration", "LCM" if unet.get("time_cond_proj_dim") else ""
     yield "its scheduler", "LCM" if scheduler.get("_class_name") == "LCMScheduler" else ""
     for content in (read_object(source.path / "model_index.json") or {}, unet):
-        yield "_name_or_path in its configuration", str(content.get("_name_or_path", "")).rpartition("/")[2]
+        yield "_name_or_path in its configuration", re.split(r"[/\\]", str(content.get("_name_or_path", "")))[-1]

@@ -579,3 +579,9 @@ def test_only_the_formats_that_are_named_are_tried(tmp_path):
     (tmp_path / "a.tiff").rename(tmp_path / "a.png")
     with pytest.raises(UserError, match=r"a\.png is not an image in a format known here \(PNG, JPEG"):
         image_size(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("extension", ["webp", "png"])
+def test_a_path_that_no_file_can_have_is_a_sentence(extension):
+    with pytest.raises(UserError, match="cannot be read: embedded null byte"):
+        image_size(f"a\0b.{extension}")

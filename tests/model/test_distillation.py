@@ -79,6 +79,12 @@ def test_a_tensor_of_lcm_models(tmp_path, tiny_sd1_file):
         ),
         ("scheduler/scheduler_config.json", {"_class_name": "LCMScheduler"}, "its scheduler says so"),
         ("model_index.json", {"_name_or_path": "/models/sdxl-turbo"}, "_name_or_path in its configuration says so"),
+        (
+            "model_index.json",
+            {"_name_or_path": r"C:\models\sdxl-turbo"},
+            "_name_or_path in its configuration says so",
+        ),
+        ("model_index.json", {"_name_or_path": r"D:\Turbo and Lightning\photo"}, None),
         ("model_index.json", {"_name_or_path": 5}, None),
         ("unet/config.json", {}, None),
     ],
