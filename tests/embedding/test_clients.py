@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from runs import run
+from runs import run, write_dataset
 
 from library.embedding.clients import client_words, name_warnings, usages
 from library.output.report import diffusers_snippet
@@ -74,5 +74,5 @@ def test_the_page_says_which_files_are_not_read(suffix, pair):
 
 def test_a_run_tells_it_at_the_start(tmp_path, capfd):
     argv = ["--pretrained_model_name_or_path=missing.safetensors", "--token_string=mychar", "--output_name=my char"]
-    assert run("sd1", [*argv, f"--output_dir={tmp_path}", "--train_data_dir=missing"]) != 0
+    assert run("sd1", [*argv, f"--output_dir={tmp_path}", f"--dataset_config={write_dataset(tmp_path)}"]) != 0
     assert "ComfyUI and SwarmUI cannot use" in "".join(capfd.readouterr())
