@@ -34,9 +34,11 @@ def _run(parser: argparse.ArgumentParser, family: str, arguments: Sequence[str] 
         with ended_gently():
             # Numpy and Pillow take a while too, and a refused option does without them.
             from library.data.found_images import find_images
+            from library.model.model_paths import check_paths
             from library.support.imports import without_bitsandbytes
 
             found = find_images(options, family)
+            check_paths(options.model)
             logger.info("Loading PyTorch, transformers and diffusers.")
             with without_bitsandbytes():
                 from library.run import train

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from library.data.caption_files import caption_extensions
 from library.data.captions import CaptionRules, token_presence
 from library.data.config import DatasetConfig, check_caching, load_dataset_configs
 from library.data.image_sets import ImageSet, load_image_sets
@@ -53,7 +54,26 @@ def _require_word(sets: Sequence[ImageSet], word: Placeholder) -> None:
         rules = found.subset.captions.rewritten(lambda text: repaired_around(word, text))
         if any(presence(repaired_around(word, caption), rules, word) != "never" for caption in found.captions):
             return
+    if not any(caption.strip() for found in taught for caption in found.captions):
+        raise _no_caption(word, taught)
     raise no_word(word, [path for found in taught for path in found.paths])
+
+
+def _no_caption(word: Placeholder, sets: Sequence[ImageSet]) -> UserError:
+    """The error for images without any caption; it names the files that were looked for."""
+    subsets = [found.subset for found in sets if not found.subset.metadata_file]
+    extensions = {end: None for one in subsets for end in caption_extensions(one.caption_extension, one.class_tokens)}
+    paths = [path for found in sets for path in found.paths]
+    files = f" a file of its name ending in {' or '.join(extensions)} beside it" if extensions else " a caption"
+    return UserError(
+        f"No image has a caption (looked at {_some(paths)}). Write for each{files}, with the token "
+        f'"{word.text}" in it, or set caption_extension, or use --use_object_template or --use_style_template.'
+    )
+
+
+def _some(paths: Sequence[str]) -> str:
+    shown = ", ".join(paths[:_SHOWN]) + (", …" if len(paths) > _SHOWN else "")
+    return f"{counted(len(paths), 'image')}: {shown}"
 
 
 def _may_be_refused(word: Placeholder) -> bool:
@@ -78,9 +98,8 @@ def is_plain(caption: str, rules: CaptionRules) -> bool:
 
 def no_word(word: Placeholder, paths: Sequence[str]) -> UserError:
     """The error for images of which no caption holds the word."""
-    shown = ", ".join(paths[:_SHOWN]) + (", …" if len(paths) > _SHOWN else "")
     return UserError(
         f'No caption holds the token "{word.text}", so nothing could be learned (looked at '
-        f"{counted(len(paths), 'image')}: {shown}). Write --token_string into the captions, set "
+        f"{_some(paths)}). Write --token_string into the captions, set "
         "caption_prefix or class_tokens, or use --use_object_template or --use_style_template."
     )

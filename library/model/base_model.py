@@ -16,7 +16,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from library.model.architectures import CONFIGS, SD2, VOCABULARY, TextEncoderLayout
-from library.model.diffusers_folder import ModelFolder, fetch_from_hub, fetch_vae, find_weights, looks_like_hub_id
+from library.model.diffusers_folder import ModelFolder, fetch_from_hub, fetch_vae, find_weights
 from library.model.family import END_OF_TEXT, START_OF_TEXT, ModelFamily
 from library.model.frozen_layers import freeze_layers
 from library.model.identity import (
@@ -27,6 +27,7 @@ from library.model.identity import (
     positive_number,
     read_config,
 )
+from library.model.model_paths import hub_id, local_path
 from library.model.objective import objective_of
 from library.model.single_file import SingleFile, modern_vae_names, vae_component
 from library.model.weight_files import open_weights
@@ -71,10 +72,10 @@ class BaseModel:
         name = options.pretrained_model_name_or_path
         if not name:
             raise UserError("--pretrained_model_name_or_path is missing: give the base model that learns the word.")
-        path = _local_path(name)
+        path = local_path(name)
         short_name = name if path is None else _own_name(Path(name), path)
         if path is None:
-            path = fetch_from_hub(_hub_id(name, "--pretrained_model_name_or_path"), half=half)
+            path = fetch_from_hub(hub_id(name, "--pretrained_model_name_or_path"), half=half)
         mmap = not options.disable_mmap_load_safetensors
         if path.is_dir():
             identity = identify_folder(path)
@@ -118,8 +119,8 @@ class BaseModel:
     def check_parts(self) -> None:
         """Raise UserError if a part that a training needs is missing or cut off, before any of them is loaded."""
         vae = self.options.vae
-        if vae and _local_path(vae) is None:
-            _hub_id(vae, "--vae")
+        if vae and local_path(vae) is None:
+            hub_id(vae, "--vae")
         self.source.check(with_vae=not vae)
 
     @cached_property
@@ -229,9 +230,9 @@ class BaseModel:
 
     def _other_vae(self, name: str) -> tuple[dict, UnreadTensors]:
         mmap = not self.options.disable_mmap_load_safetensors
-        path = _local_path(name)
+        path = local_path(name)
         if path is None:
-            return fetch_vae(_hub_id(name, "--vae"))
+            return fetch_vae(hub_id(name, "--vae"))
         if path.is_file():
             usual = read_config(CONFIGS / self.architecture.name / "vae" / "config.json")
             return vae_component(path, open_weights(path, mmap=mmap), usual)
@@ -244,21 +245,9 @@ class BaseModel:
         return config, modern_vae_names(find_weights(folder, mmap=mmap).unread_all())
 
 
-def _local_path(name: str) -> Path | None:
-    """The file or folder behind a path, links resolved; None if there is none."""
-    path = Path(name).expanduser()
-    return path.resolve() if path.exists() else None
-
-
 def _own_name(given: Path, resolved: Path) -> str:
     """The last part of a path, as it was given (a link has a name of its own) unless that says nothing."""
     return resolved.name if given.name in ("", "..") else given.name
-
-
-def _hub_id(name: str, option: str) -> str:
-    if not looks_like_hub_id(name):
-        raise UserError(f"{option} {name} does not exist. Check the path.")
-    return name
 
 
 def _check_family(name: str, identity: Identity, family: ModelFamily) -> None:

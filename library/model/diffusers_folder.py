@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from library.support.stored_tensors import Unread, UnreadTensors
 
 logger = logging.getLogger(__name__)
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
 # Full precision first: casting it gives the half-precision variant, but not the other way round.
@@ -103,11 +101,6 @@ def _shards(index: Path) -> list[Path] | None:
             f'{index} is damaged: its "weight_map" does not name files of this folder. Download or copy it again.'
         )
     return [index.with_name(name) for name in sorted(set(names))]
-
-
-def looks_like_hub_id(name: str) -> bool:
-    """Whether a name that is no path on this machine can be one on the hub: ``owner/model``."""
-    return _HUB_ID.fullmatch(name) is not None and not name.endswith((".safetensors", ".ckpt", ".pt", ".bin"))
 
 
 def fetch_from_hub(name: str, *, half: bool = False) -> Path:

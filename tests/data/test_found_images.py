@@ -10,6 +10,7 @@ from PIL import Image
 
 from library.data.found_images import find_images
 from library.options.options import Options, declared_options
+from library.support.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "transformers", "diffusers", "accelerate", "bitsandbytes", "safetensors", "huggingface_hub"}
@@ -91,11 +92,34 @@ def test_a_mistake_in_the_dataset_is_told_without_torch(mistake, tmp_path):
 def test_a_training_says_at_once_what_it_loads_and_leaves_bitsandbytes_out(tmp_path):
     images = folder_of_images(tmp_path / "images", "mychar")
     file = dataset_file(tmp_path, f"image_dir = '{images.as_posix()}'")
-    code, said, packages = told("train_textual_inversion", *run_with(file))
+    model = tmp_path / "model.safetensors"
+    model.write_bytes(b"no model")
+    code, said, packages = told("train_textual_inversion", *run_with(file, f"--pretrained_model_name_or_path={model}"))
     assert code == 1
-    assert said.index("Loading PyTorch") < said.index("/nowhere.safetensors does not exist")
+    assert said.index("Loading PyTorch") < said.index(f"error: {model}")
     assert {"torch", "diffusers", "transformers"} <= packages
     assert "bitsandbytes" not in packages
+
+
+@pytest.mark.parametrize("option", ["--pretrained_model_name_or_path", "--vae"])
+def test_a_model_that_does_not_exist_is_told_without_torch(option, tmp_path):
+    images = folder_of_images(tmp_path / "images", "mychar")
+    file = dataset_file(tmp_path, f"image_dir = '{images.as_posix()}'")
+    more = ["--pretrained_model_name_or_path=owner/model", f"{option}=/nowhere/model.safetensors"]
+    code, said, packages = told("train_textual_inversion", *run_with(file, *more))
+    assert code == 1
+    assert f"error: {option} /nowhere/model.safetensors does not exist. Check the path." in said
+    assert not packages & HEAVY
+
+
+@pytest.mark.parametrize(("extension", "looked_for"), [("'.caption'", ".caption"), ("'txt'", ".txt")])
+def test_images_without_captions_are_told_which_files_were_looked_for(extension, looked_for, tmp_path):
+    images = folder_of_images(tmp_path / "images", "mychar")
+    for path in images.glob("*.txt"):
+        path.rename(path.with_suffix(".tags"))
+    file = dataset_file(tmp_path, f"image_dir = '{images.as_posix()}'\ncaption_extension = {extension}")
+    with pytest.raises(UserError, match=rf'No image has a caption.*2 images.*\{looked_for} beside.*"mychar"'):
+        found(file, "mychar")
 
 
 def found(file: Path, token: str, *, template: bool = False):
