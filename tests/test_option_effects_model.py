@@ -320,7 +320,7 @@ def test_checkpointing_computes_layers_twice(bench, family):
             return model
 
         patches = (
-            patch.object(BaseModel, "unet", lambda *args: watch(unet(*args))),
+            patch.object(BaseModel, "unet", lambda *args, **kind: watch(unet(*args, **kind))),
             patch.object(BaseModel, "text_encoders", lambda *args: [watch(one) for one in encoders(*args)]),
             patch.object(Trainer, "check_text_encoders"),  # it encodes without gradients
         )

@@ -17,6 +17,7 @@ from test_base_model import open_model
 from test_trainer import load_as_printed, model_of
 from tiny_models import FAMILIES, build_pipeline, save_folder, save_single_file
 
+from library.data.images import normalized
 from library.data.preview import SHEET_NAME
 from library.data.random_masks import preview_mask
 from library.model import vae as frozen_vae
@@ -83,9 +84,10 @@ def test_the_channels_are_those_made_by_hand(family, bench, models, seen):
     for given, (batch,), draw in zip(seen, outcome.batches, outcome.draws, strict=True):
         assert given.shape == (2, 9, 8, 8)
         assert set(batch.holes.unique().tolist()) == {0, 1}
-        latents, scale = posterior(models[family], batch.images, [seed ^ 1 << 62 for seed in batch.seeds])
+        images = normalized(batch.images)
+        latents, scale = posterior(models[family], images, [seed ^ 1 << 62 for seed in batch.seeds])
         # Hidden is 1, and mid-grey in the image; each place of the latents has the mask of its upper left pixel.
-        visible = torch.where(batch.holes.bool(), torch.zeros(()), batch.images)
+        visible = torch.where(batch.holes.bool(), torch.zeros(()), images)
         around, _ = posterior(models[family], visible, [seed ^ 1 << 61 for seed in batch.seeds])
         noisy = NoiseSchedule.create().add_noise(latents * scale, draw.input_noise, draw.timesteps)
         expected = torch.cat([noisy, batch.holes[:, :, ::8, ::8], around * scale], dim=1)
@@ -226,7 +228,7 @@ def test_an_ordinary_model_is_widened_and_learns_what_it_always_learns(tiny_sd1,
 def test_a_widened_unet_answers_as_before_whatever_is_around(family, request):
     model = open_model(model_of(family, request), family)
     plain, wide = model.unet(torch.float32), model.unet(torch.float32, inpainting=True)
-    assert wide.config.in_channels == wide.conv_in.in_channels == 9
+    assert wide.config.in_channels == wide.conv_in.weight.shape[1] == 9
     noisy = torch.randn(2, 9, 8, 8)
     torch.testing.assert_close(wide.conv_in(noisy), plain.conv_in(noisy[:, :4]))
     assert wide.conv_in.weight[:, 4:].abs().max() == 0
@@ -321,7 +323,7 @@ def test_the_contact_sheet_shows_what_is_hidden(models, tmp_path):
     argv = arguments("sd1", models["sd1"], file, tmp_path / "out", PIXELS, "--train_inpainting", "--debug_dataset")
     shown = plan("sd1", argv)
     (batch,) = epoch_of(plan("sd1", [word for word in argv if word != "--debug_dataset"]))
-    hole, image = batch.holes[0, 0].bool().numpy(), (batch.images[0].permute(1, 2, 0).numpy() + 1) * 127.5
+    hole, image = batch.holes[0, 0].bool().numpy(), batch.images[0].permute(1, 2, 0).numpy().astype(float)
     assert f", {hole.mean():.0%} hidden" in shown.out
     with Image.open(tmp_path / "out" / SHEET_NAME) as sheet:
         pixels = np.asarray(sheet)[96:160, 96:160].astype(float)

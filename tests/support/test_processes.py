@@ -130,7 +130,7 @@ def test_pictures_of_all_processes_reach_the_trackers_and_the_report(dataset, tm
     """Each draws its share; the numbers of the report are those of one process."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(f"{TOKEN} {number} --w 64 --h 64 --s 2 --d {number}" for number in range(3)))
-    quick = "from library import learning_report\nlearning_report._STEPS, learning_report._LOSS_SAMPLES = 2, 8\n"
+    quick = "from library.output import learning_report\nlearning_report._STEPS, learning_report._LOSS_SAMPLES = 2, 8\n"
     drawn = f"from library.output.sampling import SamplingPipeline\noriginal = SamplingPipeline.draw\n{COUNTING}"
     file = script(tmp_path, quick + drawn.format(folder=str(tmp_path)))
     reports = []

@@ -11,11 +11,17 @@ import time
 from pathlib import Path
 
 import pytest
+from datasets import make_picture
 
 from library.support.signals import ended_gently, in_one_piece, signals_handled, undisturbed
 
 ROOT = Path(__file__).parents[2]
-ARGUMENTS = ["--pretrained_model_name_or_path=m", "--token_string=mychar", "--train_data_dir=d"]
+ARGUMENTS = [
+    "--pretrained_model_name_or_path=m",
+    "--token_string=mychar",
+    "--train_data_dir=d",
+    "--console_log_level=ERROR",
+]
 NAMES = ["SIGINT", "SIGTERM", "SIGHUP"]
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 
@@ -25,8 +31,13 @@ def script(training: str, before: str = "") -> str:
     body = "".join(f"    {line}\n" for line in training.splitlines())
     return (
         f"import sys, types, signal, atexit, os, time\nsys.path.insert(0, {str(ROOT)!r})\n{before}\n"
-        f"def train(options, family):\n{body}"
-        "stub = sys.modules['library.run'] = types.ModuleType('library.run')\nstub.train = train\n"
+        f"def train(*_):\n{body}"
+        "import contextlib\ndef stub(name, **content):\n    module = sys.modules[name] = types.ModuleType(name)\n"
+        "    vars(module).update(content)\n"
+        "stub('library.run', train=train)\n"
+        "stub('library.support.imports', without_bitsandbytes=contextlib.nullcontext)\n"
+        "stub('library.data.found_images', find_images=lambda *_: None)\n"
+        "stub('library.model.model_paths', check_paths=id)\n"
         "import train_textual_inversion\nsys.exit(train_textual_inversion.main())\n"
     )
 
@@ -66,7 +77,9 @@ def test_during_the_imports(name, tmp_path):
         "import pathlib, time\npathlib.Path('begun').touch()\n"
         "try:\n    time.sleep(60)\nexcept BaseException:\n    time.sleep(60)\n"
     )
+    make_picture(tmp_path / "d" / "1_mychar" / "a.png", (64, 64))  # images are found before torch is imported
     argv = [sys.executable, str(ROOT / "train_textual_inversion.py"), *ARGUMENTS, f"--output_dir={tmp_path / 'out'}"]
+    argv += ["--pretrained_model_name_or_path=.", "--resolution=64"]
     process = subprocess.Popen(
         argv, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(package.parent)}, stderr=subprocess.PIPE, text=True
     )
@@ -140,6 +153,7 @@ def test_a_full_log_file_is_said_once(tmp_path):
         "import logging\nfor _ in range(9):\n    logging.getLogger('library').warning('a record')\nprint('done')"
     )
     argv = [sys.executable, "-c", code, *ARGUMENTS, f"--output_dir={tmp_path / 'out'}", "--console_log_file=/dev/full"]
+    argv.append("--console_log_level=WARNING")
     done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=300)
     assert (done.returncode, done.stdout) == (0, "done\n")
     (said,) = done.stderr.splitlines()

@@ -322,7 +322,7 @@ class WithArray(LambdaLR):
 
 @pytest.mark.parametrize("kind", ["WithFunction", "WithArray"])
 def test_a_schedule_that_no_state_can_hold_is_found_at_the_start(kind, command, tmp_path, capsys):
-    more = [f"--lr_scheduler_type=test_training_state.{kind}", "--max_train_steps=1"]
+    more = [f"--lr_scheduler_type={__name__}.{kind}", "--max_train_steps=1"]
     assert run("sd1", command("without", *more)) == 0
     assert run("sd1", command("with", *more, "--save_state")) == 1
     assert "keeps something that a state cannot hold" in capsys.readouterr().err
@@ -616,8 +616,8 @@ def test_an_interrupt_in_the_optimizers_step_counts_it(command, tmp_path, monkey
     assert run("sd1", command("whole", "--save_every_n_steps=1")) == 0
     update, updates = Learner._update_rows, []
 
-    def interrupted(learner):
-        update(learner)
+    def interrupted(learner, *more):
+        update(learner, *more)
         updates.append(learner)
         if len(updates) == 3:
             signal.raise_signal(signal.SIGTERM)
