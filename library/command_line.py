@@ -31,18 +31,19 @@ def _run(parser: argparse.ArgumentParser, family: str, arguments: Sequence[str] 
     try:
         options = parse(parser, arguments)
         set_up_logging(options.runtime)
-        with ended_gently():
-            # Numpy and Pillow take a while too, and a refused option does without them.
-            from library.data.found_images import find_images
-            from library.model.model_paths import check_paths
-            from library.support.imports import without_bitsandbytes
+        # Numpy and Pillow take a while too, and a refused option does without them.
+        from library.data.found_images import find_images
+        from library.model.model_paths import check_paths
+        from library.support.imports import without_bitsandbytes
 
+        with ended_gently():
             found = find_images(options, family)
             check_paths(options.model)
             logger.info("Loading PyTorch, transformers and diffusers.")
-            with without_bitsandbytes():
-                from library.run import train
+        with without_bitsandbytes():  # imports swallow exceptions: a signal ends the process at once
+            from library.run import train
 
+        with ended_gently():
             train(options, family, found)
     except UserError as error:
         release()
