@@ -24,16 +24,11 @@ def write_atomically(path: Path, content: bytes, *, keep_old: bool = False) -> P
     The folder is made if need be. With ``keep_old`` what stands in the place moves to the next free number when the new
     file is complete, and its new path is returned. Raises :class:`UserError` when the system refuses.
     """
-    temporary = _beside(path)
-    try:
+    with _completed(path) as temporary:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_through(temporary, content)
         kept = _move_away(path) if keep_old else None
         temporary.replace(path)
-    except OSError as error:
-        raise _refused(path, error) from error
-    finally:
-        remove_quietly(temporary)
     return kept
 
 
@@ -42,17 +37,12 @@ def write_folder(folder: Path, contents: Mapping[str, bytes]) -> Path | None:
 
     What stands in the place is always kept: it moves to the next free number, and its new path is returned.
     """
-    temporary = _beside(folder)
-    try:
+    with _completed(folder) as temporary:
         temporary.mkdir(parents=True)
         for name, content in contents.items():
             _write_through(temporary / name, content)
         kept = _move_away(folder)
         temporary.rename(folder)
-    except OSError as error:
-        raise _refused(folder, error) from error
-    finally:
-        remove_quietly(temporary)
     return kept
 
 
@@ -61,6 +51,18 @@ def remove_folder(folder: Path) -> None:
     temporary = _beside(folder)
     folder.rename(temporary)
     shutil.rmtree(temporary)
+
+
+@contextmanager
+def _completed(path: Path) -> Iterator[Path]:
+    """Within a ``with``: a place beside ``path`` to make it in; nothing is left there. Raises UserError for OSError."""
+    temporary = _beside(path)
+    try:
+        yield temporary
+    except OSError as error:
+        raise _refused(path, error) from error
+    finally:
+        remove_quietly(temporary)
 
 
 def _beside(path: Path) -> Path:
