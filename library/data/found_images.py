@@ -15,9 +15,7 @@ from library.embedding.placeholder import Placeholder
 from library.embedding.text_repair import repair, repaired_around
 from library.model.architectures import BUCKET_STEPS, VOCABULARY
 from library.options.options import Options
-from library.support.errors import UserError, counted
-
-_SHOWN = 5  # file names in a message
+from library.support.errors import UserError, counted, first_names
 
 
 @dataclass(frozen=True)
@@ -72,8 +70,7 @@ def _no_caption(word: Placeholder, sets: Sequence[ImageSet]) -> UserError:
 
 
 def _some(paths: Sequence[str]) -> str:
-    shown = ", ".join(paths[:_SHOWN]) + (", …" if len(paths) > _SHOWN else "")
-    return f"{counted(len(paths), 'image')}: {shown}"
+    return f"{counted(len(paths), 'image')}: {first_names(paths)}"
 
 
 def _may_be_refused(word: Placeholder) -> bool:

@@ -17,11 +17,9 @@ from library.data.caption_files import DEFAULT_EXTENSIONS, caption_extensions, c
 from library.data.config import DatasetConfig, SubsetConfig
 from library.data.images import IMAGE_EXTENSIONS, check_mask_size, image_size
 from library.data.metadata_files import NO_FILE, FolderCache, read_metadata
-from library.support.errors import UserError, counted
+from library.support.errors import NAMES_SHOWN, UserError, counted, first_names
 
 logger = logging.getLogger(__name__)
-
-_SHOWN = 5  # file names in a message
 
 
 @dataclass
@@ -98,7 +96,7 @@ def _without_small_images(sets: list[ImageSet], config: DatasetConfig) -> list[I
     if skipped:
         logger.warning(
             "%s: skip_image_resolution leaves out %d of %d images, whose area is at most %dx%d: %s.",
-            *(config.place, len(skipped), sum(map(len, sets)), width, height, _some(skipped)),
+            *(config.place, len(skipped), sum(map(len, sets)), width, height, first_names(skipped)),
         )
     if not any(map(len, kept)):
         raise UserError(
@@ -113,7 +111,7 @@ def _empty_message(subset: SubsetConfig) -> str:
     extensions = ", ".join(sorted(IMAGE_EXTENSIONS))
     message = f'The image folder "{subset.image_dir}" holds no pictures ({extensions}).'
     with os.scandir(subset.image_dir) as entries:
-        folders = sorted(entry.name for entry in entries if entry.is_dir())[:_SHOWN]
+        folders = sorted(entry.name for entry in entries if entry.is_dir())[:NAMES_SHOWN]
     if folders:
         message += f" It has folders ({', '.join(folders)}), but folders inside it are not searched."
     return message
@@ -156,7 +154,7 @@ def _tell_of_unread_captions(
             '"%s": the class tokens "%s" are the caption, and %d %s beside the images %s not read: %s. To read them, '
             'set caption_extension = "%s" (or --caption_extension).',
             *(subset.image_dir, subset.class_tokens, len(unread), "file" if len(unread) == 1 else "files"),
-            *("is" if len(unread) == 1 else "are", _some(unread), others[0]),
+            *("is" if len(unread) == 1 else "are", first_names(unread), others[0]),
         )
 
 
@@ -192,7 +190,7 @@ def _load_metadata(subset: SubsetConfig) -> ImageSet:
     if missing:
         raise UserError(
             f'The metadata file "{subset.metadata_file}" lists {len(missing)} of {len(paths)} pictures that do not '
-            f"exist: {_some(missing)}. Check its keys and image_dir."
+            f"exist: {first_names(missing)}. Check its keys and image_dir."
         )
     _refuse_outside(paths, subset)
     sizes = [image_size(path) for path in paths]
@@ -200,7 +198,7 @@ def _load_metadata(subset: SubsetConfig) -> ImageSet:
     if stale:
         logger.warning(
             'The metadata file "%s" lists a wrong size for %s; the actual size is used: %s.',
-            *(subset.metadata_file, counted(len(stale), "image"), _some(stale)),
+            *(subset.metadata_file, counted(len(stale), "image"), first_names(stale)),
         )
     captions = [entry.caption for entry in entries]
     return ImageSet(subset, paths, captions, _size_array(sizes), _without_caption(paths, captions))
@@ -251,19 +249,13 @@ def _refuse_outside(paths: Sequence[str], subset: SubsetConfig) -> None:
     if outside := [path for path in paths if not inside[os.path.dirname(path)]]:
         raise UserError(
             f'The metadata file "{subset.metadata_file}" lists {len(outside)} of {len(paths)} images outside its image '
-            f'folder "{subset.image_dir}": {_some(outside)}. Give the folder that holds them all as image_dir '
+            f'folder "{subset.image_dir}": {first_names(outside)}. Give the folder that holds them all as image_dir '
             "(--train_data_dir with --in_json), or, if you trust the file, add --allow_outside_images."
         )
 
 
 def _size_array(sizes: Sequence[Sequence[int]]) -> np.ndarray:
     return np.array(sizes, dtype=np.int32).reshape(-1, 2)
-
-
-def _some(names: Sequence[str]) -> str:
-    """The first few names for a message."""
-    shown = ", ".join(names[:_SHOWN])
-    return f"{shown}, …" if len(names) > _SHOWN else shown
 
 
 def select(found: ImageSet, rows: Sequence[int]) -> ImageSet:
@@ -311,11 +303,11 @@ def _match_masks(sets: Iterable[ImageSet]) -> None:
         masks = _masks_by_stem(folder)
         paths = [path for found in sharing for path in found.paths]
         if missing := [path for path in paths if _stem(path) not in masks]:
-            raise UserError(f'The mask folder "{folder}" has no mask of the same name for {_some(missing)}.')
+            raise UserError(f'The mask folder "{folder}" has no mask of the same name for {first_names(missing)}.')
         if extra := sorted(masks.keys() - set(map(_stem, paths))):
             raise UserError(
                 f'The mask folder "{folder}" holds masks that belong to no picture: '
-                f"{_some([masks[stem] for stem in extra])}. Remove them or add the pictures."
+                f"{first_names([masks[stem] for stem in extra])}. Remove them or add the pictures."
             )
         for found in sharing:
             found.masks = [os.path.join(folder, masks[_stem(path)]) for path in found.paths]

@@ -20,9 +20,8 @@ from library.data.found_images import is_plain, no_word, presence
 from library.data.image_table import ImageTable, calm_rules
 from library.embedding.placeholder import Placeholder
 from library.embedding.tokenizer import PromptTokenizer
-from library.support.errors import UserError, counted
+from library.support.errors import NAMES_SHOWN, UserError, counted, first_names
 
-_SHOWN_FILES = 5
 _SHOWN_BUCKETS = 12
 # Enlarging a picture beyond this makes a blur that the word would learn as well.
 _BLURRING_SCALE = 2.0
@@ -61,11 +60,6 @@ def check(
     _warn_of_cropping(table, report)
     _warn_of_duplicates(table, report)
     return report
-
-
-def _first(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_SHOWN_FILES])
-    return f"{shown}, …" if len(names) > _SHOWN_FILES else shown
 
 
 def _are(count: int, noun: str) -> str:
@@ -138,12 +132,12 @@ def _check_presence(table: ImageTable, word: Placeholder, report: Report) -> Non
     if lacking:
         report.warnings.append(
             f"{len(lacking)} of {counted(total, 'caption')} {'lacks' if len(lacking) == 1 else 'lack'} the token "
-            f'"{word.text}"; an image without it teaches it nothing: {_first(lacking)}.'
+            f'"{word.text}"; an image without it teaches it nothing: {first_names(lacking)}.'
         )
     if partly:
         report.warnings.append(
             f'{counted(len(partly), "caption")} with the token "{word.text}" only in some lines or {{a|b}} choices; '
-            f"where it is not drawn, the image teaches nothing: {_first(partly)}."
+            f"where it is not drawn, the image teaches nothing: {first_names(partly)}."
         )
     if regular:
         report.lines.append(
@@ -180,18 +174,18 @@ def _check_lengths(table: ImageTable, prompts: PromptTokenizer, report: Report) 
     if losing:
         report.warnings.append(
             f'{_are(len(losing), "caption")} so long that vectors of the token "{word.text}" are cut off: '
-            f"{_first(losing)}. Move the token to the front{_longer(prompts)}."
+            f"{first_names(losing)}. Move the token to the front{_longer(prompts)}."
         )
     if straying:
         report.warnings.append(
             f"{_are(len(straying), 'caption')} longer than {prompts.capacity} tokens and shuffled, so the placeholder "
-            f'"{word.text}" can end up in what is cut off: {_first(straying)}. Put it first and set keep_tokens = 1'
-            f"{_longer(prompts)}."
+            f'"{word.text}" can end up in what is cut off: {first_names(straying)}. Put it first and set '
+            f"keep_tokens = 1{_longer(prompts)}."
         )
     if len(cut) > len(losing):
         report.warnings.append(
             f"{_are(len(cut), 'caption')} longer than {prompts.capacity} tokens; the rest is ignored: "
-            f"{_first(cut)}. Shorten {'it' if len(cut) == 1 else 'them'}{_longer(prompts)}."
+            f"{first_names(cut)}. Shorten {'it' if len(cut) == 1 else 'them'}{_longer(prompts)}."
         )
 
 
@@ -284,8 +278,9 @@ def _require_rows(kept: set[int], prompts: PromptTokenizer) -> None:
         )
     if missing := [name for row, name in enumerate(word.names) if row not in kept]:
         raise UserError(
-            f"Every caption cuts off or lacks these vectors of the word, so they could never learn: {_first(missing)}. "
-            f'Only {capacity} tokens of a caption are read. Move "{word.text}" to the front of the captions'
+            "Every caption cuts off or lacks these vectors of the word, so they could never learn: "
+            f"{first_names(missing)}. Only {capacity} tokens of a caption are read. "
+            f'Move "{word.text}" to the front of the captions'
             f"{_longer(prompts)}."
         )
 
@@ -295,7 +290,7 @@ def _warn_of_missing_captions(table: ImageTable, report: Report) -> None:
     if missing:
         report.warnings.append(
             f"{counted(len(missing), 'picture')} without a caption, neither in a file of the same name nor as "
-            f"class_tokens: {_first(missing)}."
+            f"class_tokens: {first_names(missing)}."
         )
 
 
@@ -308,14 +303,15 @@ def _warn_of_small_pictures(table: ImageTable, report: Report) -> None:
     if len(tiny):
         report.warnings.append(
             f"{_are(len(tiny), 'picture')} smaller than one bucket step and enlarged in spite of "
-            f"bucket_no_upscale: {_first([table.path(index) for index in tiny[: _SHOWN_FILES + 1]])}."
+            f"bucket_no_upscale: {first_names([table.path(index) for index in tiny[: NAMES_SHOWN + 1]])}."
         )
     small = np.flatnonzero(~own_size & (scale >= _BLURRING_SCALE))
     if len(small):
-        names = [f"{table.path(index)} ({_times(scale[index])})" for index in small[: _SHOWN_FILES + 1]]
+        names = [f"{table.path(index)} ({_times(scale[index])})" for index in small[: NAMES_SHOWN + 1]]
         report.warnings.append(
             f"{_are(len(small), 'picture')} much smaller than what the model sees and enlarged, so the "
-            f"word learns the blur too: {_first(names)}. Use larger pictures, a lower resolution or bucket_no_upscale."
+            f"word learns the blur too: {first_names(names)}. Use larger pictures, a lower resolution or "
+            "bucket_no_upscale."
         )
 
 
@@ -325,10 +321,10 @@ def _warn_of_cropping(table: ImageTable, report: Report) -> None:
     kept = (buckets / table.resized).prod(axis=1)
     cropped = np.flatnonzero(kept < _LEAST_KEPT)
     if len(cropped):
-        names = [f"{table.path(index)} ({kept[index]:.0%} is seen)" for index in cropped[: _SHOWN_FILES + 1]]
+        names = [f"{table.path(index)} ({kept[index]:.0%} is seen)" for index in cropped[: NAMES_SHOWN + 1]]
         report.warnings.append(
             f"{counted(len(cropped), 'image')} will lose over half {'its' if len(cropped) == 1 else 'their'} area to "
-            f"cropping, because no bucket fits the aspect ratio: {_first(names)}. Crop by hand, or set "
+            f"cropping, because no bucket fits the aspect ratio: {first_names(names)}. Crop by hand, or set "
             "enable_bucket = true and a larger max_bucket_reso."
         )
 
@@ -353,7 +349,7 @@ def _warn_of_duplicates(table: ImageTable, report: Report) -> None:
     if pairs:
         report.warnings.append(
             f"{counted(len(pairs), 'image')} {'appears' if len(pairs) == 1 else 'appear'} to be copied from others in "
-            f"the same dataset; each copy is trained on: {_first(sorted(pairs))}."
+            f"the same dataset; each copy is trained on: {first_names(sorted(pairs))}."
         )
 
 

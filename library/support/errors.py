@@ -2,10 +2,12 @@
 
 import difflib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 logger = logging.getLogger(__name__)
+
+NAMES_SHOWN = 5  # in one message
 
 
 class UserError(Exception):
@@ -35,6 +37,12 @@ def survived(what_happened: str) -> Iterator[None]:
 def counted(count: int, noun: str) -> str:
     """A number and what it counts, in the right form: "1 image", "1,200 images"."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def first_names(names: Sequence[str]) -> str:
+    """The first few of the names of files or folders, for a message."""
+    shown = ", ".join(names[:NAMES_SHOWN])
+    return f"{shown}, …" if len(names) > NAMES_SHOWN else shown
 
 
 def first_line(error: Exception) -> str:
