@@ -37,11 +37,12 @@ class DenoisingTask:
 
         Without ``check`` nobody waits for the device: the loss of an image at which the VAE overflows is not finite.
         """
-        latents = self._latents(batch, check)
+        pixels = _pixels(batch)
+        latents = self._latents(batch, pixels, check)
         draw = draw_noise(latents, self.noise, batch.seeds)
         noisy = self.schedule.add_noise(latents, draw.input_noise, draw.timesteps)
         if batch.holes is not None:
-            noisy = torch.cat([noisy, self._surroundings(batch, check)], dim=1)
+            noisy = torch.cat([noisy, self._surroundings(batch, pixels, check)], dim=1)
         conditioning = self.prompt_encoder.encode(batch.input_ids)
         prediction = self.family.predict_noise(self.unet, noisy, draw.timesteps, conditioning, batch.size_conditioning)
         return per_sample_loss(
@@ -55,22 +56,23 @@ class DenoisingTask:
             loss_weights=batch.loss_weights,
         )
 
-    def _latents(self, batch: Batch, check: bool) -> torch.Tensor:
+    def _latents(self, batch: Batch, pixels: torch.Tensor | None, check: bool) -> torch.Tensor:
         latents = batch.latents
         if latents is None:
-            latents = self.vae.encode(_pixels(batch), _generators(batch, 1 << 62), batch.keys, check=check)
+            latents = self.vae.encode(pixels, _generators(batch, 1 << 62), batch.keys, check=check)
         return latents.float() * self.vae_scale_factor
 
-    def _surroundings(self, batch: Batch, check: bool) -> torch.Tensor:
+    def _surroundings(self, batch: Batch, pixels: torch.Tensor, check: bool) -> torch.Tensor:
         """The channels that an inpainting U-Net sees besides the noisy latents, float32 [B, 5, h, w]."""
         generators = _generators(batch, 1 << 61)
-        images, scale = _pixels(batch), self.vae_scale_factor
-        return surroundings(self.vae, scale, images, batch.holes, generators, batch.keys, check=check)
+        scale = self.vae_scale_factor
+        return surroundings(self.vae, scale, pixels, batch.holes, generators, batch.keys, check=check)
 
 
-def _pixels(batch: Batch) -> torch.Tensor:
-    """The batch's images in [-1, 1], [B, 3, H, W]."""
-    return normalized(batch.images) if batch.images.dtype == torch.uint8 else batch.images
+def _pixels(batch: Batch) -> torch.Tensor | None:
+    """The batch's images in [-1, 1], [B, 3, H, W]; None where it brings latents."""
+    images = batch.images
+    return normalized(images) if images is not None and images.dtype == torch.uint8 else images
 
 
 def _generators(batch: Batch, mark: int) -> list[torch.Generator]:
