@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def run(parser: argparse.ArgumentParser, family: str, arguments: Sequence[str] | None = None) -> int:
-    """Parse the arguments and train; return 0, 1 for a user's mistake, or 130 when interrupted (see interruptions).
+    """Parse the arguments and train; return 0, 1 for a user's mistake, or 130 when interrupted (see signals).
 
     Everything heavy is imported after the arguments are known to be good, so that ``--help`` and mistakes answer at
     once. Without ``arguments`` those of the process are taken, and the process ends with the run; where the run has
@@ -46,19 +46,22 @@ def _run(parser: argparse.ArgumentParser, family: str, arguments: Sequence[str] 
         with ended_gently():
             train(options, family, found)
     except UserError as error:
-        release()
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return _told(str(error))
     except OSError as error:
         if not error.filename:
             raise
-        release()
-        print(f"error: {_unusable(error)}", file=sys.stderr)
-        return 1
+        return _told(_unusable(error))
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return EXIT_CODE
     return 0
+
+
+def _told(mistake: str) -> int:
+    """Tell a user's mistake, after all that was held back; the exit code."""
+    release()
+    print(f"error: {mistake}", file=sys.stderr)
+    return 1
 
 
 def _unusable(error: OSError) -> str:
