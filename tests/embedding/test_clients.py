@@ -73,6 +73,8 @@ def test_the_page_says_which_files_are_not_read(suffix, pair):
 
 
 def test_a_run_tells_it_at_the_start(tmp_path, capfd):
-    argv = ["--pretrained_model_name_or_path=missing.safetensors", "--token_string=mychar", "--output_name=my char"]
+    (tmp_path / "model.safetensors").write_bytes(b"no model")
+    argv = [f"--pretrained_model_name_or_path={tmp_path / 'model.safetensors'}", "--token_string=mychar"]
+    argv.append("--output_name=my char")
     assert run("sd1", [*argv, f"--output_dir={tmp_path}", f"--dataset_config={write_dataset(tmp_path)}"]) != 0
     assert "ComfyUI and SwarmUI cannot use" in "".join(capfd.readouterr())
