@@ -78,7 +78,7 @@ def test_the_quickstart_teaches_the_word(model, tmp_path):
         np.testing.assert_array_equal(before, after)
 
 
-STEPS = {"sd": 75, "sdxl": 150}
+STEPS = {"sd": 40, "sdxl": 60}
 # By name: how many times as long, init word, options, and what is asked of distance and overlap, as shares of the init
 # word's.
 CASES = {

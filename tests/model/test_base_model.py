@@ -602,7 +602,7 @@ def test_nonsense_in_a_folder_is_a_sentence(tiny_sd1, tmp_path, component, key, 
         assert "model" in str(error)  # noqa: PT017
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json", "tokenizer_config.json", "special_tokens_map.json"])
 @pytest.mark.parametrize(
     "content", ["", "{}", "[]", "1", "[" * 100_000, '{"model": {}}', '{"bos_token": {}}', '{"added_tokens": [[]]}']
 )

@@ -16,6 +16,7 @@ from runs import SCRIPTS, TOKEN, arguments, run, trainers, write_dataset  # noqa
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_models import save_folder
 
 from library.training.state import TrainingState
 
@@ -97,10 +98,12 @@ def assert_moved_alike(one, two, starts):
         assert (first - second).norm() < 0.05 * (first - start).norm()
 
 
-@pytest.mark.parametrize("family", ["sd2", "sdxl"])
-def test_two_processes_equal_one_with_accumulation(family, dataset, tmp_path, request, trainers):  # noqa: F811
-    model = request.getfixturevalue(f"tiny_{family}")
-    more = ["--max_train_steps=5", "--num_vectors_per_token=2", "--optimizer_type=SGD", "--learning_rate=0.01"]
+@pytest.mark.parametrize(
+    ("family", "flags"), [("sd2", []), ("sdxl", []), ("sd1", ["--train_inpainting", "--cache_latents=false"])]
+)
+def test_two_processes_equal_one_with_accumulation(family, flags, dataset, tmp_path, trainers):  # noqa: F811
+    model = save_folder(family, tmp_path / "model", channels=9 if flags else 4)
+    more = [*flags, "--max_train_steps=3", "--num_vectors_per_token=2", "--optimizer_type=SGD", "--learning_rate=0.01"]
     alone = arguments(family, model, dataset, tmp_path / "one", *more, "--gradient_accumulation_steps=2")
     assert run(family, alone) == 0
     argv = arguments(family, model, dataset, tmp_path / "two", *more)
