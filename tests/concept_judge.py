@@ -61,12 +61,12 @@ def known_words(pipeline: DiffusionPipeline) -> list[str]:
     return sorted({word for word in words if word.isalpha()})
 
 
-def best_known_word(pipeline: DiffusionPipeline, finalists: int = 6) -> tuple[str, float]:
+def best_known_word(pipeline: DiffusionPipeline, finalists: int = 3) -> tuple[str, float]:
     """The single known word whose pictures are nearest to the concept, and their distance.
 
     All words compete with four pictures each that are drawn in a few steps, the best of them with all sixteen in full.
     """
-    first = {word: judge(draw(pipeline, captions_with(word)[:4], steps=8)).distance for word in known_words(pipeline)}
+    first = {word: judge(draw(pipeline, captions_with(word)[:4], steps=6)).distance for word in known_words(pipeline)}
     best = sorted(first, key=first.get)[:finalists]
     full = {word: judge(draw(pipeline, captions_with(word))).distance for word in best}
     word = min(full, key=full.get)

@@ -17,8 +17,9 @@ from library.support.errors import UserError
 
 
 @pytest.fixture(autouse=True)
-def _few_sampling_steps(monkeypatch):
-    """The pictures of the tiny models say nothing anyway, nor do many samples of their loss."""
+def _few_small_steps(monkeypatch):
+    """The pictures of the tiny models say nothing anyway, nor do many of them or many samples of their loss."""
+    monkeypatch.setattr(learning_report, "PICTURES", 4)
     monkeypatch.setattr(learning_report, "_STEPS", 2)
     monkeypatch.setattr(learning_report, "_LOSS_SAMPLES", 12)
 
@@ -40,7 +41,8 @@ def numbers_in(folder) -> dict:
 
 @shows("learning_report")
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
-def test_what_is_written(family, tmp_path, request, capsys):
+def test_what_is_written(family, tmp_path, request, capsys, monkeypatch):
+    monkeypatch.setattr(learning_report, "PICTURES", 16)
     found = reported(family, tmp_path, model_of(family, request), "--num_vectors_per_token=2")
     assert found["before"]["prompt_word"] == '"girl"'
     assert found["after"]["prompt_word"] == f'"{TOKEN}"'
