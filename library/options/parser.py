@@ -9,7 +9,8 @@ from typing import Any, NoReturn
 
 from library.options.checks import check, settle
 from library.options.config_file import FILE_OPTIONS, config_path, read_config_file, write_config_file
-from library.options.option_types import Option, option_of, text
+from library.options.declaration import Option, option_of
+from library.options.option_types import text
 from library.options.options import Options, declared_options, option_groups
 from library.support.errors import UserError, did_you_mean
 
@@ -108,7 +109,7 @@ def described(option: Option) -> str:
     notes = [option.limits] if option.limits else []
     if option.default not in (None, False, ""):
         notes.append(f"default: {option.default}")
-    return f"{option.help} ({'; '.join(notes)})" if notes else option.help
+    return f"{option.whole_help} ({'; '.join(notes)})" if notes else option.whole_help
 
 
 def parse(parser: OptionParser, arguments: Sequence[str] | None = None) -> Options:

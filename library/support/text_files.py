@@ -7,6 +7,8 @@ import json
 import re
 import stat
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +65,10 @@ def parse_toml(text: str, what: str) -> dict[str, Any]:
     if _DEEP_KEY.search(_QUOTED.sub(lambda found: "" if found[1] else "quoted", text)):
         raise _too_deep(what)
     try:
-        content = tomllib.loads(text)
+        with _bounded(what):
+            content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{what} is not valid TOML: {error}.{_toml_advice(text, str(error))}") from error
-    except RecursionError:
-        raise _too_deep(what) from None
-    except ValueError:
-        raise _too_long_a_number(what) from None
     _check_content(content, what, odd_names=False)
     return content
 
@@ -88,17 +87,27 @@ def parse_json(text: str, what: str, *, odd_names: bool = False) -> Any:
     With ``odd_names`` texts may stand for file names that are not UTF-8, as Python writes those.
     """
     try:
-        content = json.loads(text, object_pairs_hook=_without_repetition)
+        with _bounded(what):
+            content = json.loads(text, object_pairs_hook=_without_repetition)
     except json.JSONDecodeError as error:
         raise UserError(f"{what} is not valid JSON: {error}.") from error
     except _RepeatedKeyError as error:
         raise UserError(f'{what} gives "{error}" twice in one object. Keep one of them.') from None
+    _check_content(content, what, odd_names=odd_names)
+    return content
+
+
+@contextmanager
+def _bounded(what: str) -> Iterator[None]:
+    """Within a ``with``: the limits of Python itself, which its TOML and JSON readers meet alike, as UserErrors."""
+    try:
+        yield
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError, _RepeatedKeyError):  # ValueErrors with their own words
+        raise
     except RecursionError:
         raise _too_deep(what) from None
     except ValueError:
         raise _too_long_a_number(what) from None
-    _check_content(content, what, odd_names=odd_names)
-    return content
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_options import SD_SCRIPTS
 
 from library.options.config_file import config_path, read_config_file, write_config_file
-from library.options.option_types import checked
+from library.options.declaration import checked
 from library.options.options import declared_options
 from library.options.parser import build_parser, parse, read_values
 from library.support.errors import UserError
