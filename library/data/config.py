@@ -104,6 +104,12 @@ class _Chain:
                 return table[name]
         return getattr(self.options, OPTION_NAMES.get(name, name), default)
 
+    def gives(self, name: str) -> bool:
+        """Whether the user has chosen a value, so that it may be at fault."""
+        option = OPTION_NAMES.get(name, name)
+        in_file = any(name in table for table in self.tables)
+        return in_file or getattr(self.options, option) != getattr(DatasetOptions(), option)
+
 
 def load_dataset_configs(options: DatasetOptions, *, bucket_step: int) -> tuple[DatasetConfig, ...]:
     """Return the datasets that a file (``--dataset_config``) or folder flags describe.
@@ -263,10 +269,10 @@ def _buckets(chain: _Chain, place: str, bucket_step: int) -> BucketRules:
         steps=chain.get("bucket_reso_steps"),
         no_upscale=chain.get("bucket_no_upscale"),
     )
-    return _with_fitting_limits(rules, place, bucket_step) if rules.enabled else rules
+    return _with_fitting_limits(rules, chain, place, bucket_step) if rules.enabled else rules
 
 
-def _with_fitting_limits(rules: BucketRules, place: str, bucket_step: int) -> BucketRules:
+def _with_fitting_limits(rules: BucketRules, chain: _Chain, place: str, bucket_step: int) -> BucketRules:
     if rules.steps % bucket_step:
         raise UserError(
             f'{place}: "bucket_reso_steps" must be a multiple of {bucket_step} for this model, but it is {rules.steps}.'
@@ -287,7 +293,9 @@ def _with_fitting_limits(rules: BucketRules, place: str, bucket_step: int) -> Bu
             )
         return replace(rules, min_reso=low, max_reso=high)
     name, value, permitted = problem
-    raise UserError(f'{place}: "{name}" must be {permitted}, but it is {shown(value)}.')
+    if chain.gives(name):
+        raise UserError(f'{place}: "{name}" must be {permitted}, but it is {shown(value)}.')
+    raise UserError(f'{place}: "{name}" is needed here. It must be {permitted}, and left out it is {shown(value)}.')
 
 
 def _check_masks(datasets: tuple[DatasetConfig, ...], options: DatasetOptions) -> None:

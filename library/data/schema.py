@@ -6,6 +6,7 @@ Types are strict, as in sd-scripts: ``1`` is not a decimal number, ``true`` is n
 import json
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -194,7 +195,18 @@ def check_table(table: dict[str, Any], level: str, kind: str, place: str) -> Non
 def check_value(key: Key, name: str, value: Any, place: str) -> None:
     """Refuse a value that the key does not take; raises UserError with place, name, value and what is permitted."""
     if not key.accepts(value):
-        raise UserError(f'{place}: "{name}" must be {key.description}, but it is {shown(value)}.')
+        raise UserError(
+            f'{place}: "{name}" must be {key.description}, but it is {shown(value)}.{_unquoted(key, value)}'
+        )
+
+
+def _unquoted(key: Key, value: Any) -> str:
+    """What to write where only the quotes are wrong: " Write it without quotes: [512, 768]."; else nothing."""
+    for text in (value.lower(), f"[{value}]") if isinstance(value, str) else ():
+        with suppress(ValueError, RecursionError):
+            if key.accepts(meant := json.loads(text)):
+                return f" Write it without quotes: {json.dumps(meant)}."
+    return ""
 
 
 def _unknown(name: str, value: Any, level: str, kind: str) -> str:

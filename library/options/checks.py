@@ -42,9 +42,25 @@ def settle(values: Mapping[str, Any]) -> dict[str, Any]:
     if settled["persistent_data_loader_workers"] and settled["max_data_loader_n_workers"] == 0:
         logger.warning("--persistent_data_loader_workers has no effect with --max_data_loader_n_workers 0.")
         settled["persistent_data_loader_workers"] = False
-    if settled["output_name"] is None and settled["token_string"] is not None:
-        settled["output_name"] = safe_file_name(settled["token_string"])
+    settled["output_name"] = _output_name(settled)
     return settled
+
+
+def _output_name(values: Mapping[str, Any]) -> str | None:
+    """The name of the embedding files without their ending, which --save_model_as decides; unset, the token's."""
+    name, token = values["output_name"], values["token_string"]
+    if name is None:
+        return None if token is None else safe_file_name(token)
+    stem, _, ending = name.rpartition(".")
+    if not stem or ending.lower() not in dict(declared_options())["save_model_as"].choices:
+        return name
+    logger.warning(
+        '--output_name "%s" is taken as "%s": --save_model_as adds the ending, .%s.',
+        name,
+        stem,
+        values["save_model_as"],
+    )
+    return stem
 
 
 def safe_file_name(text: str) -> str:

@@ -32,6 +32,16 @@ FILE_OPTIONS = {
 MISSPELT = {"weigts": "weights"}
 
 
+# Options of sd-scripts' LoRA training that do not begin with "network_".
+_LORA = ("unet_lr", "text_encoder_lr", "dim_from_weights", "scale_weight_norms", "base_weights")
+_LORA += ("base_weights_multiplier",)
+
+
+def is_of_lora(name: str) -> bool:
+    """Whether an unknown option is one of sd-scripts' LoRA training."""
+    return name.startswith("network_") or name in _LORA
+
+
 def config_path(given: str) -> Path:
     """Return the file that ``--config_file`` names: ".toml" is added where it is missing."""
     return Path(given if given.endswith(".toml") else f"{given}.toml")
@@ -81,8 +91,14 @@ def _converted(path: Path, name: str, option: Option, value: Any) -> Any:
 
 
 def _with_guesses(unknown: list[str], known: Mapping[str, Option]) -> str:
-    guesses = ((key, closest(key, known)) for key in unknown)
-    return ", ".join(f'{key} (did you mean "{guess}"?)' if guess else key for key, guess in guesses)
+    return ", ".join(f"{key}{_guess(key, known)}" for key in unknown)
+
+
+def _guess(key: str, known: Mapping[str, Option]) -> str:
+    if is_of_lora(key):
+        return " (of LoRA training; this trains an embedding)"
+    guess = closest(key, known)
+    return f' (did you mean "{guess}"?)' if guess else ""
 
 
 def write_config_file(path: Path, values: Mapping[str, Any]) -> None:

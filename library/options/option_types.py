@@ -8,6 +8,7 @@ import itertools
 import math
 import re
 from argparse import ArgumentTypeError
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,31 @@ def printable(text: str) -> str:
 
 
 def whole_number(value: Any) -> int:
-    """Read an integer from an int, a text such as "3", or a float without a fraction."""
+    """Read an integer from an int, a float without a fraction, or a text such as "3" or "1e3"."""
     try:
-        result = value if isinstance(value, int | float) else int(value if isinstance(value, str) else "")
+        result = _as_number(value)
     except ValueError:
-        raise ArgumentTypeError(f"{shown(value)} is not a whole number.") from None
+        raise ArgumentTypeError(f"{shown(value)} is not a whole number.{_without_comma(value, '')}") from None
     if isinstance(value, bool) or result != result // 1:
         raise ArgumentTypeError(f"{shown(value)} is not a whole number.")
     return int(_bounded(result, value))
+
+
+def _as_number(value: Any) -> int | float:
+    """An integer as it is, since floats are exact to 2**53 only. Raises ValueError."""
+    if isinstance(value, int | float):
+        return value
+    with suppress(ValueError):
+        return int(value if isinstance(value, str) else "")
+    return float(value if isinstance(value, str) else "")
+
+
+def _without_comma(value: Any, point: str) -> str:
+    """What to write for a number with a comma, which stands for ``point``; empty where there is none."""
+    if not isinstance(value, str) or not re.fullmatch(r"\s*[+-]?\d+,\d+(e[+-]?\d+)?\s*", value, re.IGNORECASE):
+        return ""
+    meant = value.strip().replace(",", point)
+    return f" Use a point: {meant}." if point else f" Write it without a comma: {meant}."
 
 
 def _bounded(result: float, value: Any) -> float:
@@ -56,7 +74,7 @@ def number(value: Any) -> float:
     try:
         result = float("" if isinstance(value, bool) else value)
     except (TypeError, ValueError, OverflowError):
-        raise ArgumentTypeError(f"{shown(value)} is not a number.") from None
+        raise ArgumentTypeError(f"{shown(value)} is not a number.{_without_comma(value, '.')}") from None
     if not math.isfinite(result):
         raise ArgumentTypeError(f"{shown(value)} is not a finite number.")
     return _bounded(result, value)
@@ -115,8 +133,9 @@ def int_or_float(value: Any) -> int | float:
     try:
         return int(value if isinstance(value, str) else str(value))
     except ValueError:
+        meant = f" Write {int(result)}." if result == result // 1 else ""
         raise ArgumentTypeError(
-            f"{shown(value)} is neither a whole number of steps nor a share below 1 such as 0.1 or 10%."
+            f"{shown(value)} is neither a whole number of steps nor a share below 1 such as 0.1 or 10%.{meant}"
         ) from None
 
 
@@ -159,7 +178,7 @@ def learning_rate(value: Any) -> LearningRate | None:
     """
     if value == "":
         return None
-    if not isinstance(value, str) or not re.search("[:,]", value):
+    if not isinstance(value, str) or not re.search("[:,]", value) or _without_comma(value, "."):
         return _positive_rate(value)
     pieces = [piece.strip() for piece in value.split(",")]
     stages = []

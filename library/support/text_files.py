@@ -29,6 +29,8 @@ _QUOTED = re.compile(
 )
 # tomllib's time for a key grows with the square of the parts in it.
 _DEEP_KEY = re.compile(rf"(?<![\w-])(?:[\w-]++[ \t]*+\.[ \t]*+){{{_DEEPEST}}}")
+# "key = value" where the value is in no quotes or brackets; a comment behind it does not count.
+_BARE_VALUE = re.compile(r"\s*(?P<key>[\w.-]+)\s*=\s*(?P<value>[^\s\"'\[{#][^#]*?)\s*(#.*)?$")
 
 
 class _RepeatedKeyError(ValueError):
@@ -74,11 +76,27 @@ def parse_toml(text: str, what: str) -> dict[str, Any]:
 
 
 def _toml_advice(text: str, problem: str) -> str:
+    """What to write instead, as far as the line at fault tells it."""
+    place = re.search(r"at line (\d+)", problem)
+    bare = place and _BARE_VALUE.match(text.split("\n")[int(place[1]) - 1])
+    if bare and (instead := _toml_value(bare["value"])):
+        return f" Write {bare['key']} = {instead}"
     if "Invalid value" in problem:
         return " Text needs quotes, and true and false are written in lowercase."
     if "\\" in text:
         return " In double quotes, write the backslashes of Windows paths as /, or use single quotes."
     return ""
+
+
+def _toml_value(written: str) -> str | None:
+    """How TOML writes a value that was given as ``written``, and why; None where that is not to be told."""
+    if written.lower() in ("true", "false"):
+        return f"{written.lower()}, in lowercase."
+    if re.fullmatch(r"[+-]?\d+,\d+", written):
+        return f"{written.replace(',', '.')}, with a point."
+    if "'" in written or '"' in written:
+        return None
+    return f"'{written}': text needs quotes."
 
 
 def parse_json(text: str, what: str, *, odd_names: bool = False) -> Any:

@@ -118,7 +118,7 @@ def test_an_empty_text_means_not_given(run):
     ("arguments", "sentence"),
     [
         (["--learning_rat=1e-4"], '--learning_rat is not an option. Did you mean "--learning_rate"?'),
-        (["--learning-rate", "1e-4"], 'Did you mean "--learning_rate"?'),
+        (["--learning-rates", "1e-4"], 'Did you mean "--learning_rate"?'),
         (["--pretrained_model=x"], "is not an option"),
         (["--qqqqqqqq"], "--qqqqqqqq is not an option. See --help."),
         (["--init_word=a", "girl"], '"girl" belongs to no option'),
