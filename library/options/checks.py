@@ -153,10 +153,12 @@ def chosen_optimizer(options: OptimizerOptions) -> str:
     if options.use_lion_optimizer:
         names["--use_lion_optimizer"] = "Lion"
     if options.optimizer_type:
-        names[f"--optimizer_type {options.optimizer_type}"] = options.optimizer_type
+        names[f"--optimizer_type={options.optimizer_type}"] = options.optimizer_type
     if len(names) > 1:
+        flag, meant = next(iter(names.items()))
         raise UserError(
-            f"{' and '.join(names)} name {'two' if len(names) == 2 else 'three'} optimizers. Keep one of them."
+            f"{' and '.join(names)} name {'two' if len(names) == 2 else 'three'} optimizers. Keep one of them; {flag} "
+            f"means --optimizer_type={meant}."
         )
     return next(iter(names.values()), "AdamW")
 

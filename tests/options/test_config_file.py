@@ -156,7 +156,7 @@ def test_empty_values_mean_not_given(read, merged, name, empty):
         ("[a.seed]\nx = 1", "seed in PATH: it is a table where a value belongs."),
         ("wandb_api_key = [12345]", "wandb_api_key in PATH: its value is not a text."),
         ("seed = 1\nseed = 2", "PATH of --config_file is not valid TOML: Cannot overwrite a value"),
-        ("mixed_precision = fp16", "Text needs quotes"),
+        ("mixed_precision = fp16", "Write mixed_precision = 'fp16': text needs quotes."),
         ('vae = "C:\\models\\x"', "use single quotes"),
         ('vae = "C:\\Users\\x"', "use single quotes"),
         ('output_dir = "D:\\train\\new"', "or use single quotes"),

@@ -224,7 +224,7 @@ def test_a_number_outside_its_range_is_refused(run, argument):
         (["--min_timestep=1000"], "--min_timestep 1000 is not below --max_timestep 1000"),
         (["--max_timestep=0"], "--min_timestep 0 is not below --max_timestep 0"),
         (["--use_8bit_adam", "--use_lion_optimizer"], "--use_8bit_adam and --use_lion_optimizer name two optimizers"),
-        (["--use_8bit_adam", "--optimizer_type=Lion"], "--use_8bit_adam and --optimizer_type Lion"),
+        (["--use_8bit_adam", "--optimizer_type=Lion"], "--use_8bit_adam and --optimizer_type=Lion"),
         (["--deepspeed"], "--deepspeed cannot help here"),
     ],
 )
