@@ -29,6 +29,7 @@ _QUOTED = re.compile(
 )
 # tomllib's time for a key grows with the square of the parts in it.
 _DEEP_KEY = re.compile(rf"(?<![\w-])(?:[\w-]++[ \t]*+\.[ \t]*+){{{_DEEPEST}}}")
+_LONGEST_ADVICE = 300
 # "key = value" where the value is in no quotes or brackets; a comment behind it does not count.
 _BARE_VALUE = re.compile(r"\s*(?P<key>[\w.-]+)\s*=\s*(?P<value>[^\s\"'\[{#][^#]*?)\s*(#.*)?$")
 
@@ -78,7 +79,8 @@ def parse_toml(text: str, what: str) -> dict[str, Any]:
 def _toml_advice(text: str, problem: str) -> str:
     """What to write instead, as far as the line at fault tells it."""
     place = re.search(r"at line (\d+)", problem)
-    bare = place and _BARE_VALUE.match(text.split("\n")[int(place[1]) - 1])
+    line = text.split("\n")[int(place[1]) - 1] if place else ""
+    bare = _BARE_VALUE.match(line) if len(line) <= _LONGEST_ADVICE else None
     if bare and (instead := _toml_value(bare["value"])):
         return f" Write {bare['key']} = {instead}"
     if "Invalid value" in problem:
