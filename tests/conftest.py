@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,18 @@ def pytest_collection_modifyitems(config, items):
     if len(chosen) < len(items):
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])
         items[:] = chosen
+
+
+@pytest.fixture
+def bfloat16_cpu(monkeypatch) -> Callable[[bool], None]:
+    """A CPU that works in bfloat16, whatever the machine has; called with False, one without such instructions."""
+    import torch
+
+    def choose(capable: bool) -> None:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": capable})
+
+    choose(True)
+    return choose
 
 
 @pytest.fixture(scope="session")

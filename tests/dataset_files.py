@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from library.data.config import DatasetConfig, load_dataset_configs
-from library.options.option_types import option_of
+from library.options.declaration import option_of
 from library.options.options import DatasetOptions
 
 # The least that is a dataset file.

@@ -19,7 +19,7 @@ from golden_data import golden_arrays
 
 from library.data.schema import DREAMBOOTH, GENERAL, known_keys
 from library.embedding.placeholder import Placeholder
-from library.options.option_types import checked
+from library.options.declaration import checked
 from library.options.options import declared_options
 from library.output.samplers import SAMPLER_NAMES
 
@@ -396,7 +396,7 @@ DEPARTURES: list[Departure] = [
     Departure(
         "optimizer_args",
         "D2",
-        "fused_backward_pass has nothing to do and is no error",
+        "fused_backward_pass has no effect and is no error",
         lambda case: "--fused_backward_pass" in case["argv"],
     ),
     Departure(

@@ -87,4 +87,4 @@ def test_deepspeed(argv):
     idle = [name for name in DeepSpeedOptions.__dataclass_fields__ if name != "deepspeed"]
     said = plan("sd1", [*argv, *(DEEPSPEED.get(name) or given(name) for name in idle)]).said
     for name in idle:
-        assert f"--{name} has nothing to do: it is about DeepSpeed" in said
+        assert f"--{name} has no effect: it is about DeepSpeed" in said

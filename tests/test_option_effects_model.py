@@ -72,7 +72,7 @@ def test_base_model(bench, tmp_path, tiny_sd1_file, tiny_sd2_file):
 
 
 @shows("vae", "no_half_vae")
-def test_vae(bench, tmp_path, monkeypatch):
+def test_vae(bench, tmp_path, bfloat16_cpu):
     vae = build_pipeline("sd1", seed=7).vae
     vae.save_pretrained(tmp_path / "vae")
     save_file({key: value.contiguous() for key, value in ldm_vae(vae).items()}, tmp_path / "vae.safetensors")
@@ -82,15 +82,14 @@ def test_vae(bench, tmp_path, monkeypatch):
     )
     assert torch.equal(from_folder, from_file)
     assert (from_folder - plain).abs().max() > 1e-2
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
     half = bench(f"--vae={tmp_path / 'vae'}", "--mixed_precision=bf16", "--cache_latents=false")
     assert half.trainer.task.vae.dtype == torch.bfloat16
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # a CPU that has no instructions for bfloat16
+    bfloat16_cpu(False)
     slow = bench(f"--vae={tmp_path / 'vae'}", "--mixed_precision=bf16", "--cache_latents=false")
     assert slow.trainer.task.vae.dtype == torch.float32
     assert slow.trainer.task.unet.dtype == torch.bfloat16
     assert torch.allclose(torch.tensor(half.trainer.task.vae.fingerprint), torch.tensor(vae_fingerprint(vae)), atol=0.5)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    bfloat16_cpu(True)
     full = bench("--no_half_vae", "--mixed_precision=bf16", "--cache_latents=false")
     assert full.trainer.task.vae.dtype == next(full.trainer.task.vae.vae.parameters()).dtype == torch.float32
     assert full.trainer.task.unet.dtype == torch.bfloat16
@@ -344,7 +343,7 @@ def test_checkpointing_computes_layers_twice(bench, family):
 def test_tf32_is_said_to_do_nothing_without_a_gpu(bench):
     """What it does where it can: test_device_settings.py, and test_gpu.py."""
     outcome = bench("--allow_tf32")
-    assert "--allow_tf32 has nothing to do: only NVIDIA GPUs" in outcome.said
+    assert "--allow_tf32 has no effect: only NVIDIA GPUs" in outcome.said
     assert torch.equal(outcome.rows[0][0], bench.plain().rows[0][0])
 
 
@@ -409,7 +408,7 @@ def test_compilation(bench, family, backend, steps):
     assert faster.losses == pytest.approx(plain.losses, rel=1e-4)
     for ours, theirs in zip(faster.rows[-1], plain.rows[-1], strict=True):
         assert torch.allclose(ours, theirs, atol=1e-3)
-    assert "--torch_compile has nothing to do" in idle.said
+    assert "--torch_compile has no effect" in idle.said
     for missing in ("tvm", "nvprims_nvfuser"):  # a package that is missing; a backend of old PyTorch versions
         said = bench("--torch_compile", f"--dynamo_backend={missing}", code=1).said
         assert f"--dynamo_backend {missing}" in said

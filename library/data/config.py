@@ -20,6 +20,7 @@ from library.data.schema import (
     MASK,
     OPTION_NAMES,
     SUBSET,
+    SUBSET_KEYS,
     check_table,
     check_value,
     shown,
@@ -103,6 +104,12 @@ class _Chain:
                 return table[name]
         return getattr(self.options, OPTION_NAMES.get(name, name), default)
 
+    def gives(self, name: str) -> bool:
+        """Whether the user has chosen a value, so that it may be at fault."""
+        option = OPTION_NAMES.get(name, name)
+        in_file = any(name in table for table in self.tables)
+        return in_file or getattr(self.options, option) != getattr(DatasetOptions(), option)
+
 
 def load_dataset_configs(options: DatasetOptions, *, bucket_step: int) -> tuple[DatasetConfig, ...]:
     """Return the datasets that a file (``--dataset_config``) or folder flags describe.
@@ -110,8 +117,6 @@ def load_dataset_configs(options: DatasetOptions, *, bucket_step: int) -> tuple[
     ``bucket_step`` is the number of pixels that bucket sides must be multiples of: 64 for SD, 32 for SDXL. Raises
     UserError, naming file, place, key, value and what is permitted, for whatever cannot be meant.
     """
-    if options.caption_extention:
-        options = replace(options, caption_extension=options.caption_extention)
     for name in ("resolution", "skip_image_resolution"):
         if (size := getattr(options, name)) is not None:
             check_value(DATASET_KEYS[name], name, list(size), "The command line")
@@ -195,13 +200,13 @@ def _subset(table: Table, kind: str, above: _Chain) -> SubsetConfig:
     if options.masked_loss and not masks and not own.get("is_reg", False):
         masks = options.conditioning_data_dir
     in_folder = kind != FINETUNING
-    face_range = chain.get("face_crop_aug_range")
+    handed_down = {name: chain.get(name) for name in SUBSET_KEYS.keys() & SubsetConfig.__dataclass_fields__}
+    face_range = handed_down["face_crop_aug_range"]
     return SubsetConfig(
         kind=MASK if masks and in_folder else kind,
         image_dir=own.get("image_dir"),
         metadata_file=own.get("metadata_file"),
         conditioning_data_dir=masks,
-        num_repeats=chain.get("num_repeats"),
         is_reg=own.get("is_reg", False),
         class_tokens=chain.get("class_tokens") if kind == DREAMBOOTH else None,
         caption_extension=chain.get("caption_extension") if in_folder else None,
@@ -209,14 +214,9 @@ def _subset(table: Table, kind: str, above: _Chain) -> SubsetConfig:
         allow_outside_images=options.allow_outside_images,
         alpha_mask=own.get("alpha_mask", options.alpha_mask) if kind != MASK else False,
         captions=_caption_rules(chain),
-        color_aug=chain.get("color_aug"),
-        flip_aug=chain.get("flip_aug"),
-        random_crop=chain.get("random_crop"),
-        face_crop_aug_range=face_range and (face_range[0], face_range[1]),
-        resize_interpolation=chain.get("resize_interpolation"),
-        custom_attributes=chain.get("custom_attributes"),
         place=table.place,
         found=table.found,
+        **handed_down | {"face_crop_aug_range": face_range and (face_range[0], face_range[1])},
     )
 
 
@@ -269,10 +269,10 @@ def _buckets(chain: _Chain, place: str, bucket_step: int) -> BucketRules:
         steps=chain.get("bucket_reso_steps"),
         no_upscale=chain.get("bucket_no_upscale"),
     )
-    return _with_fitting_limits(rules, place, bucket_step) if rules.enabled else rules
+    return _with_fitting_limits(rules, chain, place, bucket_step) if rules.enabled else rules
 
 
-def _with_fitting_limits(rules: BucketRules, place: str, bucket_step: int) -> BucketRules:
+def _with_fitting_limits(rules: BucketRules, chain: _Chain, place: str, bucket_step: int) -> BucketRules:
     if rules.steps % bucket_step:
         raise UserError(
             f'{place}: "bucket_reso_steps" must be a multiple of {bucket_step} for this model, but it is {rules.steps}.'
@@ -293,7 +293,9 @@ def _with_fitting_limits(rules: BucketRules, place: str, bucket_step: int) -> Bu
             )
         return replace(rules, min_reso=low, max_reso=high)
     name, value, permitted = problem
-    raise UserError(f'{place}: "{name}" must be {permitted}, but it is {shown(value)}.')
+    if chain.gives(name):
+        raise UserError(f'{place}: "{name}" must be {permitted}, but it is {shown(value)}.')
+    raise UserError(f'{place}: "{name}" is needed here. It must be {permitted}, and left out it is {shown(value)}.')
 
 
 def _check_masks(datasets: tuple[DatasetConfig, ...], options: DatasetOptions) -> None:

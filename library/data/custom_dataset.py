@@ -157,13 +157,11 @@ class _Reader:
         captions = self._captions(values, count)
         input_ids = self._input_ids(values, captions, count)
         weights = self._floats(values, "loss_weights", (count,))
-        first_ids = [self.data.prompts.first_new_id(number) for number in range(len(input_ids))]
-        held = [(ids >= first).flatten(1).any(1) for ids, first in zip(input_ids, first_ids, strict=True)]
         return Batch(
             keys=[f"{self.data.name}[{self.ref.indices[0]}] {number}" for number in range(count)],
             captions=captions,
             input_ids=input_ids,
-            has_token=torch.stack(held).any(0),
+            has_token=self.data.prompts.holding_word(input_ids),
             latents=latents,
             images=None if latents is not None else images,
             masks=self._masks(values, count),

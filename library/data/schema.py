@@ -5,12 +5,15 @@ Types are strict, as in sd-scripts: ``1`` is not a decimal number, ``true`` is n
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
-from library.options import data as data_options
-from library.options.option_types import LARGEST_NUMBER, option_of
+from library.options import option_types
+from library.options.declaration import DATASETS, FOLDERS, SUBSETS, Option
+from library.options.option_types import LARGEST_NUMBER
+from library.options.options import dataset_keys, declared_options
 from library.support.errors import UserError, closest
 
 # What a subset takes its pictures from; each kind knows some keys of its own.
@@ -25,8 +28,6 @@ FILE, GENERAL, DATASET, SUBSET = "the file", "[general]", "[[datasets]]", "[[dat
 # Of a size to train at: nobody can mean more, and a slip of the finger should not fill the memory.
 _LONGEST_SIDE = 16384
 _LONGEST_SHOWN = 200
-_OPTIONS = {field.name: option_of(field) for field in fields(data_options.DatasetOptions)}
-INTERPOLATIONS = (*data_options.INTERPOLATIONS, "box")
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,11 @@ def _is_number(value: Any) -> bool:
     return _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
 
 
-def _whole(least: int, most: int = LARGEST_NUMBER) -> Key:
+def _whole(least: int, most: int) -> Key:
     return Key(f"a whole number from {least} to {most}", lambda value: _is_whole(value) and least <= value <= most)
 
 
-def _whole_as(name: str) -> Key:
-    """A whole number within the limits of an option."""
-    limits = _OPTIONS[name]
-    return _whole(limits.at_least, limits.at_most)
-
-
-def _number(least: float, most: float = LARGEST_NUMBER) -> Key:
+def _number(least: float, most: float) -> Key:
     return Key(f"a number from {least} to {most}", lambda value: _is_number(value) and least <= value <= most)
 
 
@@ -72,8 +67,6 @@ def _is_size(value: Any) -> bool:
     return all(_is_whole(side) and 8 <= side <= _LONGEST_SIDE for side in sides)
 
 
-# Below 1 leaves the subset out, as in sd-scripts.
-_MOST_REPEATS = _OPTIONS["dataset_repeats"].at_most
 _FLAG = Key("true or false", lambda value: isinstance(value, bool))
 _TEXT = Key("a text in quotes", lambda value: isinstance(value, str))
 _FILLED_TEXT = Key("a text in quotes that is not empty", lambda value: isinstance(value, str) and value != "")
@@ -89,7 +82,6 @@ _RANGE = Key(
     "two numbers with a decimal point, [least, most], the first above 0.0 and not above the second",
     lambda value: _is_pair(value, _is_decimal) and 0 < value[0] <= value[1],
 )
-_INTERPOLATION = Key("one of " + ", ".join(INTERPOLATIONS), lambda value: value in INTERPOLATIONS)
 _TABLE = Key("a table", lambda value: isinstance(value, dict))
 
 
@@ -100,49 +92,55 @@ def _tables(header: str) -> Key:
     )
 
 
-FILE_KEYS = {"general": _TABLE, "datasets": _tables(DATASET)}
+def _one_of(words: Sequence[str]) -> Key:
+    return Key("one of " + ", ".join(words), lambda value: value in words)
 
-DATASET_KEYS = {
-    "batch_size": _whole_as("train_batch_size"),
-    "resolution": _SIZE,
-    "enable_bucket": _FLAG,
-    "bucket_no_upscale": _FLAG,
-    "bucket_reso_steps": _whole_as("bucket_reso_steps"),
-    "min_bucket_reso": _whole_as("min_bucket_reso"),
-    "max_bucket_reso": _whole_as("max_bucket_reso"),
-    "skip_image_resolution": _SIZE,
+
+def _key_of(option: Option) -> Key:
+    """What the key that falls back on an option may hold: what the option may, in the types of a file."""
+    if option.choices:
+        return _one_of(option.choices)
+    if option.read in _KEYS:
+        return _KEYS[option.read]
+    between = _whole if option.read is option_types.whole_number else _number
+    return between(option.at_least, LARGEST_NUMBER if option.at_most is None else option.at_most)
+
+
+_KEYS = {
+    option_types.boolean: _FLAG,
+    option_types.text: _TEXT,
+    option_types.resolution: _SIZE,
+    option_types.face_crop_range: _RANGE,
+}
+
+
+def _keys(*tables: str) -> dict[str, Key]:
+    return {key: _key_of(option) for key, (_, option) in dataset_keys(*tables).items()}
+
+
+def _repeats(option: Option) -> Key:
+    """Less than the option's least number leaves the subset out, as in sd-scripts."""
+    return Key(f"a whole number up to {option.at_most}", lambda value: _is_whole(value) and value <= option.at_most)
+
+
+_OPTIONS = dict(declared_options())
+FILE_KEYS = {"general": _TABLE, "datasets": _tables(DATASET)}
+_INTERPOLATION = _one_of((*_OPTIONS["resize_interpolation"].choices, "box"))
+
+DATASET_KEYS = _keys(DATASETS) | {
     "validation_seed": Key("a whole number", _is_whole),
     "validation_split": _SPLIT,
     "network_multiplier": _MULTIPLIER,
     "resize_interpolation": _INTERPOLATION,
-    "train_inpainting": _FLAG,
 }
 _DATASET_ONLY_KEYS = {"subsets": _tables(SUBSET)}
-SUBSET_KEYS = {
-    "num_repeats": Key(
-        f"a whole number up to {_MOST_REPEATS}", lambda value: _is_whole(value) and value <= _MOST_REPEATS
-    ),
-    "shuffle_caption": _FLAG,
+SUBSET_KEYS = _keys(SUBSETS) | {
+    "num_repeats": _repeats(_OPTIONS["dataset_repeats"]),
     "caption_separator": _FILLED_TEXT,
-    "keep_tokens": _whole(0),
-    "keep_tokens_separator": _TEXT,
-    "secondary_separator": _TEXT,
-    "enable_wildcard": _FLAG,
-    "caption_prefix": _TEXT,
-    "caption_suffix": _TEXT,
-    "caption_dropout_rate": _number(0, 1),
-    "caption_dropout_every_n_epochs": _whole(0),
-    "caption_tag_dropout_rate": _number(0, 1),
-    "token_warmup_min": _whole(0),
-    "token_warmup_step": _number(0),
-    "color_aug": _FLAG,
-    "flip_aug": _FLAG,
-    "face_crop_aug_range": _RANGE,
-    "random_crop": _FLAG,
     "resize_interpolation": _INTERPOLATION,
     "custom_attributes": _TABLE,
 }
-_FOLDER_KEYS = {"caption_extension": _FILLED_TEXT, "cache_info": _FLAG}
+_FOLDER_KEYS = _keys(FOLDERS) | {"caption_extension": _FILLED_TEXT}
 _CLASS_KEYS = {"class_tokens": _TEXT}
 # Keys that the kinds add to SUBSET_KEYS: such as a dataset hands down, and such as only a subset itself has.
 _HANDED_DOWN = {DREAMBOOTH: _FOLDER_KEYS | _CLASS_KEYS, FINETUNING: {}, MASK: _FOLDER_KEYS}
@@ -153,10 +151,8 @@ _OWN = {
 }
 _REQUIRED = {DREAMBOOTH: ("image_dir",), FINETUNING: ("metadata_file",), MASK: ("image_dir", "conditioning_data_dir")}
 
-# Only the command line knows these, and these it knows by another name.
-_ONLY_OPTIONS = ("prior_loss_weight", "max_token_length", "debug_dataset", "masked_loss", "cache_latents")
-_ONLY_OPTIONS += ("allow_outside_images",)  # a dataset file may come from anybody
-OPTION_NAMES = {"batch_size": "train_batch_size", "num_repeats": "dataset_repeats"}
+# Keys that the command line knows by another name.
+OPTION_NAMES = {key: name for key, (name, _) in dataset_keys(DATASETS, SUBSETS, FOLDERS).items() if key != name}
 
 
 def known_keys(level: str, kind: str) -> dict[str, Key]:
@@ -199,7 +195,18 @@ def check_table(table: dict[str, Any], level: str, kind: str, place: str) -> Non
 def check_value(key: Key, name: str, value: Any, place: str) -> None:
     """Refuse a value that the key does not take; raises UserError with place, name, value and what is permitted."""
     if not key.accepts(value):
-        raise UserError(f'{place}: "{name}" must be {key.description}, but it is {shown(value)}.')
+        raise UserError(
+            f'{place}: "{name}" must be {key.description}, but it is {shown(value)}.{_unquoted(key, value)}'
+        )
+
+
+def _unquoted(key: Key, value: Any) -> str:
+    """What to write where only the quotes are wrong: " Write it without quotes: [512, 768]."; else nothing."""
+    for text in (value.lower(), f"[{value}]") if isinstance(value, str) else ():
+        with suppress(ValueError, RecursionError):
+            if key.accepts(meant := json.loads(text)):
+                return f" Write it without quotes: {json.dumps(meant)}."
+    return ""
 
 
 def _unknown(name: str, value: Any, level: str, kind: str) -> str:
@@ -216,9 +223,16 @@ def _unknown(name: str, value: Any, level: str, kind: str) -> str:
     elsewhere = [where for where in (GENERAL, DATASET, SUBSET) if any(name in known_keys(where, k) for k in KIND_NAMES)]
     if elsewhere:
         return f"{it} cannot stand in {level}; it belongs in {' or '.join(elsewhere)}."
-    if name in _ONLY_OPTIONS:
+    guess = _meant_by_option(name)
+    if guess is None and name in _OPTIONS:
         return f"{it} is not for dataset files: give --{name} on the command line."
-    keys_by_option = {option: key for key, option in OPTION_NAMES.items()}
-    guess = keys_by_option.get(name) or closest(name, known_keys(level, kind))
+    guess = guess or closest(name, known_keys(level, kind))
     advice = f'Did you mean "{guess}"?' if guess else f"Known here are {', '.join(sorted(known_keys(level, kind)))}."
     return f"{it} is not a known key. {advice}"
+
+
+def _meant_by_option(name: str) -> str | None:
+    """The key for what the command line calls ``name``; None where the name is no option, or no key serves it."""
+    if name in _OPTIONS and _OPTIONS[name].spelling_of:
+        return _OPTIONS[name].spelling_of
+    return next((key for key, option in OPTION_NAMES.items() if option == name), None)

@@ -35,7 +35,7 @@ class Source:
 
 
 def find_source(options: DatasetOptions) -> Source:
-    """Read whichever of ``--dataset_config``, ``--in_json`` and ``--train_data_dir`` applies, in this order.
+    """Read whichever of ``--dataset_config``, ``--in_json`` and ``--train_data_dir`` is given, in this order.
 
     Raises UserError for a file or folder that is missing or cannot be used.
     """
@@ -46,9 +46,7 @@ def find_source(options: DatasetOptions) -> Source:
         return _from_file(Path(options.dataset_config))
     if options.in_json:
         return _from_metadata_flag(options)
-    if options.train_data_dir:
-        return _from_folders(options)
-    raise UserError("There are no pictures to train on: give --dataset_config FILE.toml or --train_data_dir FOLDER.")
+    return _from_folders(options)
 
 
 def _from_file(file: Path) -> Source:

@@ -18,7 +18,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from library.embedding.metadata import TrainingRecord, file_metadata
-from library.model.weight_files import Weights, open_weights
+from library.model.weight_files import open_weights
 from library.support.atomic_files import write_atomically
 from library.support.errors import UserError
 from library.support.file_hash import legacy_hash
@@ -90,7 +90,7 @@ class Origin:
 
 def origin_of(path: Path | str) -> Origin | None:
     """What an embedding file says of its base model, or None if nothing. Raises UserError like ``read_embedding``."""
-    metadata = _embedding_weights(Path(path)).metadata
+    metadata = open_weights(Path(path), mmap=False).metadata
     for keys in _ORIGIN_KEYS:
         name, digest = (metadata.get(key) or None for key in keys)
         if name or digest:
@@ -106,21 +106,11 @@ def read_embedding(path: Path | str) -> dict[str, Tensor]:
     embedding.
     """
     path = Path(path)
-    weights = _embedding_weights(path)
+    weights = open_weights(path, mmap=False)
     names = [name for name in weights.shapes if not name.startswith("string_to_token.")]  # the id of a token
     chosen = _choose(names, path)
     tensors = weights.read(chosen.values())
     return {key: _as_rows(tensors[name], key, path) for key, name in chosen.items()}
-
-
-def _embedding_weights(path: Path) -> Weights:
-    try:
-        if not path.is_file():
-            missing = f"The embedding file {path} does not exist."
-            raise UserError(missing if not path.exists() else f"{path} is not a file.")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}. Check its permissions.") from error
-    return open_weights(path, mmap=False)
 
 
 def rows_from_file(path: Path | str, keys: Sequence[str], widths: Sequence[int], count: int) -> list[Tensor | None]:

@@ -5,12 +5,10 @@ keys follow the SAI ModelSpec 1.0.1 as sd-scripts writes them; ``ti.*`` is this 
 """
 
 import base64
-import importlib.metadata
 import json
 import logging
 import mimetypes
 import time
-import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
@@ -20,10 +18,9 @@ from library.embedding.clients import client_words
 from library.options.options import MetadataOptions
 from library.support.errors import UserError
 from library.support.safetensors_header import LONGEST_HEADER
+from library.support.version import DISTRIBUTION, version
 
 logger = logging.getLogger(__name__)
-
-DISTRIBUTION = "textual-inversion-trainer"
 
 # The size a base was made for: what the file says when the run names no resolution of its own.
 _NATIVE_RESOLUTIONS = {"stable-diffusion-v2-768-v": (768, 768), "stable-diffusion-xl-v1-base": (1024, 1024)}
@@ -99,7 +96,7 @@ def modelspec_metadata(options: MetadataOptions, trained_for: TrainedFor, output
         "sai_model_spec": "1.0.1",
         "architecture": f"{trained_for.architecture}/textual-inversion",
         "implementation": "https://github.com/Stability-AI/generative-models",
-        "implementation_version": f"{DISTRIBUTION}/{_version()}",
+        "implementation_version": f"{DISTRIBUTION}/{version()}",
         "resolution": f"{width}x{height}",
         "prediction_type": "v" if trained_for.prediction_type.startswith("v") else "epsilon",
     }
@@ -149,19 +146,6 @@ def file_metadata(run_metadata: Mapping[str, str], record: TrainingRecord, stem:
     own = {"modelspec.trigger_phrase": stem, "modelspec.usage_hint": hint}
     date = {"modelspec.date": datetime.now().isoformat(timespec="seconds")}
     return {**own, **run_metadata, **date, **record.as_metadata()}
-
-
-def _version() -> str:
-    """This trainer's version: from the checkout's ``pyproject.toml``, else from the installed distribution."""
-    project_file = Path(__file__).parents[2] / "pyproject.toml"
-    if project_file.is_file():
-        project = tomllib.loads(project_file.read_text(encoding="utf-8")).get("project", {})
-        if project.get("name") == DISTRIBUTION:
-            return project["version"]
-    try:
-        return importlib.metadata.version(DISTRIBUTION)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
 
 
 def _thumbnail(value: str | None) -> str | None:

@@ -29,10 +29,10 @@ class PromptEncoder:
         self.text_encoders = list(text_encoders)
         self.rows = rows
         self.clip_skip = clip_skip
-        self.first_new_ids = [prompts.first_new_id(i) for i in range(len(self.text_encoders))]
+        self.prompts = prompts
         self.embeddings = []
-        for encoder, first_new_id in zip(self.text_encoders, self.first_new_ids, strict=True):
-            merged = MergedEmbedding(encoder.get_input_embeddings(), first_new_id)
+        for index, encoder in enumerate(self.text_encoders):
+            merged = MergedEmbedding(encoder.get_input_embeddings(), prompts.first_new_id(index))
             encoder.set_input_embeddings(merged)
             self.embeddings.append(merged)
         self._cache: dict[bytes, Conditioning] = {}
@@ -66,10 +66,6 @@ class PromptEncoder:
         ids = [sent(tensor, device) for tensor, device in zip(input_ids, devices, strict=True)]
         return self.family.encode_prompts(self.text_encoders, ids, self.clip_skip)
 
-    def holds_word(self, input_ids: Sequence[torch.Tensor]) -> bool:
-        """Whether any of these prompts holds an id of the new word."""
-        return any((ids >= first).any().item() for ids, first in zip(input_ids, self.first_new_ids, strict=True))
-
     @torch.no_grad()
     def cache(self, prompts: Iterable[Sequence[torch.Tensor]]) -> tuple[int, int]:
         """Encode once, and keep in memory, every prompt that cannot change during the training.
@@ -80,7 +76,7 @@ class PromptEncoder:
         live = set()
         for input_ids in prompts:
             key = _key(input_ids, 0)
-            if self.holds_word(input_ids):
+            if self.prompts.holding_word(input_ids).any():
                 live.add(key)
             elif key not in self._cache:
                 self._cache[key] = _on_cpu(self._run(input_ids))  # of very many captions: gigabytes

@@ -67,7 +67,12 @@ class PromptTokenizer:
 
     def hold_word(self, input_ids: Sequence[torch.Tensor]) -> bool:
         """Whether a vector of the word is among the ids that :meth:`encode` gave, for any tokenizer."""
-        return any(bool((ids >= self.first_new_id(i)).any()) for i, ids in enumerate(input_ids))
+        return bool(self.holding_word([ids[None] for ids in input_ids]))
+
+    def holding_word(self, input_ids: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Which prompts hold a vector of the word, bool [B], from ids [B, …] for each of the tokenizers."""
+        held = [(ids >= self.first_new_id(i)).flatten(1).any(1) for i, ids in enumerate(input_ids)]
+        return torch.stack(held).any(0)
 
     def encode_weighted(self, text: str, *, weighted: bool = True) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Ids of one prompt with attention syntax, and their weights; int64 and float32 [chunks, 77] per tokenizer.

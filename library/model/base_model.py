@@ -27,7 +27,7 @@ from library.model.identity import (
     positive_number,
     read_config,
 )
-from library.model.model_paths import hub_id, local_path
+from library.model.model_paths import check_paths, hub_id, local_path
 from library.model.objective import objective_of
 from library.model.single_file import SingleFile, modern_vae_names, vae_component
 from library.model.weight_files import open_weights
@@ -70,8 +70,6 @@ class BaseModel:
         cast to 16 bits. Raises UserError, in a sentence that says what to do, for whatever ``family`` cannot train.
         """
         name = options.pretrained_model_name_or_path
-        if not name:
-            raise UserError("--pretrained_model_name_or_path is missing: give the base model that learns the word.")
         path = local_path(name)
         short_name = name if path is None else _own_name(Path(name), path)
         if path is None:
@@ -118,10 +116,8 @@ class BaseModel:
 
     def check_parts(self) -> None:
         """Raise UserError if a part that a training needs is missing or cut off, before any of them is loaded."""
-        vae = self.options.vae
-        if vae and local_path(vae) is None:
-            hub_id(vae, "--vae")
-        self.source.check(with_vae=not vae)
+        check_paths(self.options)
+        self.source.check(with_vae=not self.options.vae)
 
     @cached_property
     def vae_scale_factor(self) -> float:

@@ -30,7 +30,7 @@ def set_tf32(options: RuntimeOptions, device: torch.device) -> None:
     """Multiply float32 matrices in TF32 if ``--allow_tf32`` is given, as far as the card can; else exactly."""
     possible = _is_nvidia(device, _WITH_TF32)
     if options.allow_tf32 and not possible:
-        logger.info("--allow_tf32 has nothing to do: only NVIDIA GPUs from the RTX 30 series on have TF32.")
+        logger.info("--allow_tf32 has no effect: only NVIDIA GPUs from the RTX 30 series on have TF32.")
     elif options.allow_tf32:
         logger.info("float32 matrices are multiplied in TF32, with 10 bits of their 23 (--allow_tf32).")
     torch.backends.cuda.matmul.allow_tf32 = options.allow_tf32 and possible

@@ -3,7 +3,7 @@
 import logging
 from dataclasses import dataclass, replace
 
-from library.model.architectures import SD2
+from library.model.architectures import SD1, SD2
 from library.model.diffusers_folder import ModelFolder
 from library.model.identity import read_config
 from library.model.single_file import SingleFile
@@ -20,10 +20,14 @@ _WIDE = 0.09
 
 @dataclass(frozen=True)
 class Objective:
-    """``prediction_type`` is "epsilon", "v_prediction" or, where the model says nothing, None."""
+    """``prediction_type`` is "epsilon", "v_prediction" or, where the model says nothing, None.
+
+    ``noise_is_usual`` tells that nearly all models of its kind predict noise, whatever it says itself.
+    """
 
     prediction_type: str | None
     zero_terminal_snr: bool = False
+    noise_is_usual: bool = False
 
 
 def objective_of(source: SingleFile | ModelFolder) -> Objective:
@@ -43,7 +47,7 @@ def objective_of(source: SingleFile | ModelFolder) -> Objective:
         spread = weights.read([_TELLING])[_TELLING].float().std(correction=0).item()
         if spread > 0:
             said = "v_prediction" if spread > _WIDE else "epsilon"
-    return Objective(said, zero_terminal_snr)
+    return Objective(said, zero_terminal_snr, noise_is_usual=source.architecture is SD1)
 
 
 def followed(options: Options, said: Objective, name: str) -> Options:
@@ -82,6 +86,12 @@ def followed(options: Options, said: Objective, name: str) -> Options:
 def _warn_of_contradiction(options: Options, said: Objective, name: str) -> None:
     given_v, given_zero = options.model.v_parameterization, options.noise.zero_terminal_snr
     if said.prediction_type is None:
+        if given_v and said.noise_is_usual:
+            logger.warning(
+                "--v_parameterization: nearly all models of Stable Diffusion 1.x predict noise, and %s does not say "
+                "that it is another kind. Leave --v_parameterization out unless the model's page asks for it.",
+                name,
+            )
         return
     says_v = said.prediction_type == "v_prediction"
     differs = given_v is not None and given_v != says_v

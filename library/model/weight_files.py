@@ -53,7 +53,7 @@ def open_weights(path: Path, *, mmap: bool = True) -> Weights:
     """
     try:
         if not path.is_file():
-            raise UserError(f"{path} does not exist.")
+            raise UserError(f"{path} is not a file." if path.exists() else f"{path} does not exist. Check the path.")
         with path.open("rb") as file:
             head = file.read(64)
     except OSError as error:

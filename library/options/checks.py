@@ -1,17 +1,16 @@
 """What options must satisfy together: required ones, ranges and contradictions."""
 
 import logging
-import os
 import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from library.options.option_types import Option, shown
-from library.options.options import Options, as_dict, declared_options
-from library.options.output import REPO_TYPES, VISIBILITIES
-from library.support.errors import UserError, did_you_mean
+from library.options.declaration import Option
+from library.options.option_types import shown
+from library.options.options import OptimizerOptions, Options, as_dict, declared_options
+from library.support.errors import UserError
 from library.support.text_files import is_unicode
 
 logger = logging.getLogger(__name__)
@@ -21,8 +20,6 @@ CACHED_INPAINTING = (
     "train_inpainting hides another part of each image every time, so its latents cannot be made once and for all. "
     "Leave out --cache_latents and --cache_latents_to_disk."
 )
-# File systems take names of 255 bytes; "-step00001600-state" and the marks of an unfinished file come on top.
-LONGEST_NAME = 200
 
 
 def settle(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -35,19 +32,35 @@ def settle(values: Mapping[str, Any]) -> dict[str, Any]:
         if option.zero_is_off and settled[name] is not None and settled[name] <= 0:
             logger.warning("--%s %s means never; it is taken as not given.", name, settled[name])
             settled[name] = None
+        if option.spelling_of and settled[name] is not None:
+            settled[option.spelling_of] = settled[name]
     if settled["max_token_length"] == 75:
         settled["max_token_length"] = None
-    if settled["caption_extention"] is not None:
-        settled["caption_extension"] = settled["caption_extention"]
     if settled["cache_latents_to_disk"] and not settled["cache_latents"]:
         logger.warning("--cache_latents_to_disk switches --cache_latents on.")
         settled["cache_latents"] = True
     if settled["persistent_data_loader_workers"] and settled["max_data_loader_n_workers"] == 0:
-        logger.warning("--persistent_data_loader_workers has nothing to do with --max_data_loader_n_workers 0.")
+        logger.warning("--persistent_data_loader_workers has no effect with --max_data_loader_n_workers 0.")
         settled["persistent_data_loader_workers"] = False
-    if settled["output_name"] is None and settled["token_string"] is not None:
-        settled["output_name"] = safe_file_name(settled["token_string"])
+    settled["output_name"] = _output_name(settled)
     return settled
+
+
+def _output_name(values: Mapping[str, Any]) -> str | None:
+    """The name of the embedding files without their ending, which --save_model_as decides; unset, the token's."""
+    name, token = values["output_name"], values["token_string"]
+    if name is None:
+        return None if token is None else safe_file_name(token)
+    stem, _, ending = name.rpartition(".")
+    if not stem or ending.lower() not in dict(declared_options())["save_model_as"].choices:
+        return name
+    logger.warning(
+        '--output_name "%s" is taken as "%s": --save_model_as adds the ending, .%s.',
+        name,
+        stem,
+        values["save_model_as"],
+    )
+    return stem
 
 
 def safe_file_name(text: str) -> str:
@@ -74,9 +87,8 @@ def check_limits(options: Options) -> None:
         if option.limits and value is not None and not option.allows(value):
             raise UserError(f"--{name} is {value}; it must be {option.limits}.")
         _check_unicode(name, option, value)
-    for name in ("lr_warmup_steps", "lr_decay_steps"):
-        if isinstance(values[name], float) and values[name] > 1:
-            raise UserError(f"--{name} is {values[name]:.0%} of all steps; a share must be at most 100%.")
+        if option.check and value is not None and (wrong := option.check(value)):
+            raise UserError(f"--{name} {wrong}")
 
 
 def _check_unicode(name: str, option: Option, value: Any) -> None:
@@ -108,7 +120,7 @@ def check_combinations(options: Options) -> None:
         raise UserError(f"--{CACHED_INPAINTING}")
     _check_timesteps(noise.min_timestep, noise.max_timestep)
     _check_precision(options)
-    _check_optimizer(options)
+    chosen_optimizer(options.optimizer)
 
 
 def _check_timesteps(lowest: int | None, end: int | None) -> None:
@@ -133,13 +145,22 @@ def _check_precision(options: Options) -> None:
         )
 
 
-def _check_optimizer(options: Options) -> None:
-    optimizer = options.optimizer
-    names = {"--use_8bit_adam": optimizer.use_8bit_adam, "--use_lion_optimizer": optimizer.use_lion_optimizer}
-    names[f"--optimizer_type {optimizer.optimizer_type}"] = bool(optimizer.optimizer_type)
-    chosen = [name for name, given in names.items() if given]
-    if len(chosen) > 1:
-        raise UserError(f"{' and '.join(chosen)} name two optimizers. Keep one of them.")
+def chosen_optimizer(options: OptimizerOptions) -> str:
+    """The optimizer's name with the two old flags taken into account. Raises UserError where there are several."""
+    names = {}
+    if options.use_8bit_adam:
+        names["--use_8bit_adam"] = "AdamW8bit"
+    if options.use_lion_optimizer:
+        names["--use_lion_optimizer"] = "Lion"
+    if options.optimizer_type:
+        names[f"--optimizer_type={options.optimizer_type}"] = options.optimizer_type
+    if len(names) > 1:
+        flag, meant = next(iter(names.items()))
+        raise UserError(
+            f"{' and '.join(names)} name {'two' if len(names) == 2 else 'three'} optimizers. Keep one of them; {flag} "
+            f"means --optimizer_type={meant}."
+        )
+    return next(iter(names.values()), "AdamW")
 
 
 def _check_family(options: Options, family: str) -> None:
@@ -169,19 +190,13 @@ def _check_hub(options: Options) -> None:
         )
     if hub.save_state_to_huggingface and hub.huggingface_repo_id is None:
         raise UserError("--save_state_to_huggingface needs --huggingface_repo_id, the repository to upload to.")
-    if hub.huggingface_repo_id is not None and not re.fullmatch(r"[^/\s]+/[^/\s]+", hub.huggingface_repo_id):
-        raise UserError(f'--huggingface_repo_id is "{hub.huggingface_repo_id}"; it must be user/name.')
-    for name, known in (("huggingface_repo_type", REPO_TYPES), ("huggingface_repo_visibility", VISIBILITIES)):
-        value = getattr(hub, name)
-        if value is not None and value not in known:
-            raise UserError(f'--{name} is "{value}"; it must be one of {", ".join(known)}.{did_you_mean(value, known)}')
 
 
 def _check_required(options: Options) -> None:
-    if options.model.pretrained_model_name_or_path is None:
-        raise UserError("--pretrained_model_name_or_path is missing: the base model that learns the word.")
-    if options.token.token_string is None or not options.token.token_string.strip():
-        raise UserError("--token_string is missing: the new word, for example --token_string mychar.")
+    values = as_dict(options)
+    for name, option in declared_options():
+        if option.required and not (values[name] or "").strip():
+            raise UserError(f"--{name} is missing: {option.required}")
     data = options.dataset
     if not (data.dataset_config or data.train_data_dir or data.in_json or data.dataset_class):
         raise UserError("No pictures are given: use --dataset_config (a TOML file) or --train_data_dir (a folder).")
@@ -190,14 +205,6 @@ def _check_required(options: Options) -> None:
 
 
 def _check_output(options: Options) -> None:
-    name = options.save.output_name
-    if name and re.search(r"[/\\\x00-\x1f]", name):
-        raise UserError(f'--output_name "{name}" is no file name. The folder belongs in --output_dir.')
-    if name and len(os.fsencode(name)) > LONGEST_NAME:
-        raise UserError(
-            f'--output_name "{name[:20]}…" is too long for a file name: {len(os.fsencode(name))} bytes. At most '
-            f"{LONGEST_NAME} leave room for the step and the ending."
-        )
     if options.save.output_dir is not None:
         check_folder("--output_dir", options.save.output_dir)
     if options.logging.trackers and options.logging.logging_dir is not None:

@@ -5,11 +5,12 @@ import logging
 import os
 from argparse import ArgumentTypeError
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from library.options.option_types import Option, boolean, checked, written
+from library.options.declaration import Option, checked
+from library.options.option_types import boolean, written
+from library.support.atomic_files import replacement
 from library.support.errors import UserError, closest
 from library.support.text_files import parse_toml, read_text
 
@@ -29,6 +30,16 @@ FILE_OPTIONS = {
 }
 # The Textual Inversion tab of the kohya_ss GUI misspells this key in the files it writes.
 MISSPELT = {"weigts": "weights"}
+
+
+# Options of sd-scripts' LoRA training that do not begin with "network_".
+_LORA = ("unet_lr", "text_encoder_lr", "dim_from_weights", "scale_weight_norms", "base_weights")
+_LORA += ("base_weights_multiplier",)
+
+
+def is_of_lora(name: str) -> bool:
+    """Whether an unknown option is one of sd-scripts' LoRA training."""
+    return name.startswith("network_") or name in _LORA
 
 
 def config_path(given: str) -> Path:
@@ -80,8 +91,14 @@ def _converted(path: Path, name: str, option: Option, value: Any) -> Any:
 
 
 def _with_guesses(unknown: list[str], known: Mapping[str, Option]) -> str:
-    guesses = ((key, closest(key, known)) for key in unknown)
-    return ", ".join(f'{key} (did you mean "{guess}"?)' if guess else key for key, guess in guesses)
+    return ", ".join(f"{key}{_guess(key, known)}" for key in unknown)
+
+
+def _guess(key: str, known: Mapping[str, Option]) -> str:
+    if is_of_lora(key):
+        return " (of LoRA training; this trains an embedding)"
+    guess = closest(key, known)
+    return f' (did you mean "{guess}"?)' if guess else ""
 
 
 def write_config_file(path: Path, values: Mapping[str, Any]) -> None:
@@ -91,16 +108,13 @@ def write_config_file(path: Path, values: Mapping[str, Any]) -> None:
     # JSON's texts, numbers, booleans and lists are TOML's too; only DEL must not stand for itself.
     lines = (f"{name} = {json.dumps(written(value), ensure_ascii=False)}\n" for name, value in values.items())
     content = "".join(lines).replace("\x7f", "\\u007f")
-    unfinished = path.with_name(f"{path.name}.tmp")
     try:
-        unfinished.write_bytes(content.encode("utf-8"))
-        unfinished.replace(path)
+        with replacement(path) as file:
+            file.write(content.encode("utf-8"))
     except UnicodeEncodeError as error:
         odd = error.object[max(error.start - 20, 0) : error.end]
         raise UserError(
             f"{path} of --config_file cannot be written: TOML is UTF-8, and {odd!r} is not. Rename that file or folder."
         ) from error
     except OSError as error:
-        with suppress(OSError):
-            unfinished.unlink()
         raise UserError(f"{path} of --config_file cannot be written: {error.strerror}. Check its folder.") from error

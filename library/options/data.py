@@ -6,7 +6,8 @@ With ``--dataset_config`` most of them only fill gaps: a key of the file wins ov
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.options.option_types import face_crop_range, flag, number, option, path, whole_number
+from library.options.declaration import DATASETS, FOLDERS, SUBSETS, OnResume, flag, option
+from library.options.option_types import face_crop_range, number, path, whole_number
 from library.options.option_types import resolution as size
 
 INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area")
@@ -22,23 +23,27 @@ class DatasetOptions:
         "--train_data_dir, --reg_data_dir and --in_json.",
         read=path,
         metavar="FILE",
+        on_resume=OnResume.FREE,
     )
     train_data_dir: str | None = option(
         None,
         "Folder with sub-folders named <repeats>_<words>, for example 10_mychar; the pictures lie in the sub-folders. "
         "With --in_json: the folder of the pictures themselves.",
         metavar="DIR",
+        on_resume=OnResume.FREE,
     )
     reg_data_dir: str | None = option(
         None,
         "Folder of regularisation pictures, laid out like --train_data_dir. Rarely useful here: a picture whose "
         "caption lacks the new word cannot teach it anything.",
         metavar="DIR",
+        on_resume=OnResume.FREE,
     )
     in_json: str | None = option(
         None,
         "JSON or JSONL file with the captions and tags of the pictures in --train_data_dir, in place of caption files.",
         metavar="FILE",
+        on_resume=OnResume.FREE,
     )
     allow_outside_images: bool = flag(
         "Use images that a metadata file (--in_json, metadata_file) lists outside its image folder. Caches are written "
@@ -55,6 +60,7 @@ class DatasetOptions:
         "Training size in pixels: one number for a square, or width,height. Typical: 512 (SD 1), 512 or 768 (SD 2), "
         "1024 (SDXL). Needed here or in the dataset file.",
         read=size,
+        table=DATASETS,
     )
     train_batch_size: int = option(
         1,
@@ -62,6 +68,8 @@ class DatasetOptions:
         read=whole_number,
         at_least=1,
         at_most=4096,
+        table=DATASETS,
+        key="batch_size",
     )
     dataset_repeats: int = option(
         1,
@@ -69,25 +77,31 @@ class DatasetOptions:
         read=whole_number,
         at_least=1,
         at_most=1_000_000,
+        table=SUBSETS,
+        key="num_repeats",
     )
     enable_bucket: bool = flag(
         "Keep the pictures' shapes: each is trained in the bucket (a size of about the same area) that fits it best, "
-        "instead of being cropped to one size. Recommended unless all pictures have one shape."
+        "instead of being cropped to one size. Recommended unless all pictures have one shape.",
+        table=DATASETS,
     )
     min_bucket_reso: int = option(
         256,
-        "Shortest side of a bucket in pixels. Useless without buckets.",
+        "Shortest side of a bucket in pixels.",
         read=whole_number,
         at_least=1,
         at_most=65536,
+        needs=("enable_bucket",),
+        table=DATASETS,
     )
     max_bucket_reso: int = option(
         1024,
-        "Longest side of a bucket in pixels; must not be less than the resolution (SDXL: 2048 is usual). Useless "
-        "without buckets.",
+        "Longest side of a bucket in pixels; must not be less than the resolution (SDXL: 2048 is usual).",
         read=whole_number,
         at_least=1,
         at_most=65536,
+        needs=("enable_bucket",),
+        table=DATASETS,
     )
     bucket_reso_steps: int = option(
         64,
@@ -95,62 +109,83 @@ class DatasetOptions:
         read=whole_number,
         at_least=1,
         at_most=65536,
+        needs=("enable_bucket",),
+        table=DATASETS,
     )
-    bucket_no_upscale: bool = flag("Never enlarge a small picture: it gets a bucket of its own size.")
+    bucket_no_upscale: bool = flag("Never enlarge a small picture: it gets a bucket of its own size.", table=DATASETS)
     skip_image_resolution: tuple[int, int] | None = option(
         None,
         "Leave out images whose area is no larger than that of this size: one number for a square, or width,height.",
         read=size,
+        table=DATASETS,
     )
     resize_interpolation: str | None = option(
         None,
         "How pictures are resized. Unset: area for shrinking, lanczos for enlarging, which suits nearly everything.",
         choices=INTERPOLATIONS,
+        table=SUBSETS,
     )
     cache_info: bool = flag(
         "Remember captions and sizes in metadata_cache.json beside the pictures, for a faster start with many "
-        "thousands of them. Files that have changed since are read again."
+        "thousands of them. Files that have changed since are read again.",
+        table=FOLDERS,
     )
     shuffle_caption: bool = flag(
-        "Shuffle the comma-separated parts of a caption every time it is used. For tag lists; harms sentences."
+        "Shuffle the comma-separated parts of a caption every time it is used. For tag lists; harms sentences.",
+        table=SUBSETS,
     )
-    caption_separator: str = option(",", "What separates the parts of a caption.")
+    caption_separator: str = option(",", "What separates the parts of a caption.", table=SUBSETS)
     caption_extension: str | None = option(
         None,
         "Ending of the caption files beside the pictures, for example .txt. Unset: .caption is looked for first, "
         "then .txt; beside class tokens (also those of a folder such as 10_girl) .caption only.",
         metavar="EXT",
+        table=FOLDERS,
     )
-    caption_extention: str | None = option(None, "Old spelling of --caption_extension; wins over it.", metavar="EXT")
+    caption_extention: str | None = option(
+        None, "Old spelling of --caption_extension; wins over it.", metavar="EXT", spelling_of="caption_extension"
+    )
     keep_tokens: int = option(
         0,
         "Parts at the caption's start that shuffling, warm-up and tag dropout leave alone. 1 keeps a leading new word "
-        "first. Useless when none of the three is on.",
+        "first. Ignored when none of the three is on.",
         read=whole_number,
         at_least=0,
+        table=SUBSETS,
     )
     keep_tokens_separator: str = option(
         "",
         'Text, for example "|||", that divides a caption into a fixed start and the rest (and, a second time, a fixed '
         "end); used instead of --keep_tokens where a caption holds it.",
+        table=SUBSETS,
     )
     secondary_separator: str | None = option(
-        None, 'Text, for example ";;;", that joins parts while they are shuffled and becomes the separator afterwards.'
+        None,
+        'Text, for example ";;;", that joins parts while they are shuffled and becomes the separator afterwards.',
+        table=SUBSETS,
     )
     enable_wildcard: bool = flag(
-        "Captions may hold choices, {red|blue} hair, and several lines: one choice and one line are drawn at each use."
+        "Captions may hold choices, {red|blue} hair, and several lines: one choice and one line are drawn at each use.",
+        table=SUBSETS,
     )
-    caption_prefix: str | None = option(None, "Text put before every caption, for example the new word itself.")
-    caption_suffix: str | None = option(None, "Text put after every caption.")
+    caption_prefix: str | None = option(
+        None, "Text put before every caption, for example the new word itself.", table=SUBSETS
+    )
+    caption_suffix: str | None = option(None, "Text put after every caption.", table=SUBSETS)
     caption_dropout_rate: float = option(
         0.0,
         "Share of uses, 0 to 1, in which a caption is dropped and only the new word stays. Typical: 0 to 0.1.",
         read=number,
         at_least=0,
         at_most=1,
+        table=SUBSETS,
     )
     caption_dropout_every_n_epochs: int = option(
-        0, "Drop all captions down to the new word in every n-th epoch; 0 never.", read=whole_number, at_least=0
+        0,
+        "Drop all captions down to the new word in every n-th epoch; 0 never.",
+        read=whole_number,
+        at_least=0,
+        table=SUBSETS,
     )
     caption_tag_dropout_rate: float = option(
         0.0,
@@ -158,12 +193,14 @@ class DatasetOptions:
         read=number,
         at_least=0,
         at_most=1,
+        table=SUBSETS,
     )
     token_warmup_min: int = option(
         1,
-        "Parts of a caption used at the first step of the caption warm-up. Useless without --token_warmup_step.",
+        "Parts of a caption used at the first step of the caption warm-up. Ignored without --token_warmup_step.",
         read=whole_number,
         at_least=0,
+        table=SUBSETS,
     )
     token_warmup_step: float = option(
         0.0,
@@ -171,21 +208,28 @@ class DatasetOptions:
         "0 switches it off.",
         read=number,
         at_least=0,
+        table=SUBSETS,
     )
     color_aug: bool = flag(
-        "Vary colours slightly at each use. Not together with cached latents; harms concepts that live by their colour."
+        "Vary colours slightly at each use. Not together with cached latents; harms concepts that live by their "
+        "colour.",
+        table=SUBSETS,
     )
     flip_aug: bool = flag(
         "Mirror each picture half of the time. Good for few pictures, wrong for what is not symmetric: text, logos, "
-        "a scar on one side."
+        "a scar on one side.",
+        table=SUBSETS,
     )
     face_crop_aug_range: tuple[float, float] | None = option(
         None,
         "Zoom on faces by a random factor, a,b with a ≤ b, for example 2.0,4.0. Only with buckets off, latents not "
         "cached, and file names ending in _cx_cy_w_h (centre and size of the face).",
         read=face_crop_range,
+        table=SUBSETS,
     )
-    random_crop: bool = flag("Crop at a random place instead of the centre. Not together with cached latents.")
+    random_crop: bool = flag(
+        "Crop at a random place instead of the centre. Not together with cached latents.", table=SUBSETS
+    )
     alpha_mask: bool = flag(
         "Use the pictures' transparency as a mask: transparent parts do not count. Without it transparency becomes "
         "white."
@@ -205,7 +249,8 @@ class DatasetOptions:
     )
     train_inpainting: bool = flag(
         "Train for an inpainting model (its U-Net takes 9 channels): random masks hide parts of the images, and the "
-        "model sees the rest. Not together with --cache_latents."
+        "model sees the rest. Not together with --cache_latents.",
+        table=DATASETS,
     )
     debug_dataset: bool = flag(
         "Show what the training would see (captions, token ids, buckets, crops) and stop. No diffusion model is loaded."
@@ -217,9 +262,11 @@ class DatasetOptions:
         read=whole_number,
         at_least=0,
         at_most=1024,
+        on_resume=OnResume.FREE,
     )
     persistent_data_loader_workers: bool = flag(
-        "Keep those processes alive between epochs. This happens anyway, except with --dataset_class."
+        "Keep those processes alive between epochs. This happens anyway, except with --dataset_class.",
+        on_resume=OnResume.FREE,
     )
 
 
@@ -233,19 +280,24 @@ class CacheOptions:
     )
     cache_latents_to_disk: bool = flag(
         "Also keep the encoded pictures as .npz files beside the pictures, so that the next run starts at once. "
-        "Switches --cache_latents on."
+        "Switches --cache_latents on.",
+        on_resume=OnResume.FREE,
     )
     vae_batch_size: int = option(
         1,
         "Pictures encoded at once while caching. More is faster, needs more memory and rounds the latents "
-        "a little differently. Useless without a cache.",
+        "a little differently.",
         read=whole_number,
         at_least=1,
         at_most=4096,
+        needs=("cache_latents",),
+        on_resume=OnResume.FREE,
     )
     skip_cache_check: bool = flag(
         "Trust what cached files hold (picture and VAE may have changed since), for a faster start with very many "
-        "pictures. Shapes are checked all the same. Useless without --cache_latents_to_disk."
+        "pictures. Shapes are checked all the same.",
+        needs=("cache_latents_to_disk",),
+        on_resume=OnResume.FREE,
     )
     cache_text_encoder_outputs: bool = flag(
         "Keep the text encoders' output for captions that do not hold the new word (regularisation pictures, "

@@ -1,16 +1,14 @@
-"""What an option is made of: how a value is read, what is allowed, and the text a user sees.
+"""What values an option can have: how they are read, shown and written.
 
 The readers serve the command line (strings) and TOML files (strings, numbers, booleans, lists) alike. They raise
 ``argparse.ArgumentTypeError`` with a sentence; whoever calls them adds the option's name.
 """
 
-import argparse
 import itertools
 import math
 import re
 from argparse import ArgumentTypeError
-from collections.abc import Callable
-from dataclasses import Field, dataclass, field
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +36,31 @@ def printable(text: str) -> str:
 
 
 def whole_number(value: Any) -> int:
-    """Read an integer from an int, a text such as "3", or a float without a fraction."""
+    """Read an integer from an int, a float without a fraction, or a text such as "3" or "1e3"."""
     try:
-        result = value if isinstance(value, int | float) else int(value if isinstance(value, str) else "")
+        result = _as_number(value)
     except ValueError:
-        raise ArgumentTypeError(f"{shown(value)} is not a whole number.") from None
+        raise ArgumentTypeError(f"{shown(value)} is not a whole number.{_without_comma(value, '')}") from None
     if isinstance(value, bool) or result != result // 1:
         raise ArgumentTypeError(f"{shown(value)} is not a whole number.")
     return int(_bounded(result, value))
+
+
+def _as_number(value: Any) -> int | float:
+    """An integer as it is, since floats are exact to 2**53 only. Raises ValueError."""
+    if isinstance(value, int | float):
+        return value
+    with suppress(ValueError):
+        return int(value if isinstance(value, str) else "")
+    return float(value if isinstance(value, str) else "")
+
+
+def _without_comma(value: Any, point: str) -> str:
+    """What to write for a number with a comma, which stands for ``point``; empty where there is none."""
+    if not isinstance(value, str) or not re.fullmatch(r"\s*[+-]?\d+,\d+(e[+-]?\d+)?\s*", value, re.IGNORECASE):
+        return ""
+    meant = value.strip().replace(",", point)
+    return f" Use a point: {meant}." if point else f" Write it without a comma: {meant}."
 
 
 def _bounded(result: float, value: Any) -> float:
@@ -59,7 +74,7 @@ def number(value: Any) -> float:
     try:
         result = float("" if isinstance(value, bool) else value)
     except (TypeError, ValueError, OverflowError):
-        raise ArgumentTypeError(f"{shown(value)} is not a number.") from None
+        raise ArgumentTypeError(f"{shown(value)} is not a number.{_without_comma(value, '.')}") from None
     if not math.isfinite(result):
         raise ArgumentTypeError(f"{shown(value)} is not a finite number.")
     return _bounded(result, value)
@@ -118,8 +133,9 @@ def int_or_float(value: Any) -> int | float:
     try:
         return int(value if isinstance(value, str) else str(value))
     except ValueError:
+        meant = f" Write {int(result)}." if result == result // 1 else ""
         raise ArgumentTypeError(
-            f"{shown(value)} is neither a whole number of steps nor a share below 1 such as 0.1 or 10%."
+            f"{shown(value)} is neither a whole number of steps nor a share below 1 such as 0.1 or 10%.{meant}"
         ) from None
 
 
@@ -162,7 +178,7 @@ def learning_rate(value: Any) -> LearningRate | None:
     """
     if value == "":
         return None
-    if not isinstance(value, str) or not re.search("[:,]", value):
+    if not isinstance(value, str) or not re.search("[:,]", value) or _without_comma(value, "."):
         return _positive_rate(value)
     pieces = [piece.strip() for piece in value.split(",")]
     stages = []
@@ -198,103 +214,3 @@ def written(value: Any) -> Any:
     if isinstance(value[0], tuple):
         return ",".join(f"{rate}" if until is None else f"{rate}:{until}" for rate, until in value)
     return ",".join(str(item) for item in value)
-
-
-# How a reader's values are called on the reference page, and what stands for them in the help.
-KINDS: dict[Callable, tuple[str, str | None]] = {
-    boolean: ("flag", None),
-    whole_number: ("whole number", "N"),
-    number: ("number", "X"),
-    int_or_float: ("steps or share", "N"),
-    text: ("text", "TEXT"),
-    text_or_boolean: ("text", "TEXT"),
-    texts: ("list of texts", "KEY=VALUE"),
-    path: ("path", "FILE"),
-    resolution: ("size", "W[,H]"),
-    face_crop_range: ("two numbers", "A,B"),
-    learning_rate: ("number or stages", "RATE"),
-}
-
-
-@dataclass(frozen=True)
-class Option:
-    """One option: its reader, default, limits and the help a user sees.
-
-    ``above`` is an exclusive, ``at_least`` and ``at_most`` are inclusive limits. ``zero_is_off`` marks counts for which
-    0 or less means "not given". ``many`` takes any number of values after one flag. ``secret`` marks what is never
-    written or logged, and names the environment variable that serves instead.
-    """
-
-    help: str
-    default: Any = None
-    read: Callable[[Any], Any] = text
-    choices: tuple | None = None
-    metavar: str | None = None
-    at_least: float | None = None
-    at_most: float | None = None
-    above: float | None = None
-    zero_is_off: bool = False
-    secret: str = ""
-
-    @property
-    def is_flag(self) -> bool:
-        return self.read is boolean
-
-    @property
-    def is_place(self) -> bool:
-        """Whether values name a file or folder."""
-        return self.metavar in ("FILE", "DIR", "MODEL", "VAE")
-
-    @property
-    def many(self) -> bool:
-        return self.read is texts
-
-    @property
-    def kind(self) -> str:
-        """What values are, in words."""
-        return KINDS[self.read][0]
-
-    @property
-    def placeholder(self) -> str | None:
-        """What stands for the value in the help; None where the choices do."""
-        return self.metavar or (None if self.choices else KINDS[self.read][1])
-
-    @property
-    def limits(self) -> str | None:
-        """The allowed range in words, or None."""
-        low = f"above {self.above}" if self.above is not None else None
-        if self.at_least is not None:
-            low = f"at least {self.at_least}"
-        high = f"at most {self.at_most}" if self.at_most is not None else None
-        return " and ".join(part for part in (low, high) if part) or None
-
-    def allows(self, value: float) -> bool:
-        """Whether a number lies within the limits."""
-        low = (self.at_least is None or value >= self.at_least) and (self.above is None or value > self.above)
-        return low and (self.at_most is None or value <= self.at_most)
-
-
-def option(default: Any, help: str, **details: Any) -> Any:
-    """Declare an option as a dataclass field; ``details`` are the other fields of :class:`Option`."""
-    declared = Option(help, default, **details)
-    return field(default=default, repr=not declared.secret, metadata={"option": declared})
-
-
-def flag(help: str) -> Any:
-    """Declare an option that is off unless its flag is given."""
-    return option(False, help, read=boolean)
-
-
-def option_of(declared: Field) -> Option:
-    """The :class:`Option` that a dataclass field declares."""
-    return declared.metadata["option"]
-
-
-def checked(option: Option, value: Any) -> Any:
-    """Read ``value`` (from a file) and hold it against the option's choices. Raises ArgumentTypeError."""
-    result = option.read(value)
-    if option.choices and result is not None and result not in option.choices:
-        raise argparse.ArgumentTypeError(
-            f"{shown(value)} is not one of: {', '.join(str(choice) for choice in option.choices)}."
-        )
-    return result

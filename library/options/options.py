@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from library.options.data import CacheOptions, DatasetOptions
-from library.options.option_types import Option, boolean, flag, option, option_of, whole_number
+from library.options.declaration import OnResume, Option, flag, option, option_of
+from library.options.option_types import boolean, whole_number
 from library.options.output import HubOptions, LoggingOptions, MetadataOptions, SampleOptions, SaveOptions
 from library.options.training import (
     DeepSpeedOptions,
@@ -30,6 +31,7 @@ class ModelOptions:
         None,
         "Base model that learns the word: a .safetensors or .ckpt file, a diffusers folder, or a Hugging Face name.",
         metavar="MODEL",
+        required="the base model that learns the word.",
     )
     v2: bool = flag("The model is Stable Diffusion 2.x. Only train_textual_inversion.py.")
     v_parameterization: bool | None = option(
@@ -67,12 +69,15 @@ class TokenOptions:
         None,
         "The new word, as it stands in your captions, for example mychar. It must not exist in the vocabulary yet.",
         metavar="WORD",
+        required="the new word, for example --token_string mychar.",
+        on_resume=OnResume.REFUSED,
     )
     init_word: str | None = option(
         None,
         "A word for something close, for example girl: the new vectors start from it. It must be one token (or exactly "
         "as many as there are vectors). Unset: an average of all words, which usually learns worse.",
         metavar="WORD",
+        on_resume=OnResume.STATE_COUNTS,
     )
     num_vectors_per_token: int = option(
         1,
@@ -81,13 +86,17 @@ class TokenOptions:
         read=whole_number,
         at_least=1,
         at_most=225,
+        on_resume=OnResume.REFUSED,
     )
-    weights: str | None = option(None, "Embedding file to start from instead of --init_word.", metavar="FILE")
+    weights: str | None = option(
+        None, "Embedding file to start from instead of --init_word.", metavar="FILE", on_resume=OnResume.STATE_COUNTS
+    )
     use_object_template: bool = flag(
         'Ignore captions; use sentences such as "a photo of a mychar". For things and characters without captions.'
     )
     use_style_template: bool = flag(
-        'Ignore captions; use sentences such as "a painting in the style of mychar". For styles without captions.'
+        'Ignore captions; use sentences such as "a painting in the style of mychar". For styles without captions.',
+        yields_to=("use_object_template",),
     )
     max_token_length: int | None = option(
         None,
@@ -143,6 +152,16 @@ def declared_options() -> Iterator[tuple[str, Option]]:
     for group in option_groups().values():
         for declared in fields(group):
             yield declared.name, option_of(declared)
+
+
+def options_with(on_resume: OnResume) -> tuple[str, ...]:
+    """Names of the options that resuming treats alike, in their order."""
+    return tuple(name for name, option in declared_options() if option.on_resume is on_resume)
+
+
+def dataset_keys(*tables: str) -> dict[str, tuple[str, Option]]:
+    """The keys of a dataset file that fall back on an option: name and declaration of that, by the name of the key."""
+    return {option.key or name: (name, option) for name, option in declared_options() if option.table in tables}
 
 
 def as_dict(options: Options, secrets: bool = False) -> dict[str, Any]:

@@ -2,16 +2,19 @@
 
 import argparse
 import logging
+import sys
 from argparse import SUPPRESS
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NoReturn
 
 from library.options.checks import check, settle
-from library.options.config_file import FILE_OPTIONS, config_path, read_config_file, write_config_file
-from library.options.option_types import Option, option_of, text
+from library.options.config_file import FILE_OPTIONS, config_path, is_of_lora, read_config_file, write_config_file
+from library.options.declaration import Option, option_of
+from library.options.option_types import text
 from library.options.options import Options, declared_options, option_groups
 from library.support.errors import UserError, did_you_mean
+from library.support.version import DISTRIBUTION, version
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +47,8 @@ class OptionParser(argparse.ArgumentParser):
         raise UserError(message if message.endswith((".", "?")) else f"{message}.")
 
     def parse_args(self, args=None, namespace=None):
-        """Parse, and answer an unknown option with the closest known one."""
+        """Parse, and answer an unknown option with the closest known one; dashes in names count as underscores."""
+        args = [self._with_underscores(arg) for arg in (sys.argv[1:] if args is None else args)]
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             self._refuse(unknown)
@@ -58,10 +62,20 @@ class OptionParser(argparse.ArgumentParser):
         self._check_value(action, value)
         return [value] if action.nargs == "*" else value
 
+    def _with_underscores(self, argument: str) -> str:
+        name, equals, value = argument.partition("=")
+        meant = f"--{name.removeprefix('--').replace('-', '_')}"
+        return f"{meant}{equals}{value}" if name.startswith("--") and meant in self._option_string_actions else argument
+
     def _refuse(self, unknown: list[str]) -> NoReturn:
         for argument in unknown:
             if argument.startswith("-"):
                 flag = argument.split("=")[0]
+                if is_of_lora(flag.lstrip("-").replace("-", "_")):
+                    self.error(
+                        f"{flag} is an option of LoRA training, and this trains an embedding. Leave it out; the size "
+                        "of an embedding is --num_vectors_per_token."
+                    )
                 known = [name for name in self._option_string_actions if "=" not in name]
                 self.error(f"{flag} is not an option.{did_you_mean(flag, known) or ' See --help.'}")
         advice = "A value with spaces needs quotes."
@@ -73,6 +87,7 @@ class OptionParser(argparse.ArgumentParser):
 def build_parser(description: str, family: str) -> OptionParser:
     """Make the command line's parser; ``family`` is "sd" or "sdxl", and both take the same options."""
     parser = OptionParser(family, usage=USAGE, description=description, epilog=EPILOG)
+    parser.add_argument("--version", action="version", version=f"{DISTRIBUTION} {version()}")
     group = parser.add_argument_group("Configuration file")
     for name, declared in FILE_OPTIONS.items():
         _add(group, name, declared)
@@ -108,7 +123,7 @@ def described(option: Option) -> str:
     notes = [option.limits] if option.limits else []
     if option.default not in (None, False, ""):
         notes.append(f"default: {option.default}")
-    return f"{option.help} ({'; '.join(notes)})" if notes else option.help
+    return f"{option.whole_help} ({'; '.join(notes)})" if notes else option.whole_help
 
 
 def parse(parser: OptionParser, arguments: Sequence[str] | None = None) -> Options:

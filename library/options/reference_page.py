@@ -3,7 +3,8 @@
 from dataclasses import fields
 
 from library.options.config_file import FILE_OPTIONS
-from library.options.option_types import Option, option_of, written
+from library.options.declaration import Option, option_of
+from library.options.option_types import written
 from library.options.options import option_groups
 
 INTRODUCTION = """\
@@ -47,7 +48,7 @@ def _default(option: Option) -> str:
 
 
 def _help(option: Option) -> str:
-    return option.help.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+    return option.whole_help.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,6 @@ from library.support.errors import UserError, survived
 from library.support.text_files import parse_toml, read_text
 
 PROJECT = "textual_inversion"
-# What stands for an option's value in the help, where that value is a path.
-_PATHS = ("DIR", "FILE", "MODEL", "VAE")
 _TRACKERS = ("tensorboard", "wandb")  # and the packages they need
 
 
@@ -130,7 +128,7 @@ def _prepare_wandb(options: LoggingOptions) -> None:
 
 def loggable(options: Options) -> dict[str, bool | int | float | str]:
     """The options that are given, as a log may show them: no secrets, no paths; lists and the like as text."""
-    private = {name for name, option in declared_options() if option.secret or option.metavar in _PATHS}
+    private = {name for name, option in declared_options() if option.secret or option.is_place}
     return {
         name: value if isinstance(value, bool | int | float | str) else str(value)
         for name, value in as_dict(options).items()

@@ -10,12 +10,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import BinaryIO
-
-from PIL.Image import Image
-from PIL.PngImagePlugin import PngInfo
+from typing import TYPE_CHECKING, BinaryIO
 
 from library.support.errors import UserError
+
+if TYPE_CHECKING:  # --help does without Pillow
+    from PIL.Image import Image
+    from PIL.PngImagePlugin import PngInfo
 
 
 def write_atomically(path: Path, content: bytes, *, keep_old: bool = False) -> Path | None:
@@ -115,7 +116,7 @@ def _is_at_work(process: int) -> bool:
     return True
 
 
-def write_png(path: Path, picture: Image, notes: PngInfo | None = None, *, keep_old: bool = False) -> Path | None:
+def write_png(path: Path, picture: "Image", notes: "PngInfo | None" = None, *, keep_old: bool = False) -> Path | None:
     """Write a picture, with notes in the file if there are any; see :func:`write_atomically`."""
     content = io.BytesIO()
     picture.save(content, format="png", pnginfo=notes)

@@ -7,6 +7,8 @@ import json
 import re
 import stat
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,9 @@ _QUOTED = re.compile(
 )
 # tomllib's time for a key grows with the square of the parts in it.
 _DEEP_KEY = re.compile(rf"(?<![\w-])(?:[\w-]++[ \t]*+\.[ \t]*+){{{_DEEPEST}}}")
+_LONGEST_ADVICE = 300
+# "key = value" where the value is in no quotes or brackets; a comment behind it does not count.
+_BARE_VALUE = re.compile(r"\s*(?P<key>[\w.-]+)\s*=\s*(?P<value>[^\s\"'\[{#][^#]*?)\s*(#.*)?$")
 
 
 class _RepeatedKeyError(ValueError):
@@ -63,23 +68,37 @@ def parse_toml(text: str, what: str) -> dict[str, Any]:
     if _DEEP_KEY.search(_QUOTED.sub(lambda found: "" if found[1] else "quoted", text)):
         raise _too_deep(what)
     try:
-        content = tomllib.loads(text)
+        with _bounded(what):
+            content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{what} is not valid TOML: {error}.{_toml_advice(text, str(error))}") from error
-    except RecursionError:
-        raise _too_deep(what) from None
-    except ValueError:
-        raise _too_long_a_number(what) from None
     _check_content(content, what, odd_names=False)
     return content
 
 
 def _toml_advice(text: str, problem: str) -> str:
+    """What to write instead, as far as the line at fault tells it."""
+    place = re.search(r"at line (\d+)", problem)
+    line = text.split("\n")[int(place[1]) - 1] if place else ""
+    bare = _BARE_VALUE.match(line) if len(line) <= _LONGEST_ADVICE else None
+    if bare and (instead := _toml_value(bare["value"])):
+        return f" Write {bare['key']} = {instead}"
     if "Invalid value" in problem:
         return " Text needs quotes, and true and false are written in lowercase."
     if "\\" in text:
         return " In double quotes, write the backslashes of Windows paths as /, or use single quotes."
     return ""
+
+
+def _toml_value(written: str) -> str | None:
+    """How TOML writes a value that was given as ``written``, and why; None where that is not to be told."""
+    if written.lower() in ("true", "false"):
+        return f"{written.lower()}, in lowercase."
+    if re.fullmatch(r"[+-]?\d+,\d+", written):
+        return f"{written.replace(',', '.')}, with a point."
+    if "'" in written or '"' in written:
+        return None
+    return f"'{written}': text needs quotes."
 
 
 def parse_json(text: str, what: str, *, odd_names: bool = False) -> Any:
@@ -88,17 +107,27 @@ def parse_json(text: str, what: str, *, odd_names: bool = False) -> Any:
     With ``odd_names`` texts may stand for file names that are not UTF-8, as Python writes those.
     """
     try:
-        content = json.loads(text, object_pairs_hook=_without_repetition)
+        with _bounded(what):
+            content = json.loads(text, object_pairs_hook=_without_repetition)
     except json.JSONDecodeError as error:
         raise UserError(f"{what} is not valid JSON: {error}.") from error
     except _RepeatedKeyError as error:
         raise UserError(f'{what} gives "{error}" twice in one object. Keep one of them.') from None
+    _check_content(content, what, odd_names=odd_names)
+    return content
+
+
+@contextmanager
+def _bounded(what: str) -> Iterator[None]:
+    """Within a ``with``: the limits of Python itself, which its TOML and JSON readers meet alike, as UserErrors."""
+    try:
+        yield
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError, _RepeatedKeyError):  # ValueErrors with their own words
+        raise
     except RecursionError:
         raise _too_deep(what) from None
     except ValueError:
         raise _too_long_a_number(what) from None
-    _check_content(content, what, odd_names=odd_names)
-    return content
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

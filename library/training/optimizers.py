@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers.optimization import Adafactor
 
+from library.options.checks import chosen_optimizer
 from library.options.options import OptimizerOptions
 from library.support.errors import UserError, did_you_mean
 from library.support.user_classes import construct, literal_arguments, load_class
@@ -115,21 +116,6 @@ class OptimizerChoice:
         return None if self.relative_step else f"{self.learning_rate}"
 
 
-def chosen_name(options: OptimizerOptions) -> str:
-    """The optimizer's name with the two old flags taken into account; UserError where they contradict."""
-    if options.use_8bit_adam and options.use_lion_optimizer:
-        raise UserError("--use_8bit_adam and --use_lion_optimizer name two optimizers. Keep one of them.")
-    if not (options.use_8bit_adam or options.use_lion_optimizer):
-        return options.optimizer_type or "AdamW"
-    flag, name = ("--use_8bit_adam", "AdamW8bit") if options.use_8bit_adam else ("--use_lion_optimizer", "Lion")
-    if options.optimizer_type:
-        raise UserError(
-            f"{flag} and --optimizer_type={options.optimizer_type} both name an optimizer. "
-            f"Leave {flag} out, or write --optimizer_type={name}."
-        )
-    return name
-
-
 def known_optimizer(name: str) -> KnownOptimizer:
     """Where the class for the user's ``name`` lives: the table, else a dotted path, else a class of torch.optim."""
     if name.lower() in _BY_LOWER_NAME:
@@ -154,7 +140,7 @@ def known_optimizer(name: str) -> KnownOptimizer:
 def trusted_modules(options: OptimizerOptions) -> set[str]:
     """Modules from which optimizers may be imported: those known here, and the one the user names. Raises UserError."""
     known = {optimizer.module for optimizer in KNOWN_OPTIMIZERS.values()}
-    return known | {"torch.optim", known_optimizer(chosen_name(options)).module}
+    return known | {"torch.optim", known_optimizer(chosen_optimizer(options)).module}
 
 
 def default_learning_rate(class_name: str) -> float:
@@ -171,11 +157,10 @@ def build_optimizer(options: OptimizerOptions, parameters: Iterable[nn.Parameter
 
     Raises UserError for an unknown name, a package that is missing, arguments it does not take.
     """
-    known = known_optimizer(chosen_name(options))
+    known = known_optimizer(chosen_optimizer(options))
     given = known.usual | literal_arguments("--optimizer_args", options.optimizer_args)
     kind = load_class("--optimizer_type", known.module, known.name)
     _check_kind(kind)
-    _say_what_has_no_effect(options)
     stages = options.learning_rate if isinstance(options.learning_rate, tuple) else None
     rate = stages[0][0] if stages else options.learning_rate
     if kind is Adafactor and _adafactor_is_relative(given):
@@ -204,11 +189,6 @@ def _check_kind(kind: type) -> None:
         raise UserError(
             "--optimizer_type: SparseAdam wants sparse gradients, and those of the new vectors are dense. Use Adam."
         )
-
-
-def _say_what_has_no_effect(options: OptimizerOptions) -> None:
-    if options.fused_backward_pass:
-        logger.info("--fused_backward_pass has nothing to do: only the few new vectors have gradients.")
 
 
 def _adafactor_is_relative(arguments: dict[str, Any]) -> bool:

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from library.data.training_data import BatchedData
+from library.options.checks import chosen_optimizer
 from library.options.console import silenced
-from library.options.options import Options, as_dict
-from library.options.output import HubOptions, LoggingOptions, MetadataOptions, SampleOptions, SaveOptions
+from library.options.declaration import OnResume
+from library.options.options import Options, as_dict, options_with
 from library.options.training import OptimizerOptions, ScheduleOptions
 from library.support.atomic_files import write_atomically, write_folder
 from library.support.errors import UserError, first_line
 from library.support.torch_files import load_torch
 from library.support.torch_pickle import DamagedError, RefusedError
-from library.training.optimizers import build_optimizer, chosen_name, known_optimizer, trusted_modules
+from library.training.optimizers import build_optimizer, known_optimizer, trusted_modules
 from library.training.save_schedule import CheckpointNames
 from library.training.state_fields import malformed_field
 
@@ -36,45 +37,12 @@ Give it to --resume, with the command of the first run, to go on exactly where i
 The embedding of the same moment is the file beside it.
 """
 
-# The word is what the rows are of.
-_MUST_AGREE = ("token_string", "num_vectors_per_token")
-# What the rows began with is in the state, whatever is said now.
-_START = ("init_word", "weights")
-_OPTIMIZER = set(OptimizerOptions.__dataclass_fields__) - {"learning_rate", "max_grad_norm", "fused_backward_pass"}
-_RATES = {"learning_rate", *ScheduleOptions.__dataclass_fields__}
-# These change nothing in the vectors; the length is spoken of where it matters.
-_MAY_CHANGE = {
-    name
-    for group in (SaveOptions, MetadataOptions, HubOptions, SampleOptions, LoggingOptions)
-    for name in group.__dataclass_fields__
-} | {
-    "max_train_steps",
-    "max_train_epochs",
-    "config_file",
-    "output_config",
-    "dataset_config",  # what is in these counts
-    "train_data_dir",
-    "reg_data_dir",
-    "in_json",
-    "max_data_loader_n_workers",
-    "persistent_data_loader_workers",
-    "cache_latents_to_disk",
-    "skip_cache_check",
-    "vae_batch_size",
-    "highvram",
-    "lowram",
-    "console_log_file",
-    "console_log_level",
-    "console_log_simple",
-    "ddp_timeout",
-    "ddp_gradient_as_bucket_view",
-    "ddp_static_graph",
-    "fused_backward_pass",
-    "seed",  # what a run without one has drawn is in the state
-    *_MUST_AGREE,
-    *_START,
-    *_OPTIMIZER,  # compared as a whole
-}
+# Options by what becomes of another value than the state's.
+_MUST_AGREE = options_with(OnResume.REFUSED)
+_START = options_with(OnResume.STATE_COUNTS)
+_OPTIMIZER = set(options_with(OnResume.OPTIMIZER))
+_RATES = set(options_with(OnResume.RECORDED))
+_SAID = _RATES.union(options_with(OnResume.SAID))
 
 
 @dataclass(frozen=True)
@@ -202,7 +170,7 @@ class TrainingState:
         """
         then = OptimizerOptions(**{name: self.options[name] for name in _OPTIMIZER & self.options.keys()})
         try:
-            if known_optimizer(chosen_name(then)).module in trusted_modules(given):
+            if known_optimizer(chosen_optimizer(then)).module in trusted_modules(given):
                 return _described(then)
         except (UserError, TypeError, AttributeError):  # a package that is gone, or values of other types
             pass
@@ -215,7 +183,7 @@ class TrainingState:
         now, then = recorded(options), self.options
         if base is not None and base == self.base:  # the same checkpoint, wherever it is now
             then = {name: value for name, value in then.items() if name != "pretrained_model_name_or_path"}
-        found = _differences(then, now, now.keys() - _MAY_CHANGE)
+        found = _differences(then, now, _SAID)
         if options.training.seed not in (None, self.seed):
             found.append(f"--seed was {self.seed} and is {options.training.seed}")
         if data != self.data:

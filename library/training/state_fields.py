@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from library.options.declaration import OnResume
+from library.options.options import options_with
+
 _NUMPY_KEYS = 624  # of the generator MT19937
 
 
@@ -25,10 +28,10 @@ def _is_seed(value: Any) -> bool:
 
 
 def _are_options(value: Any) -> bool:
-    """Options by name; ``init_word`` and ``weights`` are used again, the others compared."""
+    """Options by name; those that the state decides are used again, the others compared."""
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
         return False
-    texts = (value.get(name, 0) for name in ("init_word", "weights"))
+    texts = (value.get(name, 0) for name in options_with(OnResume.STATE_COUNTS))
     return all(text is None or isinstance(text, str) for text in texts) and all(map(_is_option, value.values()))
 
 

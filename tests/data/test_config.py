@@ -187,11 +187,6 @@ def test_false_in_the_file_beats_a_flag(tmp_path):
     assert not dataset.buckets.enabled
 
 
-def test_old_spelling_of_the_extension(tmp_path):
-    (dataset,) = load(tmp_path, MINIMAL, ["--caption_extension=.a", "--caption_extention=.b"])
-    assert dataset.subsets[0].caption_extension == ".b"
-
-
 def test_defaults_are_those_of_the_command_line(tmp_path):
     (dataset,) = load(tmp_path, MINIMAL)
     assert dataset.buckets == BucketRules((512, 512))

@@ -78,12 +78,6 @@ def test_folder_that_does_not_exist(tmp_path):
     assert message.startswith(f"--train_data_dir: {tmp_path / 'nowhere'} is not a folder")
 
 
-def test_nothing_given():
-    message = refusal(lambda: load_flags([]))
-    assert "--dataset_config" in message
-    assert "--train_data_dir" in message
-
-
 def test_metadata_flag(caplog):
     (dataset,) = load_flags(["--in_json=meta.json", "--train_data_dir=pictures", "--reg_data_dir=r", "--cache_info"])
     (subset,) = dataset.subsets

@@ -264,33 +264,25 @@ def _rows_for(file: Path, keys: tuple[str, ...], widths: tuple[int, ...]) -> Non
         assert row is None or (row.dtype == torch.float32 and row.shape == (2, width) and torch.isfinite(row).all())
 
 
-def _embedding(suffix: str, content: Callable[[Any], bytes]):
+def _use_checkpoint(file: Path) -> None:
+    weights = open_weights(file)
+    identity = identify_file(weights.shapes)
+    assert f"{identity.what} {identity.advice}".encode() is not None
+    str(weights.metadata.get("modelspec.prediction_type", ""))
+    for tensor in weights.read_all().values():
+        tensor.to(dtype=torch.float32, copy=True)
+
+
+def _file(suffix: str, content: Callable[[Any], bytes], use: Callable[[Path], None]):
+    """Write what ``content`` makes of a recipe, and use it as a run does."""
+
     def prepare(folder: Path):
         file = folder / f"input{suffix}"
         torch_bomb()
 
         def act(recipe):
             file.write_bytes(content(recipe))
-            _use_rows(file)
-
-        return act
-
-    return prepare
-
-
-def _checkpoint(suffix: str, content: Callable[[Any], bytes]):
-    def prepare(folder: Path):
-        file = folder / f"input{suffix}"
-        torch_bomb()
-
-        def act(recipe):
-            file.write_bytes(content(recipe))
-            weights = open_weights(file)
-            identity = identify_file(weights.shapes)
-            assert f"{identity.what} {identity.advice}".encode() is not None
-            str(weights.metadata.get("modelspec.prediction_type", ""))
-            for tensor in weights.read_all().values():
-                tensor.to(dtype=torch.float32, copy=True)
+            use(file)
 
         return act
 
@@ -302,12 +294,13 @@ _CHECKPOINT_TREE = {"state_dict": dict.fromkeys(_CHECKPOINT, ROWS), "epoch": 3, 
 _SPECIAL = (("bomb", [], False, []), ("disks", [], False, []))
 
 TARGETS = (
-    Target("embedding.safetensors", _embedding(".safetensors", lambda recipe: _from_header(_EMBEDDINGS, recipe)),
+    Target("embedding.safetensors", _file(".safetensors", lambda recipe: _from_header(_EMBEDDINGS, recipe), _use_rows),
            _header_recipes(len(_EMBEDDINGS)), (0, [], []), _ODD_HEADERS, 600),
-    Target("embedding.pt", _embedding(".pt", lambda recipe: pickled_bytes(_EMBEDDING_TREE, recipe)),
+    Target("embedding.pt", _file(".pt", lambda recipe: pickled_bytes(_EMBEDDING_TREE, recipe), _use_rows),
            object_recipes(_EMBEDDING_KEYS), (None, [], False, []), (*_SPECIAL, *_STRANGE_EMBEDDINGS), 400),
-    Target("checkpoint.safetensors", _checkpoint(".safetensors", lambda recipe: _from_header([_CHECKPOINT], recipe)),
+    Target("checkpoint.safetensors",
+           _file(".safetensors", lambda recipe: _from_header([_CHECKPOINT], recipe), _use_checkpoint),
            _header_recipes(1), (0, [], []), _ODD_HEADERS, 600),
-    Target("checkpoint.ckpt", _checkpoint(".ckpt", lambda recipe: pickled_bytes(_CHECKPOINT_TREE, recipe)),
+    Target("checkpoint.ckpt", _file(".ckpt", lambda recipe: pickled_bytes(_CHECKPOINT_TREE, recipe), _use_checkpoint),
            object_recipes((*_CHECKPOINT, "state_dict")), (None, [], False, []), (*_SPECIAL, *_STRANGE_WEIGHTS), 500),
 )  # fmt: skip

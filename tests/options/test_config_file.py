@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_options import SD_SCRIPTS
 
 from library.options.config_file import config_path, read_config_file, write_config_file
-from library.options.option_types import checked
+from library.options.declaration import checked
 from library.options.options import declared_options
 from library.options.parser import build_parser, parse, read_values
 from library.support.errors import UserError
@@ -156,7 +156,7 @@ def test_empty_values_mean_not_given(read, merged, name, empty):
         ("[a.seed]\nx = 1", "seed in PATH: it is a table where a value belongs."),
         ("wandb_api_key = [12345]", "wandb_api_key in PATH: its value is not a text."),
         ("seed = 1\nseed = 2", "PATH of --config_file is not valid TOML: Cannot overwrite a value"),
-        ("mixed_precision = fp16", "Text needs quotes"),
+        ("mixed_precision = fp16", "Write mixed_precision = 'fp16': text needs quotes."),
         ('vae = "C:\\models\\x"', "use single quotes"),
         ('vae = "C:\\Users\\x"', "use single quotes"),
         ('output_dir = "D:\\train\\new"', "or use single quotes"),

@@ -10,9 +10,9 @@ from departures import departure
 from golden_data import golden_cases
 
 from library.options.config_file import FILE_OPTIONS
+from library.options.declaration import checked
 from library.options.option_types import (
     boolean,
-    checked,
     face_crop_range,
     int_or_float,
     learning_rate,

@@ -123,7 +123,7 @@ def test_tensorboard(dataset, tmp_path, tiny_sd1):
     assert "learning_rate: 0.01" in text
     for private in ("hidden", str(tmp_path), str(tiny_sd1), "output_dir", "logging_dir", "pretrained"):
         assert private not in text
-    assert "--wandb_api_key has nothing to do without --log_with wandb" in outcome.said
+    assert "--wandb_api_key has no effect without --log_with wandb" in outcome.said
 
 
 @shows("wandb_run_name", "wandb_api_key", "log_tracker_config")
@@ -192,7 +192,7 @@ def test_a_missing_package_is_named(dataset, tmp_path, tiny_sd1, monkeypatch):
 @pytest.mark.parametrize("name", ["log_prefix", "log_tracker_name", "log_tracker_config"])
 def test_settings_without_a_log_are_said(name, tmp_path, tiny_sd1, dataset):
     said = train("sd1", arguments("sd1", tiny_sd1, dataset, tmp_path, f"--{name}=x"), tmp_path).said
-    assert f"--{name} has nothing to do: nothing is logged" in said
+    assert f"--{name} has no effect without --logging_dir or --log_with." in said
 
 
 def test_a_run_that_is_stopped_closes_its_log(dataset, tmp_path, tiny_sd1, recorders, monkeypatch):

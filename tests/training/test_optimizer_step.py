@@ -113,11 +113,11 @@ def test_a_step_waits_for_the_device_once(more, scaler, command, tmp_path, monke
     assert [waits for waits, _ in counted[2:]] == [["cpu"]] * 3
 
 
+@pytest.mark.usefixtures("bfloat16_cpu")  # others encode in float32
 @pytest.mark.parametrize("overflowing", ["half", "always"])
 def test_a_vae_that_overflows_is_noticed_without_waiting_for_it(overflowing, command, tmp_path, monkeypatch):
     """The step is done again, looking at each batch; its result is that of a training that always looks."""
     posterior, losses, done = FrozenVae._posterior, DenoisingTask.losses, []
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})  # others encode in float32
 
     def overflow(vae, images):
         mean, spread = posterior(vae, images)
