@@ -29,6 +29,7 @@ from library.data.sources import Source, Table, find_source
 from library.options.checks import CACHED_INPAINTING
 from library.options.options import DatasetOptions
 from library.support.errors import UserError
+from library.support.shipped_files import shipped
 
 logger = logging.getLogger(__name__)
 
@@ -204,7 +205,7 @@ def _subset(table: Table, kind: str, above: _Chain) -> SubsetConfig:
     face_range = handed_down["face_crop_aug_range"]
     return SubsetConfig(
         kind=MASK if masks and in_folder else kind,
-        image_dir=own.get("image_dir"),
+        image_dir=own.get("image_dir") and shipped(own["image_dir"]),
         metadata_file=own.get("metadata_file"),
         conditioning_data_dir=masks,
         is_reg=own.get("is_reg", False),

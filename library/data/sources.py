@@ -8,6 +8,7 @@ from typing import Any
 from library.data.schema import DREAMBOOTH, FILE, GENERAL, check_table
 from library.options.options import DatasetOptions
 from library.support.errors import UserError
+from library.support.shipped_files import shipped
 from library.support.text_files import parse_json, parse_toml, read_text
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ def find_source(options: DatasetOptions) -> Source:
         ignored = [f"--{name}" for name in ("train_data_dir", "reg_data_dir", "in_json") if getattr(options, name)]
         if ignored:
             logger.warning("%s: ignored, because --dataset_config describes all pictures.", ", ".join(ignored))
-        return _from_file(Path(options.dataset_config))
+        return _from_file(Path(shipped(str(options.dataset_config))))
     if options.in_json:
         return _from_metadata_flag(options)
     return _from_folders(options)

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+from library.support.shipped_files import CONFIGS
+
 VOCABULARY = CONFIGS / "tokenizer"
 BUCKET_STEPS = {"sd": 64, "sdxl": 32}  # bucket sides are multiples of it, in pixels; by family
 

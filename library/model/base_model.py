@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from library.model.architectures import CONFIGS, SD2, VOCABULARY, TextEncoderLayout
+from library.model.architectures import SD2, VOCABULARY, TextEncoderLayout
 from library.model.diffusers_folder import ModelFolder, fetch_from_hub, fetch_vae, find_weights
 from library.model.family import END_OF_TEXT, START_OF_TEXT, ModelFamily
 from library.model.frozen_layers import freeze_layers
@@ -35,6 +35,7 @@ from library.options.options import ModelOptions
 from library.support.errors import UserError, first_line
 from library.support.file_hash import FileHash, legacy_hash
 from library.support.main_memory import give_back, return_large_blocks
+from library.support.shipped_files import CONFIGS
 from library.support.stored_tensors import UnreadTensors
 
 logger = logging.getLogger(__name__)

@@ -5,13 +5,14 @@ from pathlib import Path
 
 from library.options.options import ModelOptions
 from library.support.errors import UserError
+from library.support.shipped_files import shipped
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def local_path(name: str) -> Path | None:
     """The file or folder behind a path, links resolved; None if there is none."""
-    path = Path(name).expanduser()
+    path = Path(shipped(name)).expanduser()
     return path.resolve() if path.exists() else None
 
 

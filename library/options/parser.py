@@ -6,6 +6,7 @@ import sys
 from argparse import SUPPRESS
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, NoReturn
 
 from library.options.checks import check, settle
@@ -14,6 +15,7 @@ from library.options.declaration import Option, option_of
 from library.options.option_types import text
 from library.options.options import Options, declared_options, option_groups
 from library.support.errors import UserError, did_you_mean
+from library.support.shipped_files import shipped
 from library.support.version import DISTRIBUTION, version
 
 logger = logging.getLogger(__name__)
@@ -157,7 +159,8 @@ def read_values(parser: OptionParser, arguments: Sequence[str] | None = None) ->
     given = parser.parse_args(arguments)
     known = dict(declared_options())
     if given.config_file:
-        from_file = read_config_file(config_path(given.config_file), known)
+        path = shipped(str(config_path(given.config_file)))
+        from_file = read_config_file(Path(path), known)
         # argparse fills in defaults only where the namespace has no value yet.
         given = parser.parse_args(arguments, argparse.Namespace(**from_file))
     return {name: _value(getattr(given, name), declared) for name, declared in known.items()}
