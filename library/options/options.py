@@ -1,7 +1,7 @@
 """Every option of the two scripts: small frozen dataclasses, and the ``Options`` that hold them all.
 
 Everything else is made from these declarations: the command line, ``--config_file``, the checks and the reference page
-OPTIONS.md. Nothing here imports torch.
+docs/options.md. Nothing here imports torch.
 """
 
 from collections.abc import Iterator, Mapping

@@ -1,4 +1,4 @@
-"""Every option is declared once, agrees with sd-scripts' list, explains itself, and appears in OPTIONS.md."""
+"""Every option is declared once, agrees with sd-scripts' list, explains itself, and appears in docs/options.md."""
 
 import dataclasses
 import json
@@ -125,7 +125,7 @@ def test_as_dict_leaves_secrets_out():
 
 
 def test_the_reference_page_is_up_to_date():
-    assert (Path(__file__).parents[2] / "OPTIONS.md").read_text(encoding="utf-8") == page()
+    assert (Path(__file__).parents[2] / "docs" / "options.md").read_text(encoding="utf-8") == page()
 
 
 def test_the_reference_page_has_one_row_for_each_option():
