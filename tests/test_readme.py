@@ -1,15 +1,18 @@
-"""Every command of README.md and docs/ runs: on tiny models, few steps, with this environment in place of a new one."""
+"""Every command of the README and the other pages runs: on tiny models, in few steps, in this environment."""
 
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 from departures import DEPARTURES
+from PIL import Image
 from runs import run, write_dataset
 from safetensors.torch import load_file
 
@@ -19,17 +22,56 @@ from library.embedding.metadata import TrainingRecord
 from library.options.data import DatasetOptions
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README, DOCS = ROOT / "README.md", sorted((ROOT / "docs").glob("*.md"))
+QUICKSTART = ROOT / "configs" / "quickstart"
+PAGES = [README, *DOCS, ROOT / "CONTRIBUTING.md", QUICKSTART / "README.md"]
 TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
-BLOCKS = {
-    language: [
-        match[1]
-        for text in TEXTS.values()
-        for match in re.finditer(rf"^ *```{language}\n(.*?)^ *```$", text, re.MULTILINE | re.DOTALL)
-    ]
-    for language in ("bash", "toml")
-}
 SET_UP = "python3 -m venv .venv && .venv/bin/pip install -q "
+# As the guide has it that this project follows; what it says must work verbatim.
+GUIDE = """\
+accelerate launch --num_cpu_threads_per_process 1 train_textual_inversion.py \\
+  --pretrained_model_name_or_path="path/to/model.safetensors" \\
+  --dataset_config="dataset_config.toml" \\
+  --output_dir="output" \\
+  --output_name="my_textual_inversion" \\
+  --save_model_as="safetensors" \\
+  --token_string="mychar" \\
+  --init_word="girl" \\
+  --num_vectors_per_token=4 \\
+  --max_train_steps=1600 \\
+  --learning_rate=1e-6 \\
+  --optimizer_type="AdamW8bit" \\
+  --mixed_precision="fp16" \\
+  --cache_latents \\
+  --sdpa
+"""
+GUIDE_DATASET = """\
+[general]
+shuffle_caption = false
+caption_extension = ".txt"
+keep_tokens = 1
+
+[[datasets]]
+resolution = 512          # Use 1024 for SDXL
+batch_size = 4            # Can be larger than LoRA training
+enable_bucket = true
+
+  [[datasets.subsets]]
+  image_dir = "path/to/images"
+  caption_extension = ".txt"
+  num_repeats = 10
+"""
+# What a machine without a GPU says, and the tiny images and models of the tests bring about.
+EXPECTED_WARNINGS = ("fp16 needs a GPU",)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The code blocks of a page in one language, without the indentation of the list that they stand in."""
+    found = re.findall(rf"^ *```{language}\n(.*?)^ *```$", TEXTS[page], re.MULTILINE | re.DOTALL)
+    return [textwrap.dedent(block) for block in found]
+
+
+BASH = [block for page in PAGES for block in blocks(page, "bash")]
 
 
 def commands(block: str) -> list[list[str]]:
@@ -39,19 +81,20 @@ def commands(block: str) -> list[list[str]]:
 
 
 def set_ups() -> list[str]:
-    return [line for block in BLOCKS["bash"] for line in block.splitlines() if line.startswith(SET_UP)]
+    return [line for block in BASH for line in block.splitlines() if line.startswith(SET_UP)]
 
 
 def trainings() -> list[list[str]]:
     """The commands that start a script, in the pages' order."""
-    words = [command for block in BLOCKS["bash"] for command in commands(block)]
+    words = [command for block in BASH for command in commands(block)]
     return [command for command in words if any(word.endswith("train_textual_inversion.py") for word in command)]
 
 
 def test_the_pages_hold_the_commands_they_should():
     assert len(set_ups()) == 2
     assert len(trainings()) >= 4
-    others = [command for block in BLOCKS["bash"] for command in commands(block) if command not in trainings()]
+    assert Path(trainings()[0][0]).name == "python"  # the launcher is for several GPUs
+    others = [command for block in BASH for command in commands(block) if command not in trainings()]
     others = [command for command in others if command[:4] != shlex.split(SET_UP)[:4]]
     assert [command[2:] for command in others] == [
         ["pytest", "-q", "-n", "auto"],  # what is running now
@@ -72,53 +115,77 @@ def test_set_up(line):
     assert all(re.search(rf"^{extra} = \[", project, re.MULTILINE) for extra in extras)
 
 
-def embedding_for(script: str, given: list[str], folder: Path) -> Path:
-    """An embedding of the miniature models' widths with as many vectors as a command asks for."""
+def embedding_for(family: str, given: list[str], folder: Path) -> Path:
+    """An embedding of the tiny models' widths with as many vectors as a command asks for."""
     count = int(next(word.partition("=")[2] for word in given if word.startswith("--num_vectors_per_token=")))
-    widths = {"clip_l": 32, "clip_g": 64} if script.startswith("sdxl") else {"emb_params": 32}
+    widths = {"clip_l": 32, "clip_g": 64} if family == "sdxl" else {"emb_params": 32}
     tensors = {key: torch.randn(count, width) for key, width in widths.items()}
     write_embedding(folder / "before.safetensors", tensors, TrainingRecord("mychar", count))
     return folder / "before.safetensors"
 
 
-@pytest.mark.parametrize("command", trainings(), ids=lambda command: Path(command[-1]).name)
-def test_training_commands(command, tmp_path, request):
-    place = next(i for i, word in enumerate(command) if word.endswith("train_textual_inversion.py"))
-    script, given = command[place], command[place + 1 :]
-    family = "sdxl" if script.startswith("sdxl") else "sd1"
-    dataset = write_dataset(tmp_path, dataset="enable_bucket = true\nmin_bucket_reso = 64")
-    replaced = {
-        "--pretrained_model_name_or_path": request.getfixturevalue(f"tiny_{family}_file"),
-        "--dataset_config": dataset,
-        "--output_dir": tmp_path / "output",
-        "--max_train_steps": 2,
-    }
-    if any(word.startswith("--config_file") for word in given):  # the quickstart keeps its own model and pictures
-        given += [f"--output_dir={tmp_path / 'output'}", "--max_train_steps=2"]
+def replaced(given: list[str], family: str, folder: Path, request: pytest.FixtureRequest) -> list[str]:
+    """The options of a command with what exists here in place of the user's files, and two steps of training."""
+    if any(word.startswith("--config_file") for word in given):  # the quickstart keeps its own model and images
+        given = [*given, f"--output_dir={folder / 'output'}", "--max_train_steps=2"]
         if any(word.startswith(("--save_state", "--resume=")) for word in given):
             given.append("--learning_report=false")  # the quickstart's own command draws it already
-    else:
-        given = [f"{name}={replaced[name]}" if (name := w.partition("=")[0]) in replaced else w for w in given]
-        if "--debug_dataset" not in given:
-            given.append("--max_train_steps=2")  # not the default's 1,600 where a command leaves the number out
+        return given
+    own = {
+        "--pretrained_model_name_or_path": request.getfixturevalue(f"tiny_{family}_file"),
+        "--dataset_config": write_dataset(folder, dataset="enable_bucket = true\nmin_bucket_reso = 64"),
+        "--output_dir": folder / "output",
+    }
+    given = [f"{name}={own[name]}" if (name := word.partition("=")[0]) in own else word for word in given]
+    # Not the default's 1,600 where a command leaves the number out.
+    return given if "--debug_dataset" in given else [*given, "--max_train_steps=2"]
+
+
+def prepared(given: list[str], family: str, folder: Path) -> list[str]:
+    """The options of a command with a state and an embedding file of its own in place of those that it names."""
     if resumed := [word for word in given if word.startswith("--resume=")]:
-        given.remove(*resumed)
-        before = [*given, "--max_train_steps=1", "--save_state", f"--output_dir={tmp_path / 'before'}"]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(ROOT)
-            assert run(family, before) == 0
-        given.append(f"--resume={tmp_path / 'before' / 'mychar-state'}")
+        given = [word for word in given if word not in resumed]
+        assert run(family, [*given, "--max_train_steps=1", "--save_state", f"--output_dir={folder / 'before'}"]) == 0
+        given.append(f"--resume={folder / 'before' / 'mychar-state'}")
     if weights := [word for word in given if word.startswith("--weights=")]:
-        given.remove(*weights)
-        given.append(f"--weights={embedding_for(script, given, tmp_path)}")
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", *command[2:place]]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launcher, script, *given], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+        given = [word for word in given if word not in weights]
+        given.append(f"--weights={embedding_for(family, given, folder)}")
+    return given
+
+
+def result_of(command: list[str], place: int, given: list[str], capfd: pytest.CaptureFixture) -> tuple[int, str]:
+    """Exit code and output of a command: Python's in this process, the launcher's in processes of its own."""
+    program, script = Path(command[0]).name, command[place]
+    assert (Path(sys.executable).parent / program).exists(), "the README's environment holds it"
+    if program == "python":
+        capfd.readouterr()
+        code = run("sdxl" if script.startswith("sdxl") else "sd1", given)
+        return code, "".join(capfd.readouterr())
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *command[1:place]]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*launcher, script, *given], env=environment, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def scolded(said: str) -> list[str]:
+    """Lines that tell the user of something odd in a command, but for what this machine brings about."""
+    lines = [line for line in said.splitlines() if re.search("WARNING|no effect|does nothing|do nothing", line)]
+    return [line for line in lines if not any(words in line for words in EXPECTED_WARNINGS)]
+
+
+@pytest.mark.parametrize("command", trainings(), ids=lambda command: Path(command[-1]).name)
+def test_training_commands(command, tmp_path, request, monkeypatch, capfd):
+    monkeypatch.chdir(ROOT)
+    place = next(i for i, word in enumerate(command) if word.endswith("train_textual_inversion.py"))
+    family = "sdxl" if command[place].startswith("sdxl") else "sd1"
+    given = prepared(replaced(command[place + 1 :], family, tmp_path, request), family, tmp_path)
+    code, said = result_of(command, place, given, capfd)
+    assert code == 0, said
+    assert scolded(said) == []
+    if "configs/accelerate.yaml" in command:
+        assert "The following values were not passed" not in said
     if "--debug_dataset" in given:
-        assert "49408" in done.stdout
+        assert "49408" in said
         assert list((tmp_path / "output").glob("*.png"))
         return
     name = next((w.partition("=")[2] for w in given if w.startswith("--output_name=")), "*")
@@ -126,13 +193,54 @@ def test_training_commands(command, tmp_path, request):
     assert set(load_file(file)) == ({"clip_l", "clip_g"} if family == "sdxl" else {"emb_params"})
 
 
-@pytest.mark.parametrize("number", range(len(BLOCKS["toml"])))
-def test_dataset_files(number, tmp_path):
+def test_the_command_of_the_guide_works_as_it_is(tmp_path, request, monkeypatch, capfd):
+    (command,) = commands(GUIDE)
+    monkeypatch.chdir(ROOT)
+    given = replaced(command[command.index("train_textual_inversion.py") + 1 :], "sd1", tmp_path, request)
+    code, said = result_of(command, command.index("train_textual_inversion.py"), given, capfd)
+    assert code == 0, said
+    assert set(load_file(tmp_path / "output" / "my_textual_inversion.safetensors")) == {"emb_params"}
+
+
+def test_a_mistake_behind_the_quiet_launcher_is_one_sentence(tmp_path, monkeypatch, capfd):
+    """What docs/hardware.md says of ``--quiet`` and configs/accelerate.yaml."""
+    monkeypatch.chdir(ROOT)
+    command = next(command for command in trainings() if "--quiet" in command)
+    place = command.index("train_textual_inversion.py")
+    code, said = result_of(command, place, [*command[place + 1 :], "--token_string=cat"], capfd)
+    assert code == 1
+    assert "Traceback" not in said
+    assert said.splitlines()[-1].startswith("error: --token_string")
+
+
+@pytest.mark.parametrize("block", [*blocks(README, "toml"), GUIDE_DATASET])
+def test_dataset_files(block, tmp_path):
+    """Those of docs/dataset.md are trained on by test_dataset_page.py."""
     file = tmp_path / "dataset_config.toml"
-    file.write_text(BLOCKS["toml"][number], encoding="utf-8")
+    file.write_text(block, encoding="utf-8")
     (config,) = load_dataset_configs(DatasetOptions(dataset_config=file), bucket_step=64)
     assert config.buckets.resolution == (512, 512)
     assert config.subsets[0].num_repeats == 10
+
+
+def test_the_dataset_file_of_the_readme_lies_in_configs():
+    assert blocks(README, "toml") == [(ROOT / "configs" / "dataset_config.toml").read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("page", [README, QUICKSTART / "README.md"], ids=["README", "quickstart"])
+def test_python_with_the_quickstart(page, tmp_path, monkeypatch):
+    """In as few steps as show that it works, and with vectors that were not trained."""
+    (tmp_path / "output" / "quickstart").mkdir(parents=True)
+    width = json.loads((QUICKSTART / "sd" / "text_encoder" / "config.json").read_text())["hidden_size"]
+    vectors = {"emb_params": 0.01 * torch.randn(4, width)}
+    write_embedding(tmp_path / "output" / "quickstart" / "mychar.safetensors", vectors, TrainingRecord("mychar", 4))
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    (block,) = blocks(page, "python")
+    assert block.count("num_inference_steps=25") == 1
+    exec(block.replace("num_inference_steps=25", "num_inference_steps=2"), {})
+    (image,) = tmp_path.glob("*.png")
+    assert Image.open(image).size == (64, 64)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -149,4 +257,8 @@ def test_every_departure_is_a_decision_with_its_reason():
 
 
 def test_the_readme_names_every_page():
-    assert all(f"(docs/{page.name})" in TEXTS[PAGES[0]] for page in PAGES[1:])
+    assert all(f"(docs/{page.name})" in TEXTS[README] for page in DOCS)
+
+
+def test_the_readme_is_short():
+    assert len(TEXTS[README].splitlines()) <= 180

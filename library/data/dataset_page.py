@@ -11,8 +11,8 @@ INTRODUCTION = """\
 
 `--dataset_config` names a TOML file (or a JSON file with the same keys) that says where the images and captions are and
 what is done to them. Every dataset file of sd-scripts works. A misspelt key, a key in the wrong table and a value of
-the wrong type stop the run before a model is loaded, with the nearest known key. `--debug_dataset` shows what becomes of
-the images: captions, token ids, buckets and crops.
+the wrong type stop the run before a model is loaded, with the nearest known key. `--debug_dataset` shows what becomes
+of the images: captions, token ids, buckets and crops.
 
 ```toml
 [general]                         # values for all datasets
