@@ -7,10 +7,12 @@ import shlex
 import subprocess
 import sys
 import textwrap
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from departures import DEPARTURES
 from PIL import Image
 from runs import run, write_dataset
@@ -258,6 +260,16 @@ def test_every_departure_is_a_decision_with_its_reason():
 
 def test_the_readme_names_every_page():
     assert all(f"(docs/{page.name})" in TEXTS[README] for page in DOCS)
+
+
+def test_hooks_run_the_tools_of_the_environment():
+    """So that no network is needed before a commit."""
+    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    tools = {Path(hook["entry"].split()[0]).name for hook in repository["hooks"]}
+    lint = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["lint"]
+    assert repository["repo"] == "local"
+    assert {hook["language"] for hook in repository["hooks"]} == {"system"}
+    assert tools == {requirement.partition("==")[0] for requirement in lint}
 
 
 def test_the_readme_is_short():
