@@ -208,7 +208,7 @@ def test_the_shipped_example(monkeypatch):
     assert dataset.buckets == BucketRules((512, 512), enabled=True)
     (subset,) = dataset.subsets
     assert (subset.image_dir, subset.num_repeats, subset.caption_extension) == ("path/to/images", 10, ".txt")
-    assert subset.captions == CaptionRules(keep_tokens=1)
+    assert subset.captions == CaptionRules()
 
 
 # Subsets that do not count
