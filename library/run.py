@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from library.data.batched_data import BatchedData
 from library.data.captions import OBJECT_TEMPLATES, STYLE_TEMPLATES
 from library.data.custom_dataset import CustomData
 from library.data.found_images import FoundImages
@@ -25,8 +26,9 @@ from library.options.launcher import with_launcher
 from library.options.notices import notices
 from library.options.options import Options, TokenOptions
 from library.output.trackers import check_trackers
+from library.setup import Job
 from library.support.errors import UserError
-from library.trainer import Trainer
+from library.trainer import train_and_save
 from library.training.save_schedule import CheckpointNames, RunPlan
 from library.training.state import FILE as STATE_FILE
 from library.training.state import TrainingState
@@ -69,14 +71,14 @@ def train(options: Options, family_name: str, found: FoundImages | None) -> Path
     model.check_inpainting(data.inpainting)
     let_memory_grow(data.sizes, machine.accelerator.device)
     if options.dataset.debug_dataset:
-        if options.dataset.dataset_class:
-            show_batches(data.loader(), data.prompts)
-        else:
+        if isinstance(data, TrainingData):
             plan = RunPlan.create(options.training, data.order.num_batches)
             show_dataset(data, options.save.output_dir, plan.total_steps)
+        else:
+            show_batches(data.loader(), data.prompts)
         return None
     try:
-        return Trainer(options, family, machine, model, word, data, state).run()
+        return train_and_save(Job.create(options, family, machine, model, word, data, state))
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"The device's memory is full: {error} Give the run less to hold: --gradient_checkpointing, a smaller "
@@ -100,16 +102,17 @@ def find_state(options: Options) -> TrainingState | None:
     return state
 
 
-def build_data(options: Options, word: NewWord, seed: int, found: FoundImages | None) -> TrainingData | CustomData:
+def build_data(options: Options, word: NewWord, seed: int, found: FoundImages | None) -> BatchedData:
     """Check the pictures and captions that were ``found``, or load a dataset class, and report on them."""
+    data: BatchedData
     sentences = templates(options.token)
     if found is None:
         length = options.token.max_token_length
         data = CustomData(options.dataset, word.prompts, max_token_length=length, templates=sentences, seed=seed)
     else:
         data = TrainingData(found.configs, word.prompts, templates=sentences, seed=seed, sets=found.sets)
-        if options.cache.cache_latents_to_disk:
-            refuse_shared_names(Path(entry.path) for entry in data.latent_entries())
+    if options.cache.cache_latents_to_disk:
+        refuse_shared_names(Path(entry.path) for entry in data.latent_entries())
     report = data.check()
     logger.info(report.text)
     for warning in report.warnings:

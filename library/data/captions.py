@@ -121,6 +121,15 @@ class CaptionRules:
         return replace(self, **{name: rewrite(text) or text for name, text in given.items()})
 
 
+def calm_rules(rules: CaptionRules) -> CaptionRules:
+    """The same rules with nothing shuffled, dropped or held back; only lines and wildcards are still drawn.
+
+    Tags are joined as in the training: where it leaves no separator, there is none.
+    """
+    calm = replace(rules, dropout_rate=0.0, dropout_every_n_epochs=0, tag_dropout_rate=0.0, rejoin=rules.rearranges)
+    return replace(calm, shuffle=False, warmup_step=0)
+
+
 @dataclass(frozen=True)
 class CaptionMoment:
     """When a caption is drawn: optimizer steps done, steps of the whole run, and the epoch, counted from 1."""

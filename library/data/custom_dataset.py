@@ -11,7 +11,7 @@ have a length and give a dictionary for each number below it: one finished batch
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,20 +20,27 @@ from torch.utils.data import Dataset
 
 from library.data.batch_order import BatchRef, EpochOrder
 from library.data.batches import Batch, collate
+from library.data.buckets import Size
+from library.data.concept import Concept
+from library.data.image_table import ImageTable
 from library.data.latent_cache import PIXELS_PER_LATENT, LatentCache, LatentEntry
+from library.data.loader import BatchLoader, make_loader
 from library.data.preflight import Report
 from library.data.random_masks import random_mask
-from library.data.training_data import BatchedData, sample_seeds
+from library.data.samples import sample_seeds
 from library.embedding.tokenizer import PromptTokenizer
 from library.options.options import DatasetOptions
 from library.support.errors import UserError
 from library.support.user_classes import load_class
 
 
-class CustomData(BatchedData):
-    """Has what ``TrainingData`` has, and takes the batches from the user's object."""
+class CustomData:
+    """The batches of the user's object; of its images nothing else is known. See ``BatchedData``."""
 
-    has_validation = False
+    sizes: Collection[Size] = ()
+    templates: Sequence[str] | None = None  # the object is told of them
+    table: ImageTable | None = None
+    contents = ""
 
     def __init__(
         self,
@@ -48,7 +55,7 @@ class CustomData(BatchedData):
         self.name = options.dataset_class
         self.prompts = prompts
         self.seed = seed
-        self.resolution = options.resolution or (512, 512)
+        self.resolution: Size = options.resolution or (512, 512)
         self.masked_loss = options.masked_loss
         self.inpainting = options.train_inpainting
         size = options.resolution and f"{options.resolution[0]},{options.resolution[1]}"
@@ -99,10 +106,18 @@ class CustomData(BatchedData):
                 'class give "latents".'
             )
 
-    def source(self, max_steps: int) -> "CustomSource":
-        """Turns the user's dictionaries into batches."""
+    def loader(self, *, max_steps: int = 0, **details: Any) -> BatchLoader:
+        """See ``BatchedData.loader``. The user's object is told ``max_steps``."""
         _tell(self.dataset, "set_max_train_steps", max_steps)
-        return CustomSource(self)
+        return make_loader(self.order, CustomSource(self), **details)
+
+    def validation_loader(self, *, process_index: int = 0, num_processes: int = 1) -> BatchLoader | None:
+        """Nothing is held out."""
+        return None
+
+    def concept(self) -> Concept | None:
+        """Only the user's class knows which images teach the word."""
+        return None
 
 
 def _tell(dataset: Any, method: str, *values) -> None:
@@ -248,7 +263,7 @@ class _Reader:
         return None if alpha is None else alpha.unsqueeze(1)
 
     def _seeds(self, number: int) -> tuple[int, int, int]:
-        """See ``dataset.sample_seeds``."""
+        """See ``samples.sample_seeds``."""
         return sample_seeds(self.data.seed, self.ref.epoch, self.ref.position << 16 | number)
 
     def _holes(self, values: dict, count: int, size_hw: tuple[int, int]) -> torch.Tensor:

@@ -1,18 +1,20 @@
-"""All pictures of a training in one table: how often each comes, its bucket, and what its file is made into.
+"""All images of a training in one table: how often each comes, its bucket, and what its file is made into.
 
-One row per picture and dataset. The columns are arrays, and objects for a picture are made when they are asked for, so
-a hundred thousand pictures stay small.
+One row per image and dataset. The columns are arrays that nobody else indexes, and the entry of an image is made when
+it is asked for, so a hundred thousand images stay small.
 """
 
+import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from library.data.batch_order import EpochOrder
 from library.data.buckets import BucketChooser, size_conditioning_crop
-from library.data.captions import CaptionRules
+from library.data.captions import CaptionRules, calm_rules
 from library.data.config import DatasetConfig, SubsetConfig
 from library.data.image_sets import ImageSet, balanced_repeats, held_out, load_image_sets, select
 from library.data.images import Framing, check_resized
@@ -34,91 +36,179 @@ class Bucket:
     batch_size: int
 
 
-@dataclass
-class ImageTable:
-    """Pictures with all that is known of them before a pixel is read.
+@dataclass(frozen=True, slots=True)
+class ImageEntry:
+    """One image with all that is known of it before a pixel is read.
 
-    Row i is picture ``row_of[i]`` of ``sets[set_of[i]]``, comes ``repeats[i]`` times an epoch in bucket
-    ``buckets[bucket_of[i]]``, and its file is resized to ``resized[i]`` before it is cropped to the bucket.
+    ``caption`` is as it was found, perhaps in several lines; ``image_size`` is (width, height) of the file as shown,
+    ``bucket`` that of what the model sees, and ``resized`` that of the file before it is cropped to the bucket. It
+    comes ``repeats`` times an epoch.
     """
 
-    configs: tuple[DatasetConfig, ...]
-    sets: list[ImageSet]
-    dataset_of: list[int]  # by set
-    buckets: list[Bucket]
-    set_of: np.ndarray  # int32 [n]
-    row_of: np.ndarray  # int32 [n]
-    repeats: np.ndarray  # int32 [n]
-    bucket_of: np.ndarray  # int32 [n]
-    resized: np.ndarray  # int32 [n, 2]
-
-    def __len__(self) -> int:
-        return len(self.row_of)
-
-    def path(self, index: int) -> str:
-        """The picture's file."""
-        return self.sets[self.set_of[index]].paths[self.row_of[index]]
-
-    def caption(self, index: int) -> str:
-        """The picture's caption as it was found, perhaps in several lines."""
-        return self.sets[self.set_of[index]].captions[self.row_of[index]]
+    path: str
+    caption: str
+    mask_path: str | None  # if its subset has masks
+    image_size: Size
+    subset: SubsetConfig
+    config: DatasetConfig
+    bucket: Size
+    resized: Size
+    repeats: int
 
     @property
-    def has_masks(self) -> bool:
-        """Whether any picture has a mask file."""
-        return any(found.masks for found in self.sets)
-
-    def mask_path(self, index: int) -> str | None:
-        """The picture's mask file, if its subset has masks."""
-        masks = self.sets[self.set_of[index]].masks
-        return masks[self.row_of[index]] if masks else None
-
-    def image_size(self, index: int) -> Size:
-        """(width, height) of the file as shown."""
-        width, height = self.sets[self.set_of[index]].sizes[self.row_of[index]]
-        return int(width), int(height)
-
-    def subset(self, index: int) -> SubsetConfig:
-        """The subset that the picture comes from."""
-        return self.sets[self.set_of[index]].subset
-
-    def config(self, index: int) -> DatasetConfig:
-        """The dataset that the picture comes from."""
-        return self.configs[self.dataset_of[self.set_of[index]]]
-
-    def bucket(self, index: int) -> Size:
-        """(width, height) of what the model sees."""
-        return self.buckets[self.bucket_of[index]].size
-
-    def framing(self, index: int) -> Framing:
-        """How the file becomes the model's picture."""
-        subset, config = self.subset(index), self.config(index)
-        width, height = self.resized[index]
+    def framing(self) -> Framing:
+        """How the file becomes the model's image."""
+        subset, config = self.subset, self.config
         return Framing(
-            resized=(int(width), int(height)),
-            bucket=self.bucket(index),
+            resized=self.resized,
+            bucket=self.bucket,
             interpolation=subset.resize_interpolation or config.resize_interpolation,
             random_crop=subset.random_crop,
             # Face detectors' numbers choose the crop; a bucket has its own rule.
             face_crop_range=None if config.buckets.enabled else subset.face_crop_aug_range,
         )
 
-    def latent_entry(self, index: int) -> LatentEntry:
-        """What the latent cache must know of the picture."""
-        subset, size = self.subset(index), self.image_size(index)
+    @property
+    def latent_entry(self) -> LatentEntry:
+        """What the latent cache must know of the image."""
         return LatentEntry(
-            path=Path(self.path(index)),
-            image_size=size,
-            framing=self.framing(index),
-            crop_ltrb=size_conditioning_crop(self.bucket(index), size),
-            flip=subset.flip_aug,
-            alpha_mask=subset.alpha_mask,
+            path=Path(self.path),
+            image_size=self.image_size,
+            framing=self.framing,
+            crop_ltrb=size_conditioning_crop(self.bucket, self.image_size),
+            flip=self.subset.flip_aug,
+            alpha_mask=self.subset.alpha_mask,
         )
 
+
+@dataclass(frozen=True)
+class SubsetImages:
+    """What one subset of a dataset (``dataset`` is its number, from 0) gives to a table.
+
+    ``found`` is all of it, ``drawn`` what comes, as ``samples`` samples an epoch.
+    """
+
+    dataset: int
+    found: ImageSet
+    drawn: ImageSet
+    samples: int
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Row i is image ``row[i]`` of set ``set[i]``; it comes ``repeats[i]`` times an epoch in bucket ``bucket[i]``."""
+
+    set: np.ndarray  # int32 [n]
+    row: np.ndarray  # int32 [n]
+    repeats: np.ndarray  # int32 [n]
+    bucket: np.ndarray  # int32 [n]
+    resized: np.ndarray  # int32 [n, 2]
+
+    def __getitem__(self, chosen: np.ndarray) -> "_Columns":
+        return _Columns(*(getattr(self, name)[chosen] for name in self.__dataclass_fields__))
+
+
+@dataclass(frozen=True)
+class ImageTable:
+    """The images of a training, one row each: ``table[i]`` is an :class:`ImageEntry`, methods give whole columns."""
+
+    configs: tuple[DatasetConfig, ...]
+    sets: tuple[ImageSet, ...]
+    buckets: tuple[Bucket, ...]
+    _dataset_of: tuple[int, ...]  # by set
+    _columns: _Columns
+
+    def __len__(self) -> int:
+        return len(self._columns.row)
+
+    def __getitem__(self, index: int) -> ImageEntry:
+        columns = self._columns
+        number, row = columns.set[index], columns.row[index]
+        found = self.sets[number]
+        width, height = found.sizes[row].tolist()
+        resized_width, resized_height = columns.resized[index].tolist()
+        return ImageEntry(
+            path=found.paths[row],
+            caption=found.captions[row],
+            mask_path=found.masks[row] if found.masks else None,
+            image_size=(width, height),
+            subset=found.subset,
+            config=self.configs[self._dataset_of[number]],
+            bucket=self.buckets[columns.bucket[index]].size,
+            resized=(resized_width, resized_height),
+            repeats=int(columns.repeats[index]),
+        )
+
+    def __iter__(self) -> Iterator[ImageEntry]:
+        return map(self.__getitem__, range(len(self)))
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether any image has a mask file."""
+        return any(found.masks for found in self.sets)
+
+    def subsets(self) -> Iterator[SubsetImages]:
+        """What each subset gives, in order."""
+        columns = self._columns
+        for number, (dataset, found) in enumerate(zip(self._dataset_of, self.sets, strict=True)):
+            here = columns.set == number
+            rows = columns.row[here].tolist()
+            drawn = found if len(rows) == len(found) else select(found, rows)
+            yield SubsetImages(dataset, found, drawn, int(columns.repeats[here].sum()))
+
+    def repeats(self) -> np.ndarray:
+        """How often each image comes in an epoch, int32 [n]."""
+        return self._columns.repeats
+
+    def resized(self) -> np.ndarray:
+        """(width, height) that each file is resized to before it is cropped, int32 [n, 2]."""
+        return self._columns.resized
+
     def image_sizes(self) -> np.ndarray:
-        """(width, height) of every picture's file, int32 [n, 2]."""
+        """(width, height) of each file as shown, int32 [n, 2]."""
         starts = np.cumsum([0, *(len(found) for found in self.sets)])[:-1]
-        return np.concatenate([found.sizes for found in self.sets])[starts[self.set_of] + self.row_of]
+        return np.concatenate([found.sizes for found in self.sets])[starts[self._columns.set] + self._columns.row]
+
+    def bucket_sizes(self) -> np.ndarray:
+        """(width, height) of what the model sees of each image, int64 [n, 2]."""
+        return np.array([bucket.size for bucket in self.buckets])[self._columns.bucket]
+
+    def dataset_numbers(self) -> np.ndarray:
+        """The number of each image's dataset, from 0, int64 [n]."""
+        return np.array(self._dataset_of)[self._columns.set]
+
+    def images_in_buckets(self) -> np.ndarray:
+        """Images in each bucket, int64 [buckets]."""
+        return np.bincount(self._columns.bucket, minlength=len(self.buckets))
+
+    def samples_in_buckets(self) -> np.ndarray:
+        """Samples an epoch in each bucket, int64 [buckets]."""
+        counts = np.bincount(self._columns.bucket, weights=self._columns.repeats, minlength=len(self.buckets))
+        return counts.astype(np.int64)
+
+    def batch_sizes(self) -> np.ndarray:
+        """Samples in a batch of each bucket, int64 [buckets]."""
+        return np.array([bucket.batch_size for bucket in self.buckets], dtype=np.int64)
+
+    def order(self, seed: int) -> EpochOrder:
+        """The order in which an epoch trains on the images, for any integer ``seed``."""
+        return EpochOrder(self._columns.bucket, self._columns.repeats, self.batch_sizes(), seed)
+
+    def fingerprint(self) -> str:
+        """Another one for other captions, repeats, sizes or rules; names and folders do not matter."""
+        digest = hashlib.sha256()
+        for found in self.sets:
+            rules = replace(found.subset, image_dir=None, metadata_file=None, conditioning_data_dir=None, place="")
+            digest.update(repr((rules, list(found.captions), found.sizes.tolist())).encode())
+        for column in (self._columns.repeats, self._columns.bucket, self._columns.resized, self.batch_sizes()):
+            digest.update(column.tobytes())
+        return digest.hexdigest()
+
+    def only(self, indices: Sequence[int]) -> "ImageTable":
+        """The same table, in which these images come once an epoch and the others never."""
+        repeats = np.zeros_like(self._columns.repeats)
+        repeats[list(indices)] = 1
+        return replace(self, _columns=replace(self._columns, repeats=repeats))
 
     def with_calm_captions(self) -> "ImageTable":
         """The same table, with captions in which nothing is shuffled, dropped or held back."""
@@ -135,16 +225,7 @@ class ImageTable:
         for found in self.sets:
             subset = replace(found.subset, captions=change(found.subset.captions))
             sets.append(replace(found, subset=subset, captions=list(map(rewrite, found.captions))))
-        return replace(self, sets=sets)
-
-    @property
-    def batch_sizes(self) -> np.ndarray:
-        """int64 [buckets]."""
-        return np.array([bucket.batch_size for bucket in self.buckets], dtype=np.int64)
-
-    def samples_in_buckets(self) -> np.ndarray:
-        """Samples an epoch in each bucket, int64 [buckets]."""
-        return np.bincount(self.bucket_of, weights=self.repeats, minlength=len(self.buckets)).astype(np.int64)
+        return replace(self, sets=tuple(sets))
 
 
 def load_tables(
@@ -211,15 +292,6 @@ def _at_rest(found: ImageSet) -> ImageSet:
     return replace(found, subset=replace(still, captions=calm_rules(subset.captions)))
 
 
-def calm_rules(rules: CaptionRules) -> CaptionRules:
-    """The same rules with nothing shuffled, dropped or held back; only lines and wildcards are still drawn.
-
-    Tags are joined as in the training: where it leaves no separator, there is none.
-    """
-    calm = replace(rules, dropout_rate=0.0, dropout_every_n_epochs=0, tag_dropout_rate=0.0, rejoin=rules.rearranges)
-    return replace(calm, shuffle=False, warmup_step=0)
-
-
 def _with_repeats(sets: list[ImageSet]) -> list[tuple[ImageSet, list[int]]]:
     """Every set of a dataset with how often each of its pictures comes."""
     total = sum(len(found) * found.subset.num_repeats for found in sets if not found.subset.is_reg)
@@ -256,25 +328,18 @@ def _table(configs: tuple[DatasetConfig, ...], parts: list[tuple[int, ImageSet, 
     rank = np.empty(len(order), dtype=np.int32)
     rank[[numbers[key] for key in order]] = np.arange(len(order), dtype=np.int32)
     lengths = [len(found) for _, found, _ in parts]
-    table = ImageTable(
-        configs=configs,
-        sets=[found for _, found, _ in parts],
-        dataset_of=[dataset for dataset, _, _ in parts],
-        buckets=[Bucket(dataset, size, configs[dataset].batch_size) for dataset, size in order],
-        set_of=np.repeat(np.arange(len(parts), dtype=np.int32), lengths),
-        row_of=np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]),
+    columns = _Columns(
+        set=np.repeat(np.arange(len(parts), dtype=np.int32), lengths),
+        row=np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]),
         repeats=np.array([count for _, _, repeats in parts for count in repeats], dtype=np.int32),
-        bucket_of=rank[bucket_of],
+        bucket=rank[bucket_of],
         resized=np.array(resized, dtype=np.int32).reshape(-1, 2),
     )
-    return _without_unused(table)
-
-
-def _without_unused(table: ImageTable) -> ImageTable:
-    """The table without rows that never come: regularisation pictures beyond the balance."""
-    used = table.repeats > 0
-    if used.all():
-        return table
-    for column in ("set_of", "row_of", "repeats", "bucket_of", "resized"):
-        setattr(table, column, getattr(table, column)[used])
-    return table
+    used = columns.repeats > 0  # all but regularisation images beyond the balance
+    return ImageTable(
+        configs=configs,
+        sets=tuple(found for _, found, _ in parts),
+        buckets=tuple(Bucket(dataset, size, configs[dataset].batch_size) for dataset, size in order),
+        _dataset_of=tuple(dataset for dataset, _, _ in parts),
+        _columns=columns if used.all() else columns[used],
+    )

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from library.data.captions import CaptionRules, process_caption
+from library.data.captions import CaptionRules, calm_rules, process_caption
 from library.data.found_images import is_plain, no_word, presence
-from library.data.image_table import ImageTable, calm_rules
+from library.data.image_table import ImageTable
 from library.embedding.placeholder import Placeholder
 from library.embedding.tokenizer import PromptTokenizer
 from library.support.errors import NAMES_SHOWN, UserError, counted, first_names
@@ -68,7 +68,7 @@ def _are(count: int, noun: str) -> str:
 
 def _contents(table: ImageTable, validation: ImageTable | None) -> list[str]:
     samples = table.samples_in_buckets()
-    batches = int((-(-samples // table.batch_sizes)).sum())
+    batches = int((-(-samples // table.batch_sizes())).sum())
     lines = [
         f"Training data: {counted(len(table), 'picture')}, {counted(int(samples.sum()), 'sample')} in "
         f"{batches:,} batch{'es' if batches > 1 else ''} an epoch."
@@ -86,13 +86,11 @@ def _dataset_contents(table: ImageTable, number: int, samples: np.ndarray) -> li
     width, height = config.buckets.resolution
     buckets = "buckets" if config.buckets.enabled else "no buckets"
     lines = [f"  dataset {number + 1}: {width}x{height}, batch size {config.batch_size}, {buckets}"]
-    pictures = np.bincount(table.set_of, minlength=len(table.sets))
-    drawn = np.bincount(table.set_of, weights=table.repeats, minlength=len(table.sets)).astype(int)
-    for row, found in enumerate(table.sets):
-        if table.dataset_of[row] == number:
-            kind = " (regularisation)" if found.subset.is_reg else ""
-            lines.append(f"    {_amount(pictures[row], drawn[row])}: {found.subset.source}{kind}")
-    pictures = np.bincount(table.bucket_of, minlength=len(table.buckets))
+    for part in table.subsets():
+        if part.dataset == number:
+            kind = " (regularisation)" if part.found.subset.is_reg else ""
+            lines.append(f"    {_amount(len(part.drawn), part.samples)}: {part.found.subset.source}{kind}")
+    pictures = table.images_in_buckets()
     rows = [row for row, bucket in enumerate(table.buckets) if bucket.dataset == number]
     for row in rows[:_SHOWN_BUCKETS]:
         size = "x".join(map(str, table.buckets[row].size))
@@ -117,15 +115,14 @@ def _check_templates(prompts: PromptTokenizer, templates: Sequence[str], report:
 def _check_presence(table: ImageTable, word: Placeholder, report: Report) -> None:
     """Count the captions without the word; regularisation pictures are expected to lack it."""
     lacking, partly, regular, held = [], [], 0, 0
-    for number, found in enumerate(table.sets):
-        rows = table.row_of[table.set_of == number].tolist()
-        answers = [presence(found.captions[row], found.subset.captions, word) for row in rows]
-        if found.subset.is_reg:
-            regular += len(rows)
+    for drawn in (part.drawn for part in table.subsets()):
+        answers = [presence(caption, drawn.subset.captions, word) for caption in drawn.captions]
+        if drawn.subset.is_reg:
+            regular += len(drawn)
             held += sum(answer != "never" for answer in answers)
             continue
-        lacking += [found.paths[row] for row, answer in zip(rows, answers, strict=True) if answer == "never"]
-        partly += [found.paths[row] for row, answer in zip(rows, answers, strict=True) if answer == "sometimes"]
+        lacking += [path for path, answer in zip(drawn.paths, answers, strict=True) if answer == "never"]
+        partly += [path for path, answer in zip(drawn.paths, answers, strict=True) if answer == "sometimes"]
     total = len(table) - regular
     if len(lacking) == total:
         raise no_word(word, lacking)
@@ -195,10 +192,10 @@ def _longer(prompts: PromptTokenizer) -> str:
 
 def _captions(table: ImageTable) -> Iterator[tuple[str, str, CaptionRules]]:
     """(path, caption, rules) of every picture but the regularisation ones."""
-    for number, found in enumerate(table.sets):
-        if not found.subset.is_reg:
-            for row in table.row_of[table.set_of == number].tolist():
-                yield found.paths[row], found.captions[row], found.subset.captions
+    for drawn in (part.drawn for part in table.subsets()):
+        if not drawn.subset.is_reg:
+            for path, caption in zip(drawn.paths, drawn.captions, strict=True):
+                yield path, caption, drawn.subset.captions
 
 
 def _finished(caption: str, rules: CaptionRules, word: Placeholder) -> str:
@@ -296,18 +293,18 @@ def _warn_of_missing_captions(table: ImageTable, report: Report) -> None:
 
 def _warn_of_small_pictures(table: ImageTable, report: Report) -> None:
     """Name pictures that are enlarged a lot, or at all where ``bucket_no_upscale`` promises otherwise."""
-    scale = (table.resized / table.image_sizes()).max(axis=1)
+    scale = (table.resized() / table.image_sizes()).max(axis=1)
     own_size = np.array([config.buckets.enabled and config.buckets.no_upscale for config in table.configs])
-    own_size = own_size[np.array(table.dataset_of)[table.set_of]]
+    own_size = own_size[table.dataset_numbers()]
     tiny = np.flatnonzero(own_size & (scale > 1.01))
     if len(tiny):
         report.warnings.append(
             f"{_are(len(tiny), 'picture')} smaller than one bucket step and enlarged in spite of "
-            f"bucket_no_upscale: {first_names([table.path(index) for index in tiny[: NAMES_SHOWN + 1]])}."
+            f"bucket_no_upscale: {first_names([table[index].path for index in tiny[: NAMES_SHOWN + 1]])}."
         )
     small = np.flatnonzero(~own_size & (scale >= _BLURRING_SCALE))
     if len(small):
-        names = [f"{table.path(index)} ({_times(scale[index])})" for index in small[: NAMES_SHOWN + 1]]
+        names = [f"{table[index].path} ({_times(scale[index])})" for index in small[: NAMES_SHOWN + 1]]
         report.warnings.append(
             f"{_are(len(small), 'picture')} much smaller than what the model sees and enlarged, so the "
             f"word learns the blur too: {first_names(names)}. Use larger pictures, a lower resolution or "
@@ -317,11 +314,10 @@ def _warn_of_small_pictures(table: ImageTable, report: Report) -> None:
 
 def _warn_of_cropping(table: ImageTable, report: Report) -> None:
     """Name pictures of which less than half is seen."""
-    buckets = np.array([bucket.size for bucket in table.buckets])[table.bucket_of]
-    kept = (buckets / table.resized).prod(axis=1)
+    kept = (table.bucket_sizes() / table.resized()).prod(axis=1)
     cropped = np.flatnonzero(kept < _LEAST_KEPT)
     if len(cropped):
-        names = [f"{table.path(index)} ({kept[index]:.0%} is seen)" for index in cropped[: NAMES_SHOWN + 1]]
+        names = [f"{table[index].path} ({kept[index]:.0%} is seen)" for index in cropped[: NAMES_SHOWN + 1]]
         report.warnings.append(
             f"{counted(len(cropped), 'image')} will lose over half {'its' if len(cropped) == 1 else 'their'} area to "
             f"cropping, because no bucket fits the aspect ratio: {first_names(names)}. Crop by hand, or set "
@@ -336,10 +332,9 @@ def _times(scale: float) -> str:
 def _warn_of_duplicates(table: ImageTable, report: Report) -> None:
     """Name pictures of one dataset that look like the same file: equal in size and in samples of their bytes."""
     by_size: dict[tuple[int, int], set[str]] = defaultdict(set)
-    for number, found in enumerate(table.sets):
-        for row in table.row_of[table.set_of == number].tolist():
-            path = found.paths[row]
-            by_size[table.dataset_of[number], os.stat(path).st_size].add(path)
+    for part in table.subsets():
+        for path in part.drawn.paths:
+            by_size[part.dataset, os.stat(path).st_size].add(path)
     pairs = []
     for (_, size), paths in by_size.items():
         seen: dict[bytes, str] = {}

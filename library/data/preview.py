@@ -6,15 +6,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
 from library.data.batch_order import BatchSampler
 from library.data.batches import Batch, Sample
 from library.data.captions import CaptionMoment
-from library.data.image_table import ImageTable
-from library.data.training_data import SampleSource, TrainingData
+from library.data.image_table import ImageEntry, ImageTable
+from library.data.samples import SampleSource
+from library.data.training_data import TrainingData
 from library.embedding.tokenizer import PromptTokenizer
 
 _SHOWN = 30  # pictures in the table and on the sheet
@@ -44,7 +44,7 @@ def show_dataset(data: TrainingData, output_dir: str | None = None, max_steps: i
     shown = f"the first {len(drawn)} of {total:,} pictures" if len(drawn) < total else f"all {total} pictures"
     print(f"\nSamples: {shown}, each as it is first drawn in epoch 1. Ids in [brackets] are new tokens.")
     for number, one in enumerate(drawn, start=1):
-        print(f"\n{number:3}. {sample_text(data.table, data.prompts, one.index, one.sample)}")
+        print(f"\n{number:3}. {sample_text(data.table[one.index], data.prompts, one.sample)}")
     if output_dir is None:
         return None
     file = Path(output_dir) / SHEET_NAME
@@ -79,7 +79,7 @@ def _first_draws(data: TrainingData, source: SampleSource) -> Iterator[_Drawn]:
 
 def bucket_table(table: ImageTable) -> str:
     """All buckets with their numbers of pictures, samples and batches, one a line."""
-    pictures = np.bincount(table.bucket_of, minlength=len(table.buckets))
+    pictures = table.images_in_buckets()
     samples = table.samples_in_buckets()
     lines = [f"{'dataset':>7}  {'bucket':>11}  {'pictures':>8}  {'samples':>8}  {'batches':>8}"]
     for row, bucket in enumerate(table.buckets):
@@ -88,10 +88,10 @@ def bucket_table(table: ImageTable) -> str:
     return "\n".join(lines)
 
 
-def sample_text(table: ImageTable, prompts: PromptTokenizer, index: int, sample: Sample) -> str:
+def sample_text(entry: ImageEntry, prompts: PromptTokenizer, sample: Sample) -> str:
     """A paragraph on one sample: file, sizes and crop, caption, ids."""
-    width, height = table.image_size(index)
-    bucket = table.bucket(index)
+    width, height = entry.image_size
+    bucket = entry.bucket
     resized, cut = sample.cut.resized, sample.cut
     right, bottom = resized[0] - bucket[0] - cut.left, resized[1] - bucket[1] - cut.top
     crop = f"crop left {cut.left}, top {cut.top}, right {right}, bottom {bottom}" if resized != bucket else "no crop"

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from library.data.batches import Batch
-from library.data.training_data import TrainingData
+from library.data.concept import Concept
 from library.embedding.initialization import NewWord
 from library.embedding.tokenizer import TrainableRows
 from library.model.identity import read_object
@@ -22,8 +22,9 @@ from library.output.results import say_kept
 from library.output.sample_prompts import SamplePrompt
 from library.output.sampling import SamplingPipeline
 from library.support.atomic_files import write_atomically, write_png
-from library.support.errors import UserError
+from library.support.errors import UserError, survived
 from library.support.processes import rank
+from library.training.callbacks import Callback
 from library.training.denoising import DenoisingTask
 
 logger = logging.getLogger(__name__)
@@ -112,13 +113,13 @@ class LearningMeasure:
     """Measures a word before and after its training, with everything else the same: captions, noise, seeds."""
 
     def __init__(
-        self, pipeline: SamplingPipeline, task: DenoisingTask, data: TrainingData, word: NewWord, rows: TrainableRows
+        self, pipeline: SamplingPipeline, task: DenoisingTask, concept: Concept, word: NewWord, rows: TrainableRows
     ):
-        self.pipeline, self.task, self.data, self.word, self.rows = pipeline, task, data, word, rows
-        self.concept = data.concept_pictures(_CONCEPT_PICTURES)
-        self.captions = data.concept_captions(PICTURES)
-        self.held_out = data.has_validation and any(batch.has_token.any() for batch in self._batches(held_out=True))
-        if data.has_validation and not self.held_out:
+        self.pipeline, self.task, self.concept, self.word, self.rows = pipeline, task, concept, word, rows
+        self.pictures = concept.pictures(_CONCEPT_PICTURES)
+        self.captions = concept.captions(PICTURES)
+        self.held_out = any(batch.has_token.any() for batch in self._batches(held_out=True))
+        if concept.held_out is not None and not self.held_out:
             logger.warning("No held-out caption holds the word: the report takes its loss from the training pictures.")
 
     def report(self, init_word: str | None, starts: Sequence[Tensor]) -> LearningReport:
@@ -133,7 +134,7 @@ class LearningMeasure:
             with self.rows.holding(starts):
                 before = self._measure("the start", _unchanged)
         after = self._measure(f'"{self.word.placeholder.text}"', _unchanged)
-        return LearningReport(before, after, self.concept, self.held_out)
+        return LearningReport(before, after, self.pictures, self.held_out)
 
     def _measure(self, label: str, rewrite: Callable[[str], str]) -> Measured:
         """Loss and pictures with every caption as ``rewrite`` leaves it."""
@@ -143,10 +144,11 @@ class LearningMeasure:
             )
             for seed, (caption, (width, height)) in enumerate(self.captions)
         ]
-        batch_size = max(config.batch_size for config in self.data.configs)
         title = "" if rank() else f"Drawing {label}"
-        pictures = shared_out(wanted, lambda part: self.pipeline.draw(part, batch_size=batch_size, title=title))
-        return Measured(label, self._loss(rewrite), concept_distance(pictures, self.concept), pictures)
+        pictures = shared_out(
+            wanted, lambda part: self.pipeline.draw(part, batch_size=self.concept.batch_size, title=title)
+        )
+        return Measured(label, self._loss(rewrite), concept_distance(pictures, self.pictures), pictures)
 
     @torch.no_grad()
     def _loss(self, rewrite: Callable[[str], str]) -> float:
@@ -164,7 +166,23 @@ class LearningMeasure:
         return float(torch.cat(losses).mean())
 
     def _batches(self, *, held_out: bool) -> Iterator[Batch]:
-        return self.data.fixed_batches(_LOSS_SAMPLES, held_out=held_out)
+        return self.concept.fixed_batches(_LOSS_SAMPLES, held_out=held_out)
+
+
+class LearningReporting(Callback):
+    """At the end: says what the word learned, and writes it beside the embedding file."""
+
+    def __init__(self, measure: Callable[[], LearningReport], run: str):
+        """All processes take part in ``measure``; for ``run`` see ``LearningReport.write``."""
+        self.measure, self.run = measure, run
+
+    def after_training(self, path: Path) -> None:
+        """Make the report; where that fails, the embedding is there all the same."""
+        with survived("The learning report could not be made; the embedding is complete without it."):
+            report = self.measure()
+            if not rank():
+                print(f"\n{report.text}")
+                print(f"The pictures are in {report.write(path.with_suffix(''), self.run)}")
 
 
 def comparison_sheet(rows: Sequence[tuple[str, Sequence[np.ndarray]]]) -> Image.Image:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from library.data.training_data import TrainingData
+from library.data.batched_data import BatchedData
 from library.embedding.files import SAVE_DTYPES, run_of, write_embedding
 from library.embedding.initialization import NewWord
 from library.embedding.metadata import TrainedFor, TrainingRecord, check_length, modelspec_metadata
@@ -57,7 +57,7 @@ class Results:
 
     @classmethod
     def create(
-        cls, options: Options, family: ModelFamily, model: BaseModel, word: NewWord, data: TrainingData
+        cls, options: Options, family: ModelFamily, model: BaseModel, word: NewWord, data: BatchedData
     ) -> "Results":
         """Collect what is known before a new run. Raises UserError for metadata that cannot be written."""
         # A folder says itself what it is, whether --v2 is given or not.

@@ -20,7 +20,11 @@ from library.output.samplers import check_sampler
 from library.output.sampling import SamplingPipeline
 from library.support.atomic_files import write_png
 from library.support.errors import UserError, survived
+from library.training.callbacks import Callback, Callbacks, StepResult
+from library.training.optimizer_step import Learner
+from library.training.progress import Progress
 from library.training.save_schedule import SampleSchedule
+from library.training.state import TrainingState
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +94,41 @@ class SampleAlbum:
         notes = PngInfo()
         notes.add_itxt("parameters", prompt.prompt)  # where other programs look for the prompt
         write_png(self.folder / f"{self.output_name}_{mark}{seed}.png", Image.fromarray(picture), notes)
+
+
+class Sampling(Callback):
+    """Draws the album when it is due, with the rows as they would be saved; the others hear of the images."""
+
+    def __init__(self, album: SampleAlbum, pipeline: SamplingPipeline, learner: Learner, callbacks: Callbacks):
+        self.album, self.pipeline, self.learner, self.callbacks = album, pipeline, learner, callbacks
+
+    def on_start(self, progress: Progress, state: TrainingState | None) -> None:
+        """Draw what is wanted of an untrained word, or what is missing of the moment at which the state was saved."""
+        schedule = self.album.schedule
+        if state is None:
+            if schedule.at_first():
+                self._draw(progress, epoch_mark(0))
+        elif progress.epoch_closed and schedule.after_epoch(progress.epoch):
+            self._draw(progress, epoch_mark(progress.epoch), missing=True)
+        elif not progress.epoch_closed and schedule.after_step(progress.step):
+            self._draw(progress, step_mark(progress.step), missing=True)
+
+    def after_step(self, progress: Progress, result: StepResult) -> None:
+        """Draw, if it is due."""
+        if self.album.schedule.after_step(progress.step):
+            self._draw(progress, step_mark(progress.step))
+
+    def after_epoch(self, progress: Progress) -> None:
+        """Draw, if it is due."""
+        if self.album.schedule.after_epoch(progress.epoch):
+            self._draw(progress, epoch_mark(progress.epoch))
+
+    def _draw(self, progress: Progress, mark: str, *, missing: bool = False) -> None:
+        machine = self.learner.accelerator
+        share = {"process_index": machine.process_index, "num_processes": machine.num_processes}
+        with self.learner.averaged_rows():
+            images = self.album.draw(self.pipeline, mark, missing=missing, **share)
+        self.callbacks.after_samples(progress, images)
 
 
 def _with_scenes(wanted: Sequence[SamplePrompt]) -> list[SamplePrompt | None]:

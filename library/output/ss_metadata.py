@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import PurePath
 from typing import Any
 
+from library.data.batched_data import BatchedData
 from library.data.config import SubsetConfig
 from library.data.image_table import ImageTable
-from library.data.training_data import BatchedData
 from library.model.architectures import SD2
 from library.model.base_model import BaseModel
 from library.model.family import ModelFamily
@@ -51,10 +51,10 @@ def tag_frequency(table: ImageTable) -> dict[str, dict[str, int]]:
     """
     frequency: dict[str, Counter] = {}
     dataset_of: dict[str, int] = {}
-    for found, dataset in zip(table.sets, table.dataset_of, strict=True):
-        name = _short_name(found.subset)
-        if dataset_of.setdefault(name, dataset) == dataset:
-            texts = ",".join(found.captions).replace("\n", ",")
+    for part in table.subsets():
+        name = _short_name(part.found.subset)
+        if dataset_of.setdefault(name, part.dataset) == part.dataset:
+            texts = ",".join(part.found.captions).replace("\n", ",")
             tags = (tag.strip().lower() for tag in texts.split(","))
             frequency.setdefault(name, Counter()).update(filter(None, tags))
     share = max(1, _MOST_TAGS // len(frequency))

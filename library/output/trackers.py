@@ -14,6 +14,9 @@ from accelerate.utils import gather_object
 from library.options.options import LoggingOptions, Options, as_dict, declared_options
 from library.support.errors import UserError, survived
 from library.support.text_files import parse_toml, read_text
+from library.training.callbacks import Callback, StepResult
+from library.training.progress import Progress
+from library.training.state import TrainingState
 
 PROJECT = "textual_inversion"
 _TRACKERS = ("tensorboard", "wandb")  # and the packages they need
@@ -43,7 +46,7 @@ def _settings(options: LoggingOptions) -> dict[str, dict[str, Any]]:
     return settings
 
 
-class RunLog:
+class RunLog(Callback):
     """What one run tells its trackers. All steps are optimizer steps; only the main process writes."""
 
     def __init__(self, trackers: Sequence[GeneralTracker]):
@@ -73,30 +76,40 @@ class RunLog:
         """Log numbers by name, as they are after ``step`` optimizer steps."""
         self._tell(lambda tracker: tracker.log(dict(values), step=step))
 
-    def step(self, loss: float, rates: Mapping[str, float], step: int) -> None:
-        """Log the loss of a step and its learning rates by name."""
-        self.epoch_losses.append(loss)
-        self.values({"loss": loss, **rates}, step)
+    def on_start(self, progress: Progress, state: TrainingState | None) -> None:
+        """Take over the losses of an epoch that was begun before."""
+        if state:
+            self.epoch_losses = list(state.epoch_losses)
 
-    def epoch(self, step: int) -> None:
-        """Log the mean loss of the steps since the last epoch, which ends after ``step`` steps."""
+    def after_step(self, progress: Progress, result: StepResult) -> None:
+        """Log the loss of a step and its learning rates by name."""
+        if result.loss is not None:
+            self.epoch_losses.append(result.loss)
+            self.values({"loss": result.loss, **result.rates}, progress.step)
+
+    def after_epoch(self, progress: Progress) -> None:
+        """Log the mean loss of the epoch's steps."""
         if self.epoch_losses:
-            self.values({"loss/epoch": float(np.mean(self.epoch_losses))}, step)
+            self.values({"loss/epoch": float(np.mean(self.epoch_losses))}, progress.step)
         self.epoch_losses = []
 
-    def pictures(self, pictures: Mapping[int, np.ndarray], step: int) -> None:
-        """Log sample pictures, uint8 [H, W, 3] by the number of their prompt (from 0), those of all processes."""
+    def after_validation(self, progress: Progress, loss: float) -> None:
+        """Log the loss on held-out images."""
+        self.values({"loss/validation": loss}, progress.step)
+
+    def after_samples(self, progress: Progress, images: Mapping[int, np.ndarray]) -> None:
+        """Log the sample images of all processes."""
         if self.used:  # in every process alike, whatever has become of the main one's trackers
-            pictures = dict(gather_object([*pictures.items()]))
+            images = dict(gather_object([*images.items()]))
 
         def tell(tracker: GeneralTracker) -> None:
             shape = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            for number, picture in pictures.items():
-                tracker.log_images({f"sample_{number}": picture[None]}, step=step, **shape)
+            for number, image in images.items():
+                tracker.log_images({f"sample_{number}": image[None]}, step=progress.step, **shape)
 
         self._tell(tell)
 
-    def finish(self) -> None:
+    def close(self) -> None:
         """Close the logs."""
         self._tell(lambda tracker: tracker.finish())
         self.trackers = []

@@ -21,6 +21,7 @@ from library.training.denoising import DenoisingTask
 from library.training.learning_watch import LearningWatch
 from library.training.lr_schedulers import LearningRateSchedule, build_lr_schedule
 from library.training.optimizers import OptimizerChoice, averaged_values, build_optimizer
+from library.training.progress import Progress
 from library.training.state import packed
 
 # What a schedule may set in an optimizer's parameter groups.
@@ -31,7 +32,7 @@ class Learner:
     """The rows with their optimizer and its schedule.
 
     ``max_grad_norm`` limits the joint norm of all rows' gradient (0: no limit). With ``norms``, one per text encoder,
-    every row is brought to that length after each step. ``steps`` have been done.
+    every row is brought to that length after each step. ``progress`` counts the steps.
     """
 
     def __init__(
@@ -42,13 +43,13 @@ class Learner:
         schedule: LearningRateSchedule,
         watch: LearningWatch,
         *,
+        progress: Progress,
         max_grad_norm: float = 0.0,
         norms: Sequence[float] | None = None,
     ):
         """The rows and the optimizer become the accelerator's; ``prepared_rows`` is what the encoders must use."""
         self.accelerator, self.rows, self.choice, self.schedule, self.watch = accelerator, rows, choice, schedule, watch
-        self.max_grad_norm, self.norms = max_grad_norm, norms
-        self.steps = 0
+        self.progress, self.max_grad_norm, self.norms = progress, max_grad_norm, norms
         self.optimizer: AcceleratedOptimizer
         self.optimizer, self.prepared_rows = accelerator.prepare(choice.optimizer, rows)
 
@@ -58,7 +59,7 @@ class Learner:
         None where no sample holds the token: such a step counts, but nothing is learned, and no schedule sees it.
         Raises UserError where going on could only spoil the rows, or has never taught them anything.
         """
-        batches, again = itertools.tee(batches)
+        batches, again, counted = itertools.tee(batches, 3)
         mean, norms = self._gradient(batches, task, check=False)
         if mean is not None and not math.isfinite(mean) and task.vae:
             self.optimizer.zero_grad()
@@ -70,7 +71,7 @@ class Learner:
                 self._update_rows(finite)
             if finite:
                 self.schedule.step(mean)
-            self.steps += 1
+            self.progress.step_done(sum(1 for _ in counted))
         self.optimizer.zero_grad()
         return mean
 
@@ -82,9 +83,9 @@ class Learner:
             rates["lr/d*lr"] = float(group["d"] * group["lr"])
         return rates
 
-    def agree(self, taught: Tensor) -> float | None:
-        """The mean loss over the processes from [sum, weight] of each; None where the weights are all zero."""
-        return _mean(self._of_all(taught))
+    def agreed(self, number: Tensor) -> float:
+        """The mean over the processes of a number that each has."""
+        return float(self._of_all(number))
 
     def _of_all(self, taught: Tensor) -> Tensor:
         return self.accelerator.reduce(taught, reduction="mean") if self.accelerator.num_processes > 1 else taught
@@ -113,21 +114,20 @@ class Learner:
             "taught": self.watch.taught,
         }
 
-    def load_state_dict(self, state: dict[str, Any], steps: int, *, new_rates: bool = False) -> None:
-        """Go on where ``state`` was taken after ``steps`` steps, with an optimizer of the same kind. Raises UserError.
+    def load_state_dict(self, state: dict[str, Any], *, new_rates: bool = False) -> None:
+        """Go on where ``state`` was taken, with an optimizer of the same kind. Raises UserError.
 
         With ``new_rates`` the learning rate and the schedule are those of today, at the place where the old one was.
         """
         try:
-            self._load(state, steps, new_rates)
+            self._load(state, new_rates)
         except Exception as error:  # whatever an optimizer or a schedule says of values that are not its own
             raise UserError(
                 f"--resume: the state does not fit this optimizer, schedule or model ({first_line(error)}). Use "
                 "another state, or start from an embedding file with --weights."
             ) from error
 
-    def _load(self, state: dict[str, Any], steps: int, new_rates: bool) -> None:
-        self.steps = steps
+    def _load(self, state: dict[str, Any], new_rates: bool) -> None:
         self.rows.assign(state["rows"])
         groups = self.choice.optimizer.param_groups
         today = [{name: group[name] for name in _SCHEDULED if name in group} for group in groups]
@@ -135,7 +135,7 @@ class Learner:
         if new_rates:
             for group, values in zip(self.choice.optimizer.param_groups, today, strict=True):
                 group.update(values)
-            self.schedule.go_to(state["schedule"].get("last_epoch", steps))
+            self.schedule.go_to(state["schedule"].get("last_epoch", self.progress.step))
         else:
             self.schedule.load_state_dict(state["schedule"])
         if self.accelerator.scaler is not None and state["scaler"]:
@@ -163,8 +163,9 @@ class Learner:
 
     def _judge(self, mean: float, norms: Tensor) -> bool:
         """Whether the gradient is finite, and so can be followed. Raises UserError where it is no use to go on."""
-        self.watch.check_loss(mean, self.steps + 1)
-        return self.watch.check_gradient(norms, self.steps + 1)
+        step = self.progress.step + 1
+        self.watch.check_loss(mean, step)
+        return self.watch.check_gradient(norms, step)
 
     def _losses(self, batch: Batch, task: DenoisingTask, check: bool) -> Tensor:
         """The loss of each sample [B], or one zero that depends on the rows where nothing in it can teach them."""

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from library.data.training_data import BatchedData
+from library.data.batched_data import BatchedData
 from library.options.checks import chosen_optimizer
 from library.options.console import silenced
 from library.options.declaration import OnResume
