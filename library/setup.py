@@ -161,7 +161,7 @@ def first_rows(job: Job, tables: Sequence[torch.nn.Embedding]) -> list[Tensor]:
     return initial_rows(job.word, job.options.token, job.family, tables, job.data.seed)
 
 
-def build_optimizer_of(job: Job, rows: TrainableRows, spread: float) -> tuple[OptimizerChoice, LearningRateSchedule]:
+def optimizer_and_rates(job: Job, rows: TrainableRows, spread: float) -> tuple[OptimizerChoice, LearningRateSchedule]:
     """The optimizer over the rows alone, and its learning rates; ``spread`` is that of the token embedding table."""
     rows.to(job.device)
     choice = build_optimizer(job.options.optimizer, rows.parameters())
@@ -175,7 +175,7 @@ def build_learner(job: Job, rows: TrainableRows, tables: Sequence[torch.nn.Embed
     """What steps the rows; with ``--resume`` as it was when the state was saved."""
     state, accelerator = job.state, job.accelerator
     spread = max(table_spread(table.weight) for table in tables)
-    choice, schedule = build_optimizer_of(job, rows, spread)
+    choice, schedule = optimizer_and_rates(job, rows, spread)
     watch = LearningWatch(job.word.placeholder.names, job.plan.total_steps, scales_loss=accelerator.scaler is not None)
     keeps_norm = job.options.token.preserve_embedding_norm
     learner = Learner(

@@ -19,8 +19,9 @@ from runs import TOKEN, arguments, run
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from library import trainer
 from library.model import runtime
-from library.trainer import Trainer
+from library.setup import Job, Setup
 from library.training import denoising
 from library.training.diffusion import NoiseDraw
 from library.training.optimizer_step import Learner
@@ -55,7 +56,8 @@ class Outcome:
     code: int = -1
     out: str = ""
     err: str = ""
-    trainer: Trainer | None = None
+    job: Job | None = None
+    setup: Setup | None = None
     rates: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     rows: list[list[torch.Tensor]] = field(default_factory=list)
@@ -109,12 +111,16 @@ def _process(outcome: Outcome) -> Iterator[None]:
 
 @contextmanager
 def _watching(outcome: Outcome) -> Iterator[None]:
-    run_trainer, optimizer_step = Trainer.run, Learner.step
+    train_and_save, set_up, optimizer_step = trainer.train_and_save, trainer.set_up, Learner.step
     draw_noise, per_sample_loss = denoising.draw_noise, denoising.per_sample_loss
 
-    def running(trainer: Trainer) -> Path:
-        outcome.trainer = trainer
-        return run_trainer(trainer)
+    def running(job: Job) -> Path:
+        outcome.job = job
+        return train_and_save(job)
+
+    def making(job: Job) -> Setup:
+        outcome.setup = set_up(job)
+        return outcome.setup
 
     def stepping(learner: Learner, batches: list, *more: Any) -> float:
         batches = list(batches)
@@ -136,7 +142,8 @@ def _watching(outcome: Outcome) -> Iterator[None]:
         return losses
 
     with (
-        patch.object(Trainer, "run", running),
+        patch("library.run.train_and_save", running),
+        patch.object(trainer, "set_up", making),
         patch.object(Learner, "step", stepping),
         patch.object(denoising, "draw_noise", drawing),
         patch.object(denoising, "per_sample_loss", judging),
@@ -145,13 +152,13 @@ def _watching(outcome: Outcome) -> Iterator[None]:
 
 
 def plan(family: str, argv: list[str], *, code: int = 0) -> Outcome:
-    """Run a script up to the trainer, which is made with all its data and then not run: no model is loaded."""
+    """Run a script up to the training, which is made with all its data and then not begun: no model is loaded."""
     outcome = Outcome(Path())
 
-    def keep(trainer: Trainer) -> None:
-        outcome.trainer = trainer
+    def keep(job: Job) -> None:
+        outcome.job = job
 
-    with _process(outcome), patch.object(Trainer, "run", keep):
+    with _process(outcome), patch("library.run.train_and_save", keep):
         outcome.code = run(family, argv)
     assert outcome.code == code, outcome.said
     return outcome
@@ -159,10 +166,8 @@ def plan(family: str, argv: list[str], *, code: int = 0) -> Outcome:
 
 def epoch_of(outcome: Outcome, epoch: int = 1, steps_done: int = 0, workers: int = 0) -> list:
     """The batches of one epoch as the trainer of a plan would see them; without a cache they bring pixels."""
-    trainer = outcome.trainer
-    loader = trainer.data.loader(
-        accumulation=trainer.plan.accumulation, max_steps=trainer.plan.total_steps, workers=workers
-    )
+    job = outcome.job
+    loader = job.data.loader(accumulation=job.plan.accumulation, max_steps=job.plan.total_steps, workers=workers)
     loader.set_epoch(epoch, steps_done)
     return list(loader)
 

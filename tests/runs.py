@@ -1,5 +1,6 @@
 """Runs the real scripts in this process on tiny models, and keeps hold of what they built."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,8 @@ from photos import make_photos
 
 import sdxl_train_textual_inversion
 import train_textual_inversion
-from library.trainer import Trainer
+from library import trainer
+from library.setup import Job, Setup
 
 SCRIPTS = {"sd1": train_textual_inversion, "sd2": train_textual_inversion, "sdxl": sdxl_train_textual_inversion}
 FAMILY_FLAGS = {"sd1": [], "sd2": ["--v2", "--v_parameterization"], "sdxl": []}
@@ -42,15 +44,28 @@ def run(family: str, argv: list[str]) -> int:
     return SCRIPTS[family].main(argv)
 
 
+@dataclass
+class Training:
+    """A training as it was begun, and what it worked with if it came so far."""
+
+    job: Job
+    setup: Setup | None = None
+
+
 @pytest.fixture
-def trainers(monkeypatch) -> list[Trainer]:
-    """Every trainer that runs during the test, in order, as it is at the end of its run."""
-    seen: list[Trainer] = []
-    original = Trainer.run
+def trainers(monkeypatch) -> list[Training]:
+    """Every training that begins during the test, in order, as it is at its end."""
+    seen: list[Training] = []
+    train_and_save, set_up = trainer.train_and_save, trainer.set_up
 
-    def recorded(trainer: Trainer):
-        seen.append(trainer)
-        return original(trainer)
+    def begun(job: Job) -> Path:
+        seen.append(Training(job))
+        return train_and_save(job)
 
-    monkeypatch.setattr(Trainer, "run", recorded)
+    def made(job: Job) -> Setup:
+        seen[-1].setup = set_up(job)
+        return seen[-1].setup
+
+    monkeypatch.setattr("library.run.train_and_save", begun)
+    monkeypatch.setattr(trainer, "set_up", made)
     return seen

@@ -41,18 +41,17 @@ def test_the_command_of_the_page_measures_and_writes(tmp_path):
 
 def test_the_bare_loop_runs_the_weights_of_the_training(bench_outcome):
     """Its prediction is that of the training's own networks, and its gradient reaches the shift of the embeddings."""
-    trainer, batch = bench_outcome.trainer, bench_outcome.batches[0][0]
-    loop = BareLoop(trainer.task, batch, checkpointing=False)
-    assert loop.unet.conv_in.weight.data_ptr() == trainer.task.unet.conv_in.weight.data_ptr()
-    family, encoders = trainer.family, trainer.task.prompt_encoder.text_encoders
+    task, batch = bench_outcome.setup.task, bench_outcome.batches[0][0]
+    loop = BareLoop(task, batch, checkpointing=False)
+    assert loop.unet.conv_in.weight.data_ptr() == task.unet.conv_in.weight.data_ptr()
+    family, encoders = bench_outcome.job.family, task.prompt_encoder.text_encoders
     ids = [torch.randint(0, 49406, ids.shape) for ids in batch.input_ids]
-    for merged in trainer.task.prompt_encoder.embeddings:
+    for merged in task.prompt_encoder.embeddings:
         merged.rows = None
     ours, bare = (family.encode_prompts(each, ids) for each in (encoders, loop.encoders))
     assert torch.allclose(ours.context, bare.context, atol=1e-5)
     predictions = [
-        family.predict_noise(unet, loop.noisy, loop.timesteps, bare, loop.sizes)
-        for unet in (trainer.task.unet, loop.unet)
+        family.predict_noise(unet, loop.noisy, loop.timesteps, bare, loop.sizes) for unet in (task.unet, loop.unet)
     ]
     assert torch.equal(*predictions)
     predictions[1].square().mean().backward()

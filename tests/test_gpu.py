@@ -55,7 +55,7 @@ def on_the_cpu(bench):
             with pytest.MonkeyPatch.context() as environment:
                 environment.setenv("ACCELERATE_USE_CPU", "true")
                 made[family, *more] = bench(*more, family=family, steps=STEPS)
-                assert made[family, *more].trainer.device.type == "cpu"
+                assert made[family, *more].job.device.type == "cpu"
         return made[family, *more]
 
     return run
@@ -86,9 +86,9 @@ def needs_gpu(on_gpu):
 def assert_computed_there(outcome: Outcome, on_gpu: bool) -> None:
     """The run was on the device, taught every vector, and its rows are finite."""
     kind = "cuda" if on_gpu else "cpu"
-    assert outcome.trainer.device.type == next(outcome.trainer.task.unet.parameters()).device.type == kind
+    assert outcome.job.device.type == next(outcome.setup.task.unet.parameters()).device.type == kind
     assert ("Computing on the GPU" in outcome.said) == on_gpu
-    for start, *steps in zip(outcome.trainer.starts, *outcome.rows, strict=True):
+    for start, *steps in zip(outcome.setup.starts, *outcome.rows, strict=True):
         assert {rows.device.type for rows in steps} == {kind}
         assert all(torch.isfinite(rows).all() for rows in steps)
         assert (steps[-1].cpu() - start).norm(dim=1).min() > 0
@@ -96,7 +96,7 @@ def assert_computed_there(outcome: Outcome, on_gpu: bool) -> None:
 
 def assert_moved_alike(one: Outcome, two: Outcome, cosine: float) -> None:
     """The rows of both went the same way."""
-    for start, ours, theirs in zip(one.trainer.starts, one.rows[-1], two.rows[-1], strict=True):
+    for start, ours, theirs in zip(one.setup.starts, one.rows[-1], two.rows[-1], strict=True):
         moved = [(rows.cpu() - start).flatten() for rows in (ours, theirs)]
         assert torch.cosine_similarity(*moved, dim=0) > cosine
 
@@ -116,10 +116,10 @@ def test_a_training_computes_what_it_does_on_the_cpu(family, precision, bench, o
         assert torch.equal(ours.noise.cpu(), theirs.noise)
         assert torch.equal(ours.timesteps.cpu(), theirs.timesteps)
     if on_gpu:  # without one, fp16 becomes bf16
-        assert outcome.trainer.task.unet.conv_norm_out.weight.dtype == dtype
-        assert (outcome.trainer.accelerator.scaler is not None) == (dtype == torch.float16)
+        assert outcome.setup.task.unet.conv_norm_out.weight.dtype == dtype
+        assert (outcome.job.accelerator.scaler is not None) == (dtype == torch.float16)
     if precision == "fp8":
-        assert torch.float8_e4m3fn in {buffer.dtype for buffer in outcome.trainer.task.unet.buffers()}
+        assert torch.float8_e4m3fn in {buffer.dtype for buffer in outcome.setup.task.unet.buffers()}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -144,13 +144,13 @@ def test_tf32_is_an_option(bench, needs_gpu):
 
 @pytest.mark.parametrize("flags", [(), ("--mixed_precision=bf16",), ("--mixed_precision=bf16", "--fp8_base")], ids=len)
 def test_half_precision_keeps_the_channels_last(flags, bench, needs_gpu):
-    trainer = bench(*flags, "--cache_latents=false").trainer
-    for weight in (trainer.task.unet.conv_in.weight, _vae_weight(trainer)):
+    task = bench(*flags, "--cache_latents=false").setup.task
+    for weight in (task.unet.conv_in.weight, _vae_weight(task)):
         assert weight.is_contiguous(memory_format=torch.channels_last) == bool(flags)
 
 
-def _vae_weight(trainer) -> torch.Tensor:
-    return trainer.task.vae.vae.encoder.down_blocks[0].resnets[0].conv1.weight
+def _vae_weight(task) -> torch.Tensor:
+    return task.vae.vae.encoder.down_blocks[0].resnets[0].conv1.weight
 
 
 # ---- options that save memory or time
@@ -184,7 +184,7 @@ def test_adamw8bit_keeps_its_state_in_8_bits(bench, on_gpu):
     flags = ("--optimizer_type=AdamW8bit", "--num_vectors_per_token=64")
     outcome = bench(*flags, family="sdxl", steps=2)
     assert_computed_there(outcome, on_gpu)
-    small, large = (outcome.trainer.choice.optimizer.state[rows]["state1"] for rows in outcome.trainer.rows.rows)
+    small, large = (outcome.setup.learner.choice.optimizer.state[rows]["state1"] for rows in outcome.setup.rows.rows)
     assert (small.dtype, large.dtype) == (torch.float32, torch.uint8)
     exact = bench("--optimizer_type=AdamW", "--num_vectors_per_token=64", family="sdxl", steps=2)
     assert outcome.losses == pytest.approx(exact.losses, rel=0.02)
@@ -228,7 +228,7 @@ def test_latents_are_those_of_the_cpu(family, to_disk, bench, on_the_cpu):
     flags = ("--cache_latents_to_disk",) if to_disk else ()
     caches: list[LatentCache] = []
     for outcome in (bench(*flags, family=family, steps=STEPS), on_the_cpu(family)):
-        data = outcome.trainer.data
+        data = outcome.job.data
         caches.append([data.cache.load(entry).latents for entry in data.latent_entries()])
     for ours, theirs in zip(*caches, strict=True):
         assert (ours - theirs).norm() < 0.01 * theirs.norm()
@@ -345,6 +345,6 @@ def test_two_gpus_equal_one_with_accumulation(bench, tmp_path, on_gpu):
         done = child(*launcher, SCRIPTS["sd1"].__file__, *argv, steps)
         assert done.returncode == 0, done.stderr
         ends.append(load_file(tmp_path / folder / f"{TOKEN}.safetensors")["emb_params"])
-    starts = bench.plain().trainer.starts[0]
+    starts = bench.plain().setup.starts[0]
     assert (ends[0] - starts).norm() > 0
     assert (ends[0] - ends[1]).norm() < 0.05 * (ends[0] - starts).norm()

@@ -12,7 +12,7 @@ from option_effects import Bench, captions_of, epoch_of, plan, shows
 from PIL import Image
 from runs import TOKEN, arguments, write_dataset
 
-from library.data import training_data as dataset_module
+from library.data import loader as loader_module
 from library.model.vae import FrozenVae
 
 
@@ -70,8 +70,8 @@ def bench(tmp_path_factory, tiny_sd1):
 @shows("dataset_config", "train_data_dir", "reg_data_dir", "prior_loss_weight", "in_json")
 def test_sources(scene):
     scene.picture("a.png")
-    in_file = scene.plan().trainer.data
-    assert [(in_file.table.path(i), in_file.table.caption(i)) for i in range(len(in_file.table))] == [
+    in_file = scene.plan().job.data
+    assert [(in_file.table[i].path, in_file.table[i].caption) for i in range(len(in_file.table))] == [
         ((scene.images / "a.png").as_posix(), TOKEN)
     ]
 
@@ -110,7 +110,7 @@ def test_dataset_class(tmp_path, bench, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "data_of_mine", raising=False)
     done = bench("--dataset_class=data_of_mine.Mine", "--resolution=64", dataset=None, steps=3)
-    assert done.trainer.data.dataset.resolution == "64,64"
+    assert done.job.data.dataset.resolution == "64,64"
     assert sorted(batch.latents.mean().item() for (batch,) in done.batches) == [0, 1, 2]
     assert all(batch.captions == [f"{TOKEN} of mine"] for (batch,) in done.batches)
     assert done.files == [f"{TOKEN}.safetensors"]
@@ -247,7 +247,7 @@ def test_small_images_are_left_out(scene):
     for flag, kept in [("100,80", 2), ("90", 1), ("96,100", 0), ("50", 3)]:
         outcome = scene.plan(f"--skip_image_resolution={flag}", code=0 if kept else 1)
         if kept:
-            assert len(outcome.trainer.data.table) == kept
+            assert len(outcome.job.data.table) == kept
         else:
             assert "skip_image_resolution leaves out every image" in outcome.said
 
@@ -398,7 +398,7 @@ def test_folder_cache(scene):
 def test_debug_dataset(scene):
     scene.picture("a.png", caption=f"{TOKEN} in a hat")
     shown = scene.plan("--debug_dataset")
-    assert shown.trainer is None
+    assert shown.job is None
     assert f"{TOKEN} in a hat" in shown.out
     assert "[49408]" in shown.out
     assert [file.name for file in (scene.folder / "out").iterdir()] == ["debug_dataset.png"]
@@ -407,14 +407,14 @@ def test_debug_dataset(scene):
 @shows("max_data_loader_n_workers", "persistent_data_loader_workers")
 def test_workers(bench, monkeypatch):
     loaders = []
-    original = dataset_module.DataLoader
+    original = loader_module.DataLoader
 
     def recorded(*args, **details):
         loaders.append(details)
         return original(*args, **details)
 
-    monkeypatch.setattr(dataset_module, "DataLoader", recorded)
-    monkeypatch.setattr(dataset_module, "usable_cores", lambda: 4)
+    monkeypatch.setattr(loader_module, "DataLoader", recorded)
+    monkeypatch.setattr(loader_module, "usable_cores", lambda: 4)
     pixels = ["--train_batch_size=1", "--cache_latents=false"]
     with_workers = bench(*pixels, "--max_data_loader_n_workers=1", "--persistent_data_loader_workers", steps=2)
     assert (loaders[0]["num_workers"], loaders[0]["persistent_workers"]) == (1, True)
@@ -449,12 +449,12 @@ def test_latent_cache(bench, encoded):
     live = bench("--cache_latents=false", steps=3)
     assert encoded == [2, 2, 2]
     assert live.batches[0][0].latents is None
-    assert live.trainer.task.vae is not None
+    assert live.setup.task.vae is not None
     encoded.clear()
     cached = bench(steps=3)
     assert encoded == [1, 1]
     assert cached.batches[0][0].images is None
-    assert cached.trainer.task.vae is None
+    assert cached.setup.task.vae is None
     encoded.clear()
     assert torch.allclose(bench("--vae_batch_size=2").batches[0][0].latents, cached.batches[0][0].latents, atol=1e-5)
     assert encoded == [2]

@@ -10,6 +10,7 @@ from option_effects import Bench, plan, shows
 from runs import TOKEN, arguments, write_dataset
 
 from library.embedding.tokenizer import TrainableRows
+from library.setup import optimizer_and_rates
 
 ALPHAS = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
 SGD = ["--optimizer_type=SGD", "--learning_rate=1"]
@@ -25,7 +26,7 @@ def bench(tmp_path_factory, tiny_sd1, tiny_sdxl):
 
 def moved(outcome, encoder=0):
     """How far the first step moved the rows of an encoder."""
-    return outcome.rows[0][encoder] - outcome.trainer.starts[encoder]
+    return outcome.rows[0][encoder] - outcome.setup.starts[encoder]
 
 
 # ---- noise
@@ -122,9 +123,9 @@ def test_v_prediction(bench):
     rescaled = bench(V, "--zero_terminal_snr")
     roots = ALPHAS.sqrt()
     roots = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
-    assert torch.allclose(rescaled.trainer.task.schedule.alphas_cumprod, roots**2, atol=1e-5)
-    assert rescaled.trainer.task.schedule.alphas_cumprod[-1] == 0
-    assert velocity.trainer.task.schedule.alphas_cumprod[-1] == pytest.approx(0.00466, abs=1e-5)
+    assert torch.allclose(rescaled.setup.task.schedule.alphas_cumprod, roots**2, atol=1e-5)
+    assert rescaled.setup.task.schedule.alphas_cumprod[-1] == 0
+    assert velocity.setup.task.schedule.alphas_cumprod[-1] == pytest.approx(0.00466, abs=1e-5)
     assert rescaled.losses != velocity.losses
 
 
@@ -199,7 +200,7 @@ def test_losses(bench, option, flags, elementwise):
     (judged,) = outcome.judged
     assert outcome.losses[0] == pytest.approx(elementwise(judged).mean().item(), rel=1e-4)
     assert outcome.losses[0] != pytest.approx(l2(judged).mean().item(), rel=1e-2)
-    assert all((rows != start).all() for rows, start in zip(outcome.rows[-1], outcome.trainer.starts, strict=True))
+    assert all((rows != start).all() for rows, start in zip(outcome.rows[-1], outcome.setup.starts, strict=True))
 
 
 # ---- optimizer
@@ -224,8 +225,8 @@ OPTIMIZERS = {
 def test_optimizers(bench, name):
     kind, flags = OPTIMIZERS[name]
     outcome = bench(f"--optimizer_type={name}", *flags, steps=2)
-    assert outcome.trainer.choice.name == kind
-    start, (first,), (second,) = outcome.trainer.starts[0], *outcome.rows
+    assert outcome.setup.learner.choice.name == kind
+    start, (first,), (second,) = outcome.setup.starts[0], *outcome.rows
     assert torch.isfinite(second).all()
     assert not torch.equal(start, first)
     assert not torch.equal(first, second)
@@ -239,16 +240,16 @@ def test_optimizers(bench, name):
 def test_old_ways_of_writing(bench):
     for flag, name in ("--use_8bit_adam", "AdamW8bit"), ("--use_lion_optimizer", "Lion"):
         old, new = bench(flag), bench(f"--optimizer_type={name}")
-        assert type(old.trainer.choice.optimizer).__name__ == name
+        assert type(old.setup.learner.choice.optimizer).__name__ == name
         assert torch.equal(old.rows[0][0], new.rows[0][0])
         assert not torch.equal(old.rows[0][0], bench.plain().rows[0][0]) or name == "AdamW8bit"
-    assert "AdamW8bit" not in bench.plain().trainer.choice.name
+    assert "AdamW8bit" not in bench.plain().setup.learner.choice.name
 
 
 @shows("optimizer_type", "num_vectors_per_token", "max_token_length")
 def test_eight_bit_states_of_many_vectors(bench):
     outcome = bench("--optimizer_type=AdamW8bit", "--num_vectors_per_token=130", "--max_token_length=150", steps=2)
-    (state,) = outcome.trainer.choice.optimizer.state.values()
+    (state,) = outcome.setup.learner.choice.optimizer.state.values()
     assert state["state1"].shape == (130, 32)
     assert {state[name].dtype for name in ("state1", "state2")} == {torch.uint8}
     assert (moved(outcome).norm(dim=1) > 1e-3).all()
@@ -265,12 +266,12 @@ def test_learning_rate(bench):
     # Clipped gradients are all of one length, whatever timestep was drawn.
     stages = bench(*SGD, "--max_grad_norm=1e-3", "--learning_rate=1:1,0.1:2,0.01", steps=3)
     assert stages.rates == [1, 0.1, 0.01]
-    steps = [stages.trainer.starts, *stages.rows]
+    steps = [stages.setup.starts, *stages.rows]
     lengths = [(after[0] - before[0]).norm().item() for before, after in itertools.pairwise(steps)]
     assert lengths == pytest.approx([1e-3, 1e-4, 1e-5], rel=0.01)
     cosine = bench("--lr_scheduler=cosine", "--lr_warmup_steps=2", steps=4)
     assert cosine.rates == pytest.approx([0, 0.005, 0.01, 0.005])
-    assert torch.equal(cosine.rows[0][0], cosine.trainer.starts[0])
+    assert torch.equal(cosine.rows[0][0], cosine.setup.starts[0])
 
 
 @shows("max_grad_norm")
@@ -288,9 +289,9 @@ def test_gradient_clipping(bench, family):
 @shows("optimizer_args", "fused_backward_pass")
 def test_optimizer_arguments(bench):
     outcome = bench("--optimizer_args", "weight_decay=0.5", "betas=0.8,0.9", "--fused_backward_pass")
-    (group,) = outcome.trainer.choice.optimizer.param_groups
+    (group,) = outcome.setup.learner.choice.optimizer.param_groups
     assert (group["weight_decay"], group["betas"]) == (0.5, (0.8, 0.9))
-    decayed = moved(bench.plain()) - outcome.trainer.starts[0] * 0.01 * (0.5 - 0.01)
+    decayed = moved(bench.plain()) - outcome.setup.starts[0] * 0.01 * (0.5 - 0.01)
     assert torch.allclose(moved(outcome), decayed, atol=1e-6)
     assert "--fused_backward_pass: only the few new vectors have gradients." in outcome.said
 
@@ -316,9 +317,8 @@ def rates_of(tmp_path, tiny_sd1):
 
     def rates(*flags, steps=8):
         argv = arguments("sd1", tiny_sd1, data, tmp_path / "out", f"--max_train_steps={steps}", "--learning_rate=1")
-        trainer = plan("sd1", [*argv, *flags]).trainer
-        trainer.table_spread = 1.0
-        choice, schedule = trainer.build_optimizer(TrainableRows([torch.zeros(1, 4)]))
+        job = plan("sd1", [*argv, *flags]).job
+        choice, schedule = optimizer_and_rates(job, TrainableRows([torch.zeros(1, 4)]), 1.0)
         found = []
         for _ in range(steps):
             found.append(schedule.get_last_lr()[0])
@@ -423,12 +423,12 @@ def test_adafactor_shows_its_own_rate(bench):
 # ---- length and chance
 
 
-def gradient(trainer, batch):
+def gradient(setup, batch):
     """The gradient of a batch's loss for the rows at their start."""
-    (rows,) = trainer.rows.rows
-    rows.data.copy_(trainer.starts[0])
+    (rows,) = setup.rows.rows
+    rows.data.copy_(setup.starts[0])
     rows.grad = None
-    trainer.task.losses(batch).mean().backward()
+    setup.task.losses(batch).mean().backward()
     return rows.grad.clone()
 
 
@@ -444,7 +444,7 @@ def test_length(bench, tmp_path):
     assert [len(batches) for batches in gathered.batches] == [2, 2]
     means = [sum(singly.losses[:2]) / 2, sum(singly.losses[2:]) / 2]
     assert gathered.losses == pytest.approx(means, rel=1e-4)
-    expected = sum(gradient(gathered.trainer, batch) for batch in gathered.batches[0]) / 2
+    expected = sum(gradient(gathered.setup, batch) for batch in gathered.batches[0]) / 2
     assert (moved(gathered) + 1e-3 * expected).norm() < 1e-2 * moved(gathered).norm()
 
     again, other = bench(steps=3), bench("--seed=2", steps=3)

@@ -24,7 +24,6 @@ from library.model.base_model import BaseModel
 from library.model.frozen_layers import FrozenConv2d, FrozenLinear, fold, unfold
 from library.model.vae import vae_fingerprint
 from library.options.options import RuntimeOptions
-from library.trainer import Trainer
 
 # One step with weights that lie elsewhere in memory: on some processors sums are then made in another order.
 ALIKE = {"rtol": 1e-4, "atol": 1e-5}
@@ -41,8 +40,8 @@ def table_of(folder, encoder="text_encoder"):
     return next(value for key, value in weights.items() if key.endswith("token_embedding.weight"))
 
 
-def id_of(trainer, word):
-    return trainer.word.prompts.tokenizers[0].encode(word, add_special_tokens=False)[0]
+def id_of(job, word):
+    return job.word.prompts.tokenizers[0].encode(word, add_special_tokens=False)[0]
 
 
 # ---- model
@@ -52,20 +51,20 @@ def id_of(trainer, word):
 def test_base_model(bench, tmp_path, tiny_sd1_file, tiny_sd2_file):
     outcome = bench.plain()
     table = table_of(bench.models["sd1"])
-    assert torch.equal(outcome.trainer.starts[0][0], table[id_of(outcome.trainer, "girl")])
+    assert torch.equal(outcome.setup.starts[0][0], table[id_of(outcome.job, "girl")])
     dog = bench("--init_word=dog")
-    assert torch.equal(dog.trainer.starts[0][0], table[id_of(dog.trainer, "dog")])
+    assert torch.equal(dog.setup.starts[0][0], table[id_of(dog.job, "dog")])
 
     from_file = bench(f"--pretrained_model_name_or_path={tiny_sd1_file}")
     torch.testing.assert_close(from_file.rows[0][0], outcome.rows[0][0], **ALIKE)
     assert from_file.metadata()["ti.base_model"] == tiny_sd1_file.name
     other = bench(f"--pretrained_model_name_or_path={save_folder('sd1', tmp_path / 'other', seed=5)}")
-    assert torch.equal(other.trainer.starts[0][0], table_of(tmp_path / "other")[id_of(other.trainer, "girl")])
+    assert torch.equal(other.setup.starts[0][0], table_of(tmp_path / "other")[id_of(other.job, "girl")])
 
     second = bench.plain("sd2")
     assert second.tensors()["emb_params"].shape == (1, 64)
-    assert second.trainer.word.prompts.encode("a")[0][0, -1] == 0  # SD 2 pads with "!"
-    assert outcome.trainer.word.prompts.encode("a")[0][0, -1] == 49407
+    assert second.job.word.prompts.encode("a")[0][0, -1] == 0  # SD 2 pads with "!"
+    assert outcome.job.word.prompts.encode("a")[0][0, -1] == 49407
     assert second.metadata()["modelspec.architecture"] == "stable-diffusion-v2-768-v/textual-inversion"
     assert outcome.metadata()["modelspec.architecture"] == "stable-diffusion-v1/textual-inversion"
     assert "add --v2" in bench(f"--pretrained_model_name_or_path={tiny_sd2_file}", code=1).said
@@ -83,16 +82,16 @@ def test_vae(bench, tmp_path, bfloat16_cpu):
     assert torch.equal(from_folder, from_file)
     assert (from_folder - plain).abs().max() > 1e-2
     half = bench(f"--vae={tmp_path / 'vae'}", "--mixed_precision=bf16", "--cache_latents=false")
-    assert half.trainer.task.vae.dtype == torch.bfloat16
+    assert half.setup.task.vae.dtype == torch.bfloat16
     bfloat16_cpu(False)
     slow = bench(f"--vae={tmp_path / 'vae'}", "--mixed_precision=bf16", "--cache_latents=false")
-    assert slow.trainer.task.vae.dtype == torch.float32
-    assert slow.trainer.task.unet.dtype == torch.bfloat16
-    assert torch.allclose(torch.tensor(half.trainer.task.vae.fingerprint), torch.tensor(vae_fingerprint(vae)), atol=0.5)
+    assert slow.setup.task.vae.dtype == torch.float32
+    assert slow.setup.task.unet.dtype == torch.bfloat16
+    assert torch.allclose(torch.tensor(half.setup.task.vae.fingerprint), torch.tensor(vae_fingerprint(vae)), atol=0.5)
     bfloat16_cpu(True)
     full = bench("--no_half_vae", "--mixed_precision=bf16", "--cache_latents=false")
-    assert full.trainer.task.vae.dtype == next(full.trainer.task.vae.vae.parameters()).dtype == torch.float32
-    assert full.trainer.task.unet.dtype == torch.bfloat16
+    assert full.setup.task.vae.dtype == next(full.setup.task.vae.vae.parameters()).dtype == torch.float32
+    assert full.setup.task.unet.dtype == torch.bfloat16
 
 
 @shows("clip_skip")
@@ -101,8 +100,8 @@ def test_clip_skip(bench, family):
     """The k-th last hidden state, with the final norm for SD 1 and without it for SDXL, whose default is k = 2."""
     for skip in (None, 1, 2, 3):
         outcome = bench.plain(family) if skip is None else bench(f"--clip_skip={skip}", family=family)
-        encoder = outcome.trainer.prompt_encoder
-        ids = [windows.unsqueeze(0) for windows in outcome.trainer.word.prompts.encode("a cat")]
+        encoder = outcome.setup.prompt_encoder
+        ids = [windows.unsqueeze(0) for windows in outcome.job.word.prompts.encode("a cat")]
         with torch.no_grad():
             context = encoder.encode(ids).context
             outputs = [
@@ -123,9 +122,9 @@ def test_tokenizer_cache(tmp_path, bench):
     folder = tmp_path / "openai_clip-vit-large-patch14"
     shutil.copytree(bench.models["sd2"] / "tokenizer", folder)  # pads with "!"
     argv = arguments("sd1", bench.models["sd1"], bench.dataset, tmp_path)
-    tokens = plan("sd1", [*argv, f"--tokenizer_cache_dir={tmp_path}"]).trainer.word.prompts.encode("a")[0]
+    tokens = plan("sd1", [*argv, f"--tokenizer_cache_dir={tmp_path}"]).job.word.prompts.encode("a")[0]
     assert tokens[0, -2] == 0
-    assert plan("sd1", argv).trainer.word.prompts.encode("a")[0][0, -2] == 49407
+    assert plan("sd1", argv).job.word.prompts.encode("a")[0][0, -2] == 49407
     elsewhere = plan("sd1", [*argv, f"--tokenizer_cache_dir={tmp_path / 'nothing'}"])
     assert "holds no openai_clip-vit-large-patch14" in elsewhere.said
 
@@ -158,22 +157,22 @@ def test_word(tmp_path, bench):
     assert named.batches[0][0].captions == ["a photo of zxqvword zxqvword1 zxqvword2"] * 2
     assert named.batches[0][0].input_ids[0][0, 0, 4:8].tolist() == [49408, 49409, 49410, 49407]
     assert named.tensors("zxqvword.safetensors")["emb_params"].shape == (3, 32)
-    assert torch.equal(*named.trainer.starts[0][:2])
+    assert torch.equal(*named.setup.starts[0][:2])
     two_words = bench("--num_vectors_per_token=2", "--init_word=cat dog")
     table = table_of(bench.models["sd1"])
-    expected = table[[id_of(two_words.trainer, word) for word in ("cat", "dog")]]
-    assert torch.equal(two_words.trainer.starts[0], expected)
+    expected = table[[id_of(two_words.job, word) for word in ("cat", "dog")]]
+    assert torch.equal(two_words.setup.starts[0], expected)
     average = bench("--init_word=")
     assert "start from the average of all words" in average.said
-    assert (average.trainer.starts[0] - table.mean(dim=0)).std() == pytest.approx(table.std(dim=0).mean(), rel=0.5)
+    assert (average.setup.starts[0] - table.mean(dim=0)).std() == pytest.approx(table.std(dim=0).mean(), rel=0.5)
 
 
 @shows("weights")
 def test_continuing_from_a_file(bench):
     first = bench.plain(steps=2)
     more = bench(f"--weights={first.folder / TOKEN}.safetensors")
-    assert torch.equal(more.trainer.starts[0], first.rows[1][0])
-    assert torch.equal(more.trainer.starts[0], first.tensors()["emb_params"])
+    assert torch.equal(more.setup.starts[0], first.rows[1][0])
+    assert torch.equal(more.setup.starts[0], first.tensors()["emb_params"])
 
 
 @shows("use_object_template", "use_style_template")
@@ -200,9 +199,9 @@ def test_long_captions(bench, tmp_path, family):
         outcome = bench(f"--max_token_length={length}", family=family, dataset=data)
         assert all(ids.shape == (2, chunks, 77) for ids in outcome.batches[0][0].input_ids)
         ids = [windows[:1] for windows in outcome.batches[0][0].input_ids]
-        context = outcome.trainer.prompt_encoder.encode(ids).context
+        context = outcome.setup.prompt_encoder.encode(ids).context
         assert context.shape[1] == length + 2
-        for rows, start in zip(outcome.rows[0], outcome.trainer.starts, strict=True):
+        for rows, start in zip(outcome.rows[0], outcome.setup.starts, strict=True):
             assert (rows - start).norm() > 1e-3
 
 
@@ -226,9 +225,9 @@ def test_preserved_norm(bench, family):
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_half_precision(bench, family):
     def dtypes(outcome):
-        frozen = [outcome.trainer.task.unet, *outcome.trainer.prompt_encoder.text_encoders]
-        rows = outcome.trainer.rows.rows
-        state = [t for s in outcome.trainer.choice.optimizer.state.values() for t in s.values()]
+        frozen = [outcome.setup.task.unet, *outcome.setup.prompt_encoder.text_encoders]
+        rows = outcome.setup.rows.rows
+        state = [t for s in outcome.setup.learner.choice.optimizer.state.values() for t in s.values()]
         return [next(m.parameters()).dtype for m in frozen], {t.dtype for t in (*rows, *state)}
 
     plain, half = bench.plain(family), bench("--mixed_precision=bf16", family=family)
@@ -252,7 +251,7 @@ def test_fp16_without_a_gpu_becomes_bf16(bench, monkeypatch):
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no" if flags else "fp16")
         outcome = bench(*flags)
         assert "fp16 needs a GPU and none is used: bf16 is used instead" in outcome.said
-        assert outcome.trainer.task.unet.dtype == torch.bfloat16
+        assert outcome.setup.task.unet.dtype == torch.bfloat16
         assert torch.equal(outcome.rows[0][0], half.rows[0][0])
 
 
@@ -278,12 +277,12 @@ def test_fp16_beside_a_gpu_that_is_left_alone_becomes_bf16(monkeypatch):
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_eight_bit_base(bench, family):
     plain, folded = bench.plain(family, steps=2), bench("--fp8_base", family=family, steps=2)
-    layers = [m for m in folded.trainer.task.unet.modules() if isinstance(m, FrozenLinear | FrozenConv2d)]
+    layers = [m for m in folded.setup.task.unet.modules() if isinstance(m, FrozenLinear | FrozenConv2d)]
     assert len(layers) > 50
     assert {layer.weight.dtype for layer in layers} == {torch.float8_e4m3fn}
     assert folded.losses == pytest.approx(plain.losses, rel=0.02)
     assert folded.losses != plain.losses
-    for start, one, two in zip(folded.trainer.starts, *folded.rows, strict=True):
+    for start, one, two in zip(folded.setup.starts, *folded.rows, strict=True):
         assert (one - start).norm() > 1e-3
         assert (two - one).norm() > 1e-3
     # The gradient of a random U-Net is of the size of the rounding: what it must equal is that of the rounded weights.
@@ -321,7 +320,7 @@ def test_checkpointing_computes_layers_twice(bench, family):
         patches = (
             patch.object(BaseModel, "unet", lambda *args, **kind: watch(unet(*args, **kind))),
             patch.object(BaseModel, "text_encoders", lambda *args: [watch(one) for one in encoders(*args)]),
-            patch.object(Trainer, "check_text_encoders"),  # it encodes without gradients
+            patch("library.setup.check_text_encoders"),  # it encodes without gradients
         )
         return calls, bench(*flags, family=family, patches=patches)
 
@@ -333,8 +332,8 @@ def test_checkpointing_computes_layers_twice(bench, family):
     assert twice.pop("ResnetBlock2D") >= 2 * once.pop("ResnetBlock2D") - 2
     assert twice.pop("CLIPMLP") == 2 * once.pop("CLIPMLP") - (family == "sdxl")
     assert twice == {name: 2 * number for name, number in once.items()}
-    assert [model.training for model in saved.trainer.prompt_encoder.text_encoders] == [True] * len(saved.rows[0])
-    assert not saved.trainer.task.unet.training
+    assert [model.training for model in saved.setup.prompt_encoder.text_encoders] == [True] * len(saved.rows[0])
+    assert not saved.setup.task.unet.training
     for ours, theirs in zip(saved.rows[0], plain.rows[0], strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5)
 
@@ -350,7 +349,7 @@ def test_tf32_is_said_to_do_nothing_without_a_gpu(bench):
 @shows("mem_eff_attn", "sdpa")
 def test_attention(bench):
     def kinds(outcome):
-        return {type(processor) for processor in outcome.trainer.task.unet.attn_processors.values()}
+        return {type(processor) for processor in outcome.setup.task.unet.attn_processors.values()}
 
     def kernels():
         cuda = torch.backends.cuda
@@ -402,7 +401,7 @@ def test_compilation(bench, family, backend, steps):
         bench(f"--dynamo_backend={backend}")
     encoders = {"sd1": ["CLIPTextModel"], "sdxl": ["CLIPTextModel", "CLIPTextModelWithProjection"]}[family]
     assert compiled == [(name, backend) for name in ["UNet2DConditionModel", *encoders]]
-    for module in (faster.trainer.task.unet, *faster.trainer.prompt_encoder.text_encoders):
+    for module in (faster.setup.task.unet, *faster.setup.prompt_encoder.text_encoders):
         assert module._compiled_call_impl is not None
     plain = bench.plain(family, steps)
     assert faster.losses == pytest.approx(plain.losses, rel=1e-4)
@@ -428,11 +427,11 @@ def test_loading_to_the_device(bench):
         for highvram in (False, True):
             cleared.clear()
             cache = LatentCache(suffix="_sd.npz", to_disk=False, seed=1, highvram=highvram)
-            encoder = bench("--cache_latents=false").trainer.task.vae
+            encoder = bench("--cache_latents=false").setup.task.vae
             encoder_on_gpu = SimpleNamespace(
                 device=torch.device("cuda"), encode=encoder.encode, fingerprint=encoder.fingerprint
             )
-            cache.fill(plain.trainer.data.latent_entries(), encoder_on_gpu)
+            cache.fill(plain.job.data.latent_entries(), encoder_on_gpu)
             assert len(cleared) == (0 if highvram else 2)
 
 

@@ -8,8 +8,8 @@ from runs import TOKEN, arguments, run, trainers, write_dataset  # noqa: F401  (
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from library import run as run_module
 from library.model.base_model import BaseModel
-from library.trainer import Trainer
 from library.training import learning_watch
 from library.training.denoising import DenoisingTask
 
@@ -64,13 +64,13 @@ def test_only_the_rows_learn(family, count, dataset, tmp_path, request, trainers
         hook.remove()
     (trainer,) = trainers
     widths = {"sd1": [32], "sd2": [64], "sdxl": [32, 64]}[family]
-    owned = [p for group in trainer.choice.optimizer.param_groups for p in group["params"]]
+    owned = [p for group in trainer.setup.learner.choice.optimizer.param_groups for p in group["params"]]
     assert [tuple(p.shape) for p in owned] == [(count, width) for width in widths]
-    state = [t for s in trainer.choice.optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
+    state = [t for s in trainer.setup.learner.choice.optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
     assert max(t.numel() for t in state) == count * max(widths)
     assert len(gradients) == 2
     assert all((norms > 0).all() for norms in gradients[0])
-    for start, rows in zip(trainer.starts, trainer.rows.rows, strict=True):
+    for start, rows in zip(trainer.setup.starts, trainer.setup.rows.rows, strict=True):
         assert ((rows - start).norm(dim=1) > 1e-3).all()
     assert len(untouched) == len(widths) + 2
     for module, before in untouched:
@@ -108,16 +108,17 @@ def test_a_fresh_pipeline_gives_the_trained_models_latents(
     wanted = fresh(prompt, generator=torch.Generator().manual_seed(3), **settings).images
 
     with torch.no_grad():
-        texts = [trainer.word.placeholder.expand(prompt), ""]
-        ids = [torch.stack(pair) for pair in zip(*(trainer.word.prompts.encode(text) for text in texts), strict=True)]
-        conditioning = trainer.prompt_encoder.encode(ids)
+        word = trainer.job.word
+        texts = [word.placeholder.expand(prompt), ""]
+        ids = [torch.stack(pair) for pair in zip(*(word.prompts.encode(text) for text in texts), strict=True)]
+        conditioning = trainer.setup.prompt_encoder.encode(ids)
     embeds = {"prompt_embeds": conditioning.context[:1], "negative_prompt_embeds": conditioning.context[1:]}
     if conditioning.pooled is not None:
         embeds |= {"pooled_prompt_embeds": conditioning.pooled[:1]}
         embeds |= {"negative_prompt_embeds": torch.zeros_like(conditioning.context[1:])}
         embeds |= {"negative_pooled_prompt_embeds": torch.zeros_like(conditioning.pooled[:1])}
     pipeline = fresh_pipeline(model_of(family, request))
-    pipeline.unet = trainer.task.unet
+    pipeline.unet = trainer.setup.task.unet
     got = pipeline(**embeds, generator=torch.Generator().manual_seed(3), **settings).images
     assert (got - wanted).abs().max() < 1e-4
 
@@ -193,10 +194,9 @@ def test_first_steps_that_teach_nothing_may_be_chance(silent, code, dataset, tmp
     assert len(list(tmp_path.iterdir())) == 1 - code
 
 
-def test_fp16_steps_that_overflow_for_ever_stop_the_run(dataset, tmp_path, tiny_sd1, monkeypatch, capsys):
+def test_fp16_steps_that_overflow_for_ever_stop_the_run(dataset, tmp_path, tiny_sd1, monkeypatch, trainers, capsys):  # noqa: F811
     """fp16 needs a GPU; its gradient scaler, whose part it is to skip such steps, works on the CPU as well."""
-    original, run_trainer = DenoisingTask.losses, Trainer.run
-    calls = []
+    original, calls = DenoisingTask.losses, []
 
     def losses(task, batch, **details):
         calls.append(task)
@@ -204,20 +204,19 @@ def test_fp16_steps_that_overflow_for_ever_stop_the_run(dataset, tmp_path, tiny_
         found.register_hook(lambda grad: grad * (torch.inf if len(calls) != 2 else 1))
         return found
 
-    seen = []
+    begin = run_module.train_and_save
 
-    def with_scaler(trainer):
-        trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
-        seen.append(trainer)
-        return run_trainer(trainer)
+    def with_scaler(job):
+        job.accelerator.scaler = torch.amp.GradScaler("cpu")
+        return begin(job)
 
     monkeypatch.setattr(learning_watch, "MAX_OVERFLOWS", 2)
     monkeypatch.setattr(DenoisingTask, "losses", losses)
-    monkeypatch.setattr(Trainer, "run", with_scaler)
+    monkeypatch.setattr(run_module, "train_and_save", with_scaler)
     assert plain_run(tiny_sd1, dataset, tmp_path, "--max_train_steps=9", "--lr_scheduler=linear") == 1
     assert len(calls) == 4
     # Of the three steps that are done the scaler skipped two, and the schedule with them.
-    assert seen[0].lr_schedule.get_last_lr() == pytest.approx([0.01 * (1 - 1 / 9)])
+    assert trainers[0].setup.learner.schedule.get_last_lr() == pytest.approx([0.01 * (1 - 1 / 9)])
     assert "the gradient of step 4 is not finite" in capsys.readouterr().err
     rows = load_file(tmp_path / f"{TOKEN}-step00000003.safetensors")["emb_params"]
     assert torch.isfinite(rows).all()

@@ -7,17 +7,12 @@ import pytest
 from datasets import configs_of, make_picture
 from golden_data import golden_cases
 
-from library.data.batch_order import EpochOrder
 from library.data.image_table import load_tables
 from library.support.errors import UserError
 
 
 def _table(folder, *datasets, seed=1, **options):
     return load_tables(configs_of(folder, *datasets, **options), seed)[0]
-
-
-def _order(table, seed=1):
-    return EpochOrder(table.bucket_of, table.repeats, table.batch_sizes, seed)
 
 
 def _folder(folder, count, size=(32, 32)):
@@ -38,11 +33,11 @@ def test_golden_batches(case, tmp_path):
     found = {f"{b.size[0]}x{b.size[1]}": count for b, count in zip(table.buckets, counts, strict=True)}
     assert found == case["buckets"]
     for epoch in (1, 2):
-        samples, ends = _order(table).epoch(epoch)
+        samples, ends = table.order(1).epoch(epoch)
         batches = np.split(samples, ends[:-1])
         assert len(batches) == case["batches"]
         assert sorted(map(len, batches)) == case["batch_sizes_multiset"]
-        assert all(len({table.bucket(index) for index in batch}) == 1 for batch in batches)
+        assert all(len({table[index].bucket for index in batch}) == 1 for batch in batches)
 
 
 @pytest.mark.parametrize("case", golden_cases("reg_balance"))
@@ -53,12 +48,12 @@ def test_golden_reg_balance(case, tmp_path):
             folder = _folder(tmp_path / f"{kind[0]}{number}", count)
             subsets.append({"image_dir": folder, "num_repeats": repeats, "is_reg": kind == "reg"})
     table = _table(tmp_path, {"resolution": 64, "batch_size": 2, "subsets": subsets})
-    reg = [index for index in range(len(table)) if table.subset(index).is_reg]
-    assert [[*table.path(index).split("/")[-2:], int(table.repeats[index])] for index in reg] == case["registered_reg"]
+    reg = [index for index in range(len(table)) if table[index].subset.is_reg]
+    assert [[*table[index].path.split("/")[-2:], int(table[index].repeats)] for index in reg] == case["registered_reg"]
     train = [index for index in range(len(table)) if index not in reg]
-    assert int(table.repeats[train].sum()) == case["num_train_images"]
-    assert int(table.repeats.sum()) == case["entries_in_bucket"]
-    assert _order(table).num_batches == case["dataset_len_batches_bs2_single_bucket"]
+    assert int(table.repeats()[train].sum()) == case["num_train_images"]
+    assert int(table.repeats().sum()) == case["entries_in_bucket"]
+    assert table.order(1).num_batches == case["dataset_len_batches_bs2_single_bucket"]
     given = [len(found) * found.subset.num_repeats for found in table.sets if found.subset.is_reg]
     assert sum(given) == case["num_reg_images"]
 
@@ -77,9 +72,9 @@ def test_every_dataset_balances_on_its_own(tmp_path):
     table = _table(
         tmp_path, {"resolution": 64, "subsets": subsets}, {"resolution": 32, "subsets": [{"image_dir": folders[2]}]}
     )
-    assert table.repeats.tolist() == [1, 1, 1, 2, 1, 1]
+    assert table.repeats().tolist() == [1, 1, 1, 2, 1, 1]
     assert [(bucket.dataset, bucket.size) for bucket in table.buckets] == [(0, (64, 64)), (1, (32, 32))]
-    assert table.config(5).buckets.resolution == (32, 32)
+    assert table[5].config.buckets.resolution == (32, 32)
 
 
 def test_only_regularisation_pictures_are_nothing_to_train_on(tmp_path):
@@ -93,9 +88,9 @@ def test_what_is_known_of_a_picture(tmp_path):
     values = {"resolution": 64, "enable_bucket": True, "min_bucket_reso": 32, "bucket_reso_steps": 16}
     subset = {"image_dir": str(picture.parent), "flip_aug": True, "resize_interpolation": "area"}
     table = _table(tmp_path, {**values, "resize_interpolation": "bilinear", "subsets": [subset]})
-    assert (table.path(0), table.caption(0), table.mask_path(0)) == (str(picture), "mychar", None)
-    assert (table.image_size(0), table.bucket(0), table.resized.tolist()) == ((100, 60), (80, 48), [[80, 48]])
-    entry = table.latent_entry(0)
+    assert (table[0].path, table[0].caption, table[0].mask_path) == (str(picture), "mychar", None)
+    assert (table[0].image_size, table[0].bucket, table.resized().tolist()) == ((100, 60), (80, 48), [[80, 48]])
+    entry = table[0].latent_entry
     assert (entry.path, entry.image_size, entry.flip, entry.alpha_mask) == (picture, (100, 60), True, False)
     assert (entry.framing.bucket, entry.framing.resized, entry.framing.interpolation) == ((80, 48), (80, 48), "area")
 
@@ -104,7 +99,7 @@ def test_what_is_known_of_a_picture(tmp_path):
 def test_faces_choose_the_crop_only_without_buckets(tmp_path, enabled):
     values = {"resolution": 64, "enable_bucket": enabled, "min_bucket_reso": 64, "face_crop_aug_range": [2.0, 4.0]}
     table = _table(tmp_path, {**values, "subsets": [{"image_dir": _folder(tmp_path / "a", 1)}]})
-    assert table.framing(0).face_crop_range == (None if enabled else (2.0, 4.0))
+    assert table[0].framing.face_crop_range == (None if enabled else (2.0, 4.0))
 
 
 # Validation
@@ -119,21 +114,21 @@ def _split(folder, **values):
 
 
 def _paths(table):
-    return {table.path(index) for index in range(len(table))}
+    return {table[index].path for index in range(len(table))}
 
 
 def test_validation_pictures_are_kept_out_of_training_and_come_once(tmp_path):
     configs = _split(tmp_path, validation_split=0.25, validation_seed=3, num_repeats=2)
     train, held = load_tables(configs, 1)
     assert len(held) == 2
-    assert held.repeats.tolist() == [1, 1]
+    assert held.repeats().tolist() == [1, 1]
     assert not _paths(train) & _paths(held)
     assert len(_paths(train)) == 6 + 3
-    assert int(train.repeats.sum()) == 6 * 2 * 2
+    assert int(train.repeats().sum()) == 6 * 2 * 2
     assert not any(path.startswith(str(tmp_path / "reg")) for path in _paths(held))
-    assert not held.subset(0).flip_aug
-    assert not held.subset(0).captions.shuffle
-    assert train.subset(0).captions.shuffle
+    assert not held[0].subset.flip_aug
+    assert not held[0].subset.captions.shuffle
+    assert train[0].subset.captions.shuffle
 
 
 def test_captions_stay_with_their_pictures_when_cached_information_is_split(tmp_path):
@@ -144,7 +139,7 @@ def test_captions_stay_with_their_pictures_when_cached_information_is_split(tmp_
     for _ in range(2):  # the second time from the cache
         for table in load_tables(configs, 1):
             for index in range(len(table)):
-                assert table.caption(index) == f"caption {table.path(index)[-5]}"
+                assert table[index].caption == f"caption {table[index].path[-5]}"
 
 
 def test_the_validation_seed_chooses_the_pictures_else_the_runs(tmp_path):

@@ -17,12 +17,14 @@ from departures import departure
 from golden_data import golden_arrays, golden_cases
 from PIL import Image
 
-from library.data import training_data as dataset
+from library.data import loader
 from library.data.captions import OBJECT_TEMPLATES, CaptionMoment
 from library.data.config import load_dataset_configs
 from library.data.images import normalized, read_image
 from library.data.latent_cache import LatentCache
-from library.data.training_data import BatchLoader, SampleSource, TrainingData, sample_seeds
+from library.data.loader import BatchLoader
+from library.data.samples import SampleSource, sample_seeds
+from library.data.training_data import TrainingData
 from library.model.vae import FrozenVae
 from library.options.options import DatasetOptions
 from library.support.errors import UserError
@@ -101,8 +103,8 @@ def test_golden_sdxl_conditioning(case, tmp_path):
     names = ("resolution", "bucket_reso_steps", "bucket_no_upscale", "min_bucket_reso", "max_bucket_reso")
     values = {name: case[name] for name in names} | {"enable_bucket": True}
     data = data_of(tmp_path, {**values, "subsets": [{"image_dir": str(tmp_path / "images"), "flip_aug": True}]})
-    assert list(data.table.bucket(0)) == case["bucket_reso"]
-    assert data.table.resized.tolist() == [case["resized_size"]]
+    assert list(data.table[0].bucket) == case["bucket_reso"]
+    assert data.table.resized().tolist() == [case["resized_size"]]
     if case["source"] != "image":
         _filled(data, to_disk=case["source"] == "disk")
     samples = _both_sides(data)
@@ -182,9 +184,9 @@ def test_seeds_of_samples():
 
 
 def test_more_workers_than_batches_or_cores_are_not_started(varied, monkeypatch):
-    monkeypatch.setattr(dataset, "usable_cores", lambda: 1)
+    monkeypatch.setattr(loader, "usable_cores", lambda: 1)
     assert varied.loader(workers=8)._loader.num_workers == 1
-    monkeypatch.setattr(dataset, "usable_cores", lambda: 300)
+    monkeypatch.setattr(loader, "usable_cores", lambda: 300)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch counts the cores as well
         assert varied.loader(workers=800)._loader.num_workers == varied.order.num_batches
@@ -196,10 +198,10 @@ def test_persistent_workers_without_workers_are_no_error(varied):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_picture_that_is_gone_is_one_sentence_from_any_process(varied, workers):
-    Path(varied.table.path(2)).unlink()
+    Path(varied.table[2].path).unlink()
     with pytest.raises(UserError) as error:
         list(varied.loader(workers=workers))
-    assert str(error.value) == f"The image {varied.table.path(2)} does not exist."
+    assert str(error.value) == f"The image {varied.table[2].path} does not exist."
 
 
 def test_a_source_can_be_sent_to_another_process(varied):
@@ -467,7 +469,7 @@ def split(tmp_path):
 
 
 def test_validation_is_the_same_every_time(split):
-    assert split.has_validation
+    assert split.validation_loader() is not None
     first, second = (list(split.validation_loader()) for _ in range(2))
     for one, other in zip(first, second, strict=True):
         _same(one, other)
@@ -523,26 +525,26 @@ def _taught_folder(tmp_path):
 
 def test_the_concept_is_what_teaches_the_word(tmp_path):
     data = data_of(tmp_path, _taught_folder(tmp_path), words=prompts(2))
-    pictures = data.concept_pictures(10)
+    pictures = data.concept().pictures(10)
     assert len(pictures) == 3
     sizes = sorted(
-        data.table.bucket(index) for index in range(len(data.table)) if "number" in data.table.caption(index)
+        data.table[index].bucket for index in range(len(data.table)) if "number" in data.table[index].caption
     )
     assert sorted((picture.shape[1], picture.shape[0]) for picture in pictures) == sizes
-    assert len(data.concept_pictures(2)) == 2
-    captions = data.concept_captions(9)
+    assert len(data.concept().pictures(2)) == 2
+    captions = data.concept().captions(9)
     assert len(captions) == 9
     assert all(caption.startswith("mychar mychar1, ") for caption, _ in captions)
     assert {caption[-1] for caption, _ in captions} == {"0", "1", "2"}
     assert {size for _, size in captions} == set(sizes)
     assert {word for word in ("red", "blue") if any(word in caption for caption, _ in captions)} == {"red", "blue"}
-    assert data.concept_captions(9) == captions
+    assert data.concept().captions(9) == captions
 
 
 def test_templates_teach_with_every_picture_but_regularisation(tmp_path):
     data = data_of(tmp_path, _taught_folder(tmp_path), templates=OBJECT_TEMPLATES)
-    assert len(data.concept_pictures(10)) == 4
-    captions = [caption for caption, _ in data.concept_captions(16)]
+    assert len(data.concept().pictures(10)) == 4
+    captions = [caption for caption, _ in data.concept().captions(16)]
     assert len(set(captions)) > 4
     assert all("mychar" in caption for caption in captions)
 
@@ -551,7 +553,7 @@ def test_templates_teach_with_every_picture_but_regularisation(tmp_path):
 def test_fixed_batches_are_the_same_at_every_call(validation, tmp_path):
     table = _taught_folder(tmp_path) | {"validation_split": validation}
     data = data_of(tmp_path, table)
-    first, second = (list(data.fixed_batches(13, held_out=validation > 0)) for _ in range(2))
+    first, second = (list(data.concept().fixed_batches(13, held_out=validation > 0)) for _ in range(2))
     assert 13 <= sum(map(len, first)) < 15
     assert all(batch.has_token.all() for batch in first)
     assert {len(re.findall("red|blue", caption)) for batch in first for caption in batch.captions} == {
@@ -567,7 +569,7 @@ def test_fixed_batches_are_the_same_at_every_call(validation, tmp_path):
     }
     assert not trained & set(seeds)
     if validation:
-        held = {data.validation_table.path(index) for index in range(len(data.validation_table))}
+        held = {data.validation_table[index].path for index in range(len(data.validation_table))}
         assert {key for batch in first for key in batch.keys} <= held
 
 
@@ -576,11 +578,11 @@ def test_a_word_that_a_wildcard_may_leave_out_is_searched_for(tmp_path):
         make_picture(tmp_path / "p" / f"{number:02d}.png", (64, 64), f"{{a girl|a girl|mychar}} number {number}")
     subset = {"image_dir": str(tmp_path / "p"), "caption_extension": ".txt", "enable_wildcard": True}
     data = data_of(tmp_path, {"resolution": 64, "subsets": [subset]})
-    assert len(data.concept_pictures(100)) == 40
-    captions = [caption for caption, _ in data.concept_captions(16)]
+    assert len(data.concept().pictures(100)) == 40
+    captions = [caption for caption, _ in data.concept().captions(16)]
     # From all over the pictures.
     assert captions == [f"mychar number {number * 40 // 16}" for number in range(16)]
-    shares = [bool(held) for batch in data.fixed_batches(128, held_out=False) for held in batch.has_token]
+    shares = [bool(held) for batch in data.concept().fixed_batches(128, held_out=False) for held in batch.has_token]
     assert len(shares) == 128
     assert 0.2 < sum(shares) / len(shares) < 0.5
 
@@ -598,9 +600,9 @@ def test_calm_captions_are_joined_as_in_the_training(more, wanted, tmp_path):
     make_picture(tmp_path / "p" / "0.png", (64, 64), "mychar ||| small, red;blue")
     subset = {"image_dir": str(tmp_path / "p"), "caption_extension": ".txt", **more}
     data = data_of(tmp_path, {"resolution": 64, "subsets": [subset]})
-    (caption, _) = data.concept_captions(1)[0]
+    (caption, _) = data.concept().captions(1)[0]
     assert caption == wanted
-    assert [batch.captions for batch in data.fixed_batches(1, held_out=False)] == [[wanted]]
+    assert [batch.captions for batch in data.concept().fixed_batches(1, held_out=False)] == [[wanted]]
 
 
 def test_there_are_no_fixed_batches_without_the_word(tmp_path):
@@ -610,8 +612,8 @@ def test_there_are_no_fixed_batches_without_the_word(tmp_path):
     plain = {"resolution": 64, "validation_split": 0.5, "subsets": [{"image_dir": str(tmp_path / "p")}]}
     taught = {"resolution": 64, "subsets": [{"image_dir": str(tmp_path / "taught")}]}
     data = data_of(tmp_path, plain, taught, caption_extension=".txt")
-    assert list(data.fixed_batches(5, held_out=True)) == []
-    assert sum(map(len, data.fixed_batches(5, held_out=False))) == 5
+    assert list(data.concept().fixed_batches(5, held_out=True)) == []
+    assert sum(map(len, data.concept().fixed_batches(5, held_out=False))) == 5
 
 
 def test_a_word_that_no_calm_caption_keeps_is_said(tmp_path):
@@ -621,4 +623,4 @@ def test_a_word_that_no_calm_caption_keeps_is_said(tmp_path):
         tmp_path, {"resolution": 64, "subsets": [{"image_dir": str(tmp_path / "p"), "shuffle_caption": True}]}
     )
     with pytest.raises(UserError, match="within the length limit when its tags are not shuffled"):
-        data.concept_captions(16)
+        data.concept().captions(16)

@@ -130,7 +130,7 @@ def test_captions_are_repaired_before_the_word_is_looked_for(tmp_path, capsys):
     assert check(data.table, data.prompts).warnings == []
     show_dataset(data)
     assert 'caption: fine red,mychar mychar1,"big"' in capsys.readouterr().out
-    assert next(iter(data.fixed_batches(1, held_out=False))).captions == ['fine red,mychar mychar1,"big"']
+    assert next(iter(data.concept().fixed_batches(1, held_out=False))).captions == ['fine red,mychar mychar1,"big"']
 
     kept = subset | {"caption_tag_dropout_rate": 1.0}
     thinned = data_of(tmp_path, {"resolution": 64, "subsets": [kept]}, words=prompts(2))

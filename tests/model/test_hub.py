@@ -74,16 +74,16 @@ def test_uploads_in_the_background_are_waited_for(hub, command, tmp_path, monkey
     """The hub answers only when the training is over; by then a file is gone, and what it held still arrives."""
     from library.output.trackers import RunLog
 
-    finish = RunLog.finish
+    close = RunLog.close
 
     def finished(log):
         assert hub.files == {}
         assert not (tmp_path / "out" / f"{TOKEN}-step00000001.safetensors").exists()
         hub.gate.set()
-        finish(log)
+        close(log)
 
     hub.gate.clear()
-    monkeypatch.setattr(RunLog, "finish", finished)
+    monkeypatch.setattr(RunLog, "close", finished)
     more = ["--async_upload", "--save_every_n_steps=1", "--save_last_n_steps=1", "--max_train_steps=3"]
     assert run("sd1", command(*more)) == 0
     assert "Waiting for" in capsys.readouterr().err

@@ -148,7 +148,7 @@ def test_a_sample_is_what_diffusers_paints(family, models, dataset, tmp_path, tr
     prompt = SamplePrompt(f"a {TOKEN} here", "dark", 64, 64, steps=3, scale=5.0, seed=3, image=image)
     wanted = [prompt, replace(prompt, scale=1.0), replace(prompt, image=None)]
     pictures = [filled_in(pipe, models[family], each) for each in wanted]
-    for drawn, picture in zip(trainers[0].sampling_pipeline().draw(wanted), pictures, strict=True):
+    for drawn, picture in zip(trainers[0].setup.pipeline.draw(wanted), pictures, strict=True):
         assert np.abs(drawn - picture).max() <= 1
     assert np.abs(pictures[0] - pictures[2]).max() > 2
 
@@ -162,7 +162,7 @@ def test_the_loss_falls(family, bench, monkeypatch):
 
     That an inpainting model teaches a word is shown in test_quickstart_learning.py.
     """
-    monkeypatch.setattr("library.data.training_data.sample_seeds", lambda *_: (1, 2, 3))
+    monkeypatch.setattr("library.data.samples.sample_seeds", lambda *_: (1, 2, 3))
     more = ["--train_inpainting", "--num_vectors_per_token=4", "--optimizer_type=AdamW"]
     outcome = bench(PIXELS, *more, family=family, steps=6)
     assert len({batch.holes.sum().item() for (batch,) in outcome.batches}) == 1
@@ -266,7 +266,7 @@ def test_without_the_option_an_inpainting_model_is_refused(family, models, datas
     for more in ([], ["--debug_dataset"]):
         refused = plan(family, [*argv, *more], code=1)
         assert "is an inpainting model (its U-Net takes 9 channels, not 4). Add --train_inpainting" in refused.said
-        assert refused.trainer is None
+        assert refused.job is None
     assert not (tmp_path / "out").exists()
 
 
@@ -309,7 +309,7 @@ def test_the_key_of_a_dataset_is_as_good_as_the_option(keys, general, flags, on,
     if on is None:
         assert "train_inpainting is off here, but it is on elsewhere" in planned.said
     else:
-        assert planned.trainer.options.dataset.train_inpainting  # what states record
+        assert planned.job.options.dataset.train_inpainting  # what states record
         assert all(batch.holes is not None for batch in epoch_of(planned))
 
 
@@ -395,7 +395,7 @@ def test_what_cannot_be_drawn_is_said_before_a_model_is_loaded(bench, tmp_path):
     ]:
         outcome = sampled(bench, tmp_path, [f"{TOKEN} {flags}"], "--train_inpainting", code=1)
         assert sentence in outcome.said
-        assert outcome.trainer is None
+        assert outcome.job is None
 
 
 def test_images_that_do_nothing_are_said(tiny_sd1, bench, tmp_path, dataset):

@@ -59,7 +59,7 @@ def diffusers_picture(trained, prompt: SamplePrompt, sampler: str, text: str | N
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler_a", "dpmsolver++"])
 def test_the_picture_is_diffusers_own(trained, sampler):
-    (got,) = trained[2].sampling_pipeline().draw([varied(sampler=sampler)])
+    (got,) = trained[2].setup.pipeline.draw([varied(sampler=sampler)])
     assert got.shape == (64, 64, 3)
     assert got.dtype == np.uint8
     assert difference(got, diffusers_picture(trained, PROMPT, sampler)) <= 1
@@ -68,7 +68,7 @@ def test_the_picture_is_diffusers_own(trained, sampler):
 
 def test_sizes_need_not_be_square_and_guidance_may_be_off(trained):
     wide = varied(width=96, scale=1.0)
-    (got,) = trained[2].sampling_pipeline().draw([wide])
+    (got,) = trained[2].setup.pipeline.draw([wide])
     assert got.shape == (64, 96, 3)
     assert difference(got, diffusers_picture(trained, wide, "ddim")) <= 1
 
@@ -79,7 +79,7 @@ def test_seeds_decide_and_batches_do_not(trained, monkeypatch):
     To 0.03 % of what another seed changes, as measured; another caption changes 5 % and more of it.
     """
     monkeypatch.setattr(sampling, "_to_pictures", lambda pixels: list(pixels.clamp(-1, 1)))
-    pipeline = trained[2].sampling_pipeline()
+    pipeline = trained[2].setup.pipeline
     wanted = [varied(seed=seed, sampler="euler_a") for seed in (1, 2, 1)] + [varied(seed=4, width=72)]
     alone, together = pipeline.draw(wanted), pipeline.draw(wanted, batch_size=3)
     other_seed = (alone[0] - alone[1]).square().mean().sqrt()
@@ -93,16 +93,16 @@ def test_seeds_decide_and_batches_do_not(trained, monkeypatch):
 
 def test_global_random_numbers_are_left_alone(trained):
     before = torch.get_rng_state()
-    trained[2].sampling_pipeline().draw([varied(seed=None, sampler="euler_a")])
+    trained[2].setup.pipeline.draw([varied(seed=None, sampler="euler_a")])
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_only_prompts_with_the_word_depend_on_the_rows(trained):
-    trainer = trained[2]
-    pipeline = trainer.sampling_pipeline()
+    setup = trained[2].setup
+    pipeline = setup.pipeline
     wanted = [PROMPT, varied(prompt="a photo of a red circle")]
     after = pipeline.draw(wanted)
-    with trainer.rows.holding([start + 1 for start in trainer.starts]):
+    with setup.rows.holding([start + 1 for start in setup.starts]):
         other = pipeline.draw(wanted)
     assert difference(after[0], other[0]) > 1
     assert difference(after[1], other[1]) == 0
@@ -110,27 +110,27 @@ def test_only_prompts_with_the_word_depend_on_the_rows(trained):
 
 def test_a_solver_takes_no_more_steps_than_it_can(trained, monkeypatch):
     monkeypatch.setattr(samplers, "_MOST_STEPS", {"DPMSolverMultistepScheduler": 3})
-    (got,) = trained[2].sampling_pipeline().draw([varied(steps=1000, sampler="dpmsolver++")])
+    (got,) = trained[2].setup.pipeline.draw([varied(steps=1000, sampler="dpmsolver++")])
     assert difference(got, diffusers_picture(trained, varied(steps=3), "dpmsolver++")) <= 1
 
 
 @pytest.mark.parametrize("where", ["latents", "pixels"])
 def test_a_spoiled_picture_is_no_picture(where, trained, monkeypatch, caplog):
-    trainer = trained[2]
-    pipeline = trainer.sampling_pipeline()
+    setup = trained[2].setup
+    pipeline = setup.pipeline
     if where == "pixels":
-        monkeypatch.setattr(type(trainer.vae), "decode", lambda vae, latents: torch.full((2, 3, 64, 64), torch.nan))
-        rows = trainer.starts
+        monkeypatch.setattr(type(setup.vae), "decode", lambda vae, latents: torch.full((2, 3, 64, 64), torch.nan))
+        rows = setup.starts
     else:
-        rows = [torch.full_like(start, torch.nan) for start in trainer.starts]
-    with trainer.rows.holding(rows), pytest.raises(UserError) as error:
+        rows = [torch.full_like(start, torch.nan) for start in setup.starts]
+    with setup.rows.holding(rows), pytest.raises(UserError) as error:
         pipeline.draw([PROMPT, varied(seed=4)], batch_size=2)
     assert 'The picture of "a photo of mychar in a park" comes out with values that are not finite' in str(error.value)
     assert "The VAE overflows" not in caplog.text
 
 
 def test_weights_in_a_prompt(trained):
-    pipeline = trained[2].sampling_pipeline()
+    pipeline = trained[2].setup.pipeline
     texts = ("a photo of mychar", "a photo of (mychar:1.0)", "a photo of (mychar:1.4)", r"a photo of \(mychar\)")
     plain, same, more, _ = pipeline.draw([varied(prompt=text) for text in texts])
     assert difference(plain, same) == 0

@@ -196,7 +196,7 @@ def test_settings_without_a_log_are_said(name, tmp_path, tiny_sd1, dataset):
 
 
 def test_a_run_that_is_stopped_closes_its_log(dataset, tmp_path, tiny_sd1, recorders, monkeypatch):
-    monkeypatch.setattr("library.trainer.Trainer.validate", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(trackers.RunLog, "after_epoch", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     argv = arguments("sd1", tiny_sd1, dataset, tmp_path / "out", f"--logging_dir={tmp_path / 'logs'}")
     train("sd1", argv, tmp_path / "out", code=None)
     assert recorders[0].finished

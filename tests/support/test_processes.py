@@ -112,8 +112,8 @@ def test_two_processes_equal_one_with_accumulation(family, flags, dataset, tmp_p
     assert done.returncode == 0, done.stderr
     one, two = (load_file(tmp_path / name / f"{TOKEN}.safetensors") for name in ("one", "two"))
     assert done.stdout.count("The embedding is in") == 1
-    keys = trainers[0].family.embedding_keys
-    assert_moved_alike([one[key] for key in keys], [two[key] for key in keys], trainers[0].starts)
+    keys = trainers[0].job.family.embedding_keys
+    assert_moved_alike([one[key] for key in keys], [two[key] for key in keys], trainers[0].setup.starts)
 
 
 def test_two_nodes_equal_one_process_with_accumulation(dataset, tmp_path, tiny_sd2, trainers):  # noqa: F811
@@ -126,7 +126,7 @@ def test_two_nodes_equal_one_process_with_accumulation(dataset, tmp_path, tiny_s
     assert "2 processes" in errors
     assert (out.count("The embedding is in"), silence) == (1, "")
     one, two = (load_file(tmp_path / name / f"{TOKEN}.safetensors")["emb_params"] for name in ("one", "two"))
-    assert_moved_alike([one], [two], trainers[0].starts)
+    assert_moved_alike([one], [two], trainers[0].setup.starts)
 
 
 def test_pictures_of_all_processes_reach_the_trackers_and_the_report(dataset, tmp_path, tiny_sd1):
@@ -162,7 +162,7 @@ def test_two_processes_with_accumulation_and_every_ddp_option(dataset, tmp_path,
     done = start("torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPTS["sd2"].__file__, *argv)
     assert done.returncode == 0, done.stderr
     one, two = (load_file(tmp_path / name / f"{TOKEN}.safetensors")["emb_params"] for name in ("one", "two"))
-    assert_moved_alike([one], [two], trainers[0].starts)
+    assert_moved_alike([one], [two], trainers[0].setup.starts)
 
 
 def test_two_processes_go_on_from_a_state(dataset, tmp_path, tiny_sd1):
@@ -223,11 +223,11 @@ def test_two_processes_agree_on_a_seed(dataset, tmp_path, tiny_sd1):
     script = tmp_path / "script.py"
     script.write_text(
         f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import torch, train_textual_inversion; from library.trainer import Trainer; original = Trainer.finish\n"
-        "def finish(self):\n"
-        f"    torch.save([*self.rows.parameters()], {str(tmp_path)!r} + '/rows' + os.environ['RANK'])\n"
-        "    return original(self)\n"
-        "Trainer.finish = finish; sys.exit(train_textual_inversion.main())\n"
+        "import torch, train_textual_inversion; from library.output.saving import Saving; original = Saving.finish\n"
+        "def finish(self, progress):\n"
+        f"    torch.save([*self.learner.rows.parameters()], {str(tmp_path)!r} + '/rows' + os.environ['RANK'])\n"
+        "    return original(self, progress)\n"
+        "Saving.finish = finish; sys.exit(train_textual_inversion.main())\n"
     )
     done = start("torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *argv)
     assert done.returncode == 0, done.stderr
@@ -258,7 +258,7 @@ from library.training.optimizer_step import Learner
 original = Learner.step
 def step(self, batches, task):
     result = original(self, batches, task)
-    if self.steps == 3 and os.environ["RANK"] == "{rank}":
+    if self.progress.step == 3 and os.environ["RANK"] == "{rank}":
         os.kill(os.getpid(), 9)
     return result
 Learner.step = step

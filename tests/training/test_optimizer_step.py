@@ -45,7 +45,7 @@ def test_a_step_without_the_token_has_no_loss(command, tmp_path, monkeypatch):
     assert [loss is not None for loss in outcome.losses] == taught
     steps = [number for number, each in enumerate(taught, start=1) if each]
     assert logged == [*((["loss", "lr"], step) for step in steps), (["loss/epoch"], 4)]
-    assert outcome.trainer.step == 4
+    assert outcome.setup.progress.step == 4
     assert outcome.rates == [pytest.approx(0.01 * (1 - sum(taught[:number]) / 4)) for number in range(4)]
     for before, after, learned in zip(outcome.rows[:-1], outcome.rows[1:], taught[1:], strict=True):
         assert torch.equal(before[0], after[0]) != learned
@@ -73,7 +73,7 @@ def test_a_plateau_is_not_seen_where_nothing_teaches(command, tmp_path):
     """A loss of 0 would be the best of all, and the rate would fall for ever after."""
     more = ["--lr_scheduler=reduce_lr_on_plateau", "--lr_scheduler_args", "patience=99"]
     outcome = train("sd1", command(tmp_path, *more), tmp_path)
-    best = outcome.trainer.lr_schedule.scheduler.best
+    best = outcome.setup.learner.schedule.scheduler.best
     assert best == min(loss for loss in outcome.losses if loss is not None) > 0
 
 
@@ -108,7 +108,7 @@ def test_a_step_waits_for_the_device_once(more, scaler, command, tmp_path, monke
         return loss
 
     monkeypatch.setattr(Learner, "step", watched)
-    assert train("sd1", command(tmp_path, "--max_train_steps=5", *more), tmp_path).trainer.step == 5
+    assert train("sd1", command(tmp_path, "--max_train_steps=5", *more), tmp_path).setup.progress.step == 5
     assert [strays for _, strays in counted[2:]] == [[]] * 3
     assert [waits for waits, _ in counted[2:]] == [["cpu"]] * 3
 

@@ -21,8 +21,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from library.options.options import OptimizerOptions, Options, TokenOptions
 from library.output.results import Results
+from library.output.saving import Saving
 from library.support.errors import UserError
-from library.trainer import Trainer
+from library.trainer import train_and_save
 from library.training import state as training_state
 from library.training.denoising import DenoisingTask
 from library.training.optimizer_step import Learner
@@ -114,7 +115,7 @@ def test_whatever_an_optimizer_and_a_schedule_keep(name, command, tmp_path, trai
     assert run("sd1", command("rest", *more, f"--resume={tmp_path / 'whole' / STATES[4]}")) == 0
     assert_same(tensors(tmp_path / "rest"), tensors(tmp_path / "whole"))
     whole, rest = trainers
-    assert whole.learner.rates() == rest.learner.rates()
+    assert whole.setup.learner.rates() == rest.setup.learner.rates()
     assert not torch.equal(whole.starts[0], tensors(tmp_path / "whole")["emb_params"])
 
 
@@ -181,13 +182,12 @@ def test_a_seed_that_was_drawn_is_in_the_state(command, tmp_path):
 
 def test_the_scaler_of_fp16_goes_on_too(command, tmp_path, trainers, monkeypatch):  # noqa: F811
     """fp16 needs a GPU; its gradient scaler works on the CPU as well."""
-    original = Trainer.run
 
-    def with_scaler(trainer):
-        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3)
-        return original(trainer)
+    def with_scaler(job):
+        job.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3)
+        return train_and_save(job)
 
-    monkeypatch.setattr(Trainer, "run", with_scaler)
+    monkeypatch.setattr("library.run.train_and_save", with_scaler)
     assert run("sd1", command("whole", "--save_every_n_steps=4", "--save_state")) == 0
     assert run("sd1", command("rest", f"--resume={tmp_path / 'whole' / STATES[4]}")) == 0
     assert_same(tensors(tmp_path / "rest"), tensors(tmp_path / "whole"))
@@ -197,16 +197,16 @@ def test_the_scaler_of_fp16_goes_on_too(command, tmp_path, trainers, monkeypatch
 
 def test_an_interrupted_run_goes_on_from_its_last_state(command, tmp_path, monkeypatch, capsys):
     assert run("sd1", command("whole")) == 0
-    save = Trainer.save
+    save = Saving.save
 
-    def interrupted(trainer, name):
-        if trainer.step == 4 and "step00000004" in name and not (tmp_path / "cut" / name).exists():
+    def interrupted(saving, progress, name):
+        if progress.step == 4 and "step00000004" in name and not (tmp_path / "cut" / name).exists():
             (tmp_path / "cut" / name).touch()
             raise KeyboardInterrupt
-        return save(trainer, name)
+        return save(saving, progress, name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "save", interrupted)
+        patch.setattr(Saving, "save", interrupted)
         assert run("sd1", command("cut", "--save_every_n_steps=2", "--save_state")) == 130
     assert "The vectors of step 4 are kept in" in capsys.readouterr().err
     assert run("sd1", command("cut", f"--resume={tmp_path / 'cut' / STATES[2]}")) == 0
@@ -484,8 +484,8 @@ def test_a_resumed_run_may_follow_another_schedule(command, tmp_path, trainers):
     flags = ["--lr_scheduler=linear", f"--resume={tmp_path / 'first' / STATES[4]}"]
     assert run("sd1", command("out", *flags)) == 0
     whole, resumed = trainers
-    assert whole.learner.rates() == {"lr": 0.01}
-    assert resumed.learner.rates() == {"lr": 0.0}  # seven steps of seven
+    assert whole.setup.learner.rates() == {"lr": 0.01}
+    assert resumed.setup.learner.rates() == {"lr": 0.0}  # seven steps of seven
     assert "--lr_scheduler was constant" in record(tmp_path / "out")["ti.resumed"]
 
 
