@@ -64,7 +64,7 @@ class RunPlan:
             return self.epochs, 0
         epoch, steps_in_epoch = divmod(step, self.steps_per_epoch)
         if not closed and step and not steps_in_epoch:
-            return epoch - 1, self.steps_per_epoch * self.accumulation
+            return epoch - 1, self.batches_per_process
         return epoch, steps_in_epoch * self.accumulation
 
 
