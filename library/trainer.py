@@ -37,19 +37,22 @@ def train_and_save(job: Job) -> Path:
     if job.accelerator.is_main_process:
         job.results.sweep()
     hub = HubUpload.open(job.options.hub) if job.accelerator.is_main_process else None
-    return Trainer(job, set_up(job), hub).run()
+    setup = set_up(job)
+    callbacks, saving = happenings(job, setup, hub)
+    return Trainer(job, setup, callbacks, saving).run()
 
 
 def happenings(job: Job, setup: Setup, hub: HubUpload | None) -> tuple[Callbacks, Saving]:
     """Everything that happens besides the steps, in this order: a new feature of that kind is an entry here.
 
-    The entry that saves is given by itself too, since the result of the run is its business.
+    The entry that saves is given by itself too, since the result of the run is its business. Only the main process has
+    a ``hub``.
     """
     callbacks, log, options = Callbacks(), RunLog.start(job.options), job.options
     entries, results, learner = callbacks.entries, setup.results, setup.learner
     entries.append(log)
-    if loader := job.data.validation_loader(**job.share):
-        entries.append(Validation(loader, setup.task, learner, callbacks))
+    if (held_out := job.data.validation_loader(**job.share)) is not None:
+        entries.append(Validation(held_out, setup.task, learner, callbacks))
     saving = Saving(job.saves, results, learner, setup.starts, partial(current_state, job, setup, log), callbacks)
     entries.append(saving)
     if setup.pipeline and options.sample.draws_during_training:
@@ -90,9 +93,10 @@ def current_state(job: Job, setup: Setup, log: RunLog) -> TrainingState:
 class Trainer:
     """The loop. Only the rows of the setup's learner change in it; all else is what the callbacks do."""
 
-    def __init__(self, job: Job, setup: Setup, hub: HubUpload | None = None):
-        """``hub`` is where files go besides; only the main process has it."""
-        self.job, self.setup, self.progress, self.learner = job, setup, setup.progress, setup.learner
+    def __init__(self, job: Job, setup: Setup, callbacks: Callbacks, saving: Saving):
+        """``saving``, one of the callbacks, also writes the result."""
+        self.job, self.setup, self.callbacks, self.saving = job, setup, callbacks, saving
+        self.progress, self.learner = setup.progress, setup.learner
         self.rescue = Rescue(
             setup.learner,
             setup.results,
@@ -101,7 +105,6 @@ class Trainer:
             watch=job.accelerator.num_processes > 1,
             patience=runtime.patience(job.options.runtime, job.device),
         )
-        self.callbacks, self.saving = happenings(job, setup, hub)
 
     def run(self) -> Path:
         """Train and save; returns the path of the embedding file."""

@@ -111,12 +111,12 @@ class SampleSource(Dataset):
 def _mask(entry: ImageEntry, flipped: bool, alpha: Any, cut: Cut) -> torch.Tensor | None:
     """The mask image, which wins over the alpha channel, cut and mirrored as its image was."""
     if entry.mask_path is not None:
-        mask = frame_mask(entry.mask_path, entry.image_size, entry.framing, cut, entry.path)
+        shares = frame_mask(entry.mask_path, entry.image_size, entry.framing, cut, entry.path)
     elif alpha is not None and entry.subset.alpha_mask:
-        mask = alpha
+        shares = alpha
     else:
         return None
-    mask = torch.as_tensor(mask, dtype=torch.float32)
+    mask = torch.as_tensor(shares, dtype=torch.float32)
     return mask.flip(-1) if flipped else mask
 
 

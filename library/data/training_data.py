@@ -112,7 +112,7 @@ class TrainingData:
 
         Where captions are dropped at times, the empty prompt comes too.
         """
-        texts = {}
+        texts: dict[str, None] = {}
         for entry in self._entries():
             rules = entry.subset.captions
             texts[calm_caption(entry, self.prompts, self.templates)] = None
