@@ -8,22 +8,20 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
 from library.data.batch_order import EpochOrder
-from library.data.buckets import BucketChooser, size_conditioning_crop
+from library.data.buckets import BucketChooser, Size
 from library.data.captions import CaptionRules, calm_rules
-from library.data.config import DatasetConfig, SubsetConfig
+from library.data.config import DatasetConfig
+from library.data.image_entry import ImageEntry
 from library.data.image_sets import ImageSet, balanced_repeats, held_out, load_image_sets, select
-from library.data.images import Framing, check_resized
-from library.data.latent_cache import LatentEntry
+from library.data.images import check_resized
 from library.support.errors import UserError, counted
 
 logger = logging.getLogger(__name__)
 
-Size = tuple[int, int]
 MOST_SAMPLES = 2_000_000  # an epoch; putting so many in order takes seconds already
 
 
@@ -36,49 +34,18 @@ class Bucket:
     batch_size: int
 
 
-@dataclass(frozen=True, slots=True)
-class ImageEntry:
-    """One image with all that is known of it before a pixel is read.
+@dataclass(frozen=True)
+class BucketImages:
+    """What a bucket holds: so many images, which come as so many samples an epoch."""
 
-    ``caption`` is as it was found, perhaps in several lines; ``image_size`` is (width, height) of the file as shown,
-    ``bucket`` that of what the model sees, and ``resized`` that of the file before it is cropped to the bucket. It
-    comes ``repeats`` times an epoch.
-    """
-
-    path: str
-    caption: str
-    mask_path: str | None  # if its subset has masks
-    image_size: Size
-    subset: SubsetConfig
-    config: DatasetConfig
-    bucket: Size
-    resized: Size
-    repeats: int
+    bucket: Bucket
+    images: int
+    samples: int
 
     @property
-    def framing(self) -> Framing:
-        """How the file becomes the model's image."""
-        subset, config = self.subset, self.config
-        return Framing(
-            resized=self.resized,
-            bucket=self.bucket,
-            interpolation=subset.resize_interpolation or config.resize_interpolation,
-            random_crop=subset.random_crop,
-            # Face detectors' numbers choose the crop; a bucket has its own rule.
-            face_crop_range=None if config.buckets.enabled else subset.face_crop_aug_range,
-        )
-
-    @property
-    def latent_entry(self) -> LatentEntry:
-        """What the latent cache must know of the image."""
-        return LatentEntry(
-            path=Path(self.path),
-            image_size=self.image_size,
-            framing=self.framing,
-            crop_ltrb=size_conditioning_crop(self.bucket, self.image_size),
-            flip=self.subset.flip_aug,
-            alpha_mask=self.subset.alpha_mask,
-        )
+    def batches(self) -> int:
+        """Of an epoch; the last may be smaller."""
+        return -(-self.samples // self.bucket.batch_size)
 
 
 @dataclass(frozen=True)
@@ -177,22 +144,16 @@ class ImageTable:
         """The number of each image's dataset, from 0, int64 [n]."""
         return np.array(self._dataset_of)[self._columns.set]
 
-    def images_in_buckets(self) -> np.ndarray:
-        """Images in each bucket, int64 [buckets]."""
-        return np.bincount(self._columns.bucket, minlength=len(self.buckets))
-
-    def samples_in_buckets(self) -> np.ndarray:
-        """Samples an epoch in each bucket, int64 [buckets]."""
-        counts = np.bincount(self._columns.bucket, weights=self._columns.repeats, minlength=len(self.buckets))
-        return counts.astype(np.int64)
-
-    def batch_sizes(self) -> np.ndarray:
-        """Samples in a batch of each bucket, int64 [buckets]."""
-        return np.array([bucket.batch_size for bucket in self.buckets], dtype=np.int64)
+    def in_buckets(self) -> list[BucketImages]:
+        """What each bucket holds, in the order of ``buckets``."""
+        images = np.bincount(self._columns.bucket, minlength=len(self.buckets))
+        samples = np.bincount(self._columns.bucket, weights=self._columns.repeats, minlength=len(self.buckets))
+        counts = zip(self.buckets, images.tolist(), samples.astype(np.int64).tolist(), strict=True)
+        return [BucketImages(*each) for each in counts]
 
     def order(self, seed: int) -> EpochOrder:
         """The order in which an epoch trains on the images, for any integer ``seed``."""
-        return EpochOrder(self._columns.bucket, self._columns.repeats, self.batch_sizes(), seed)
+        return EpochOrder(self._columns.bucket, self._columns.repeats, self._batch_sizes(), seed)
 
     def fingerprint(self) -> str:
         """Another one for other captions, repeats, sizes or rules; names and folders do not matter."""
@@ -200,9 +161,13 @@ class ImageTable:
         for found in self.sets:
             rules = replace(found.subset, image_dir=None, metadata_file=None, conditioning_data_dir=None, place="")
             digest.update(repr((rules, list(found.captions), found.sizes.tolist())).encode())
-        for column in (self._columns.repeats, self._columns.bucket, self._columns.resized, self.batch_sizes()):
+        for column in (self._columns.repeats, self._columns.bucket, self._columns.resized, self._batch_sizes()):
             digest.update(column.tobytes())
         return digest.hexdigest()
+
+    def _batch_sizes(self) -> np.ndarray:
+        """Int64 [buckets]."""
+        return np.array([bucket.batch_size for bucket in self.buckets], dtype=np.int64)
 
     def only(self, indices: Sequence[int]) -> "ImageTable":
         """The same table, in which these images come once an epoch and the others never."""

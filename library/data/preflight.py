@@ -67,20 +67,20 @@ def _are(count: int, noun: str) -> str:
 
 
 def _contents(table: ImageTable, validation: ImageTable | None) -> list[str]:
-    samples = table.samples_in_buckets()
-    batches = int((-(-samples // table.batch_sizes())).sum())
+    buckets = table.in_buckets()
+    samples, batches = sum(each.samples for each in buckets), sum(each.batches for each in buckets)
     lines = [
-        f"Training data: {counted(len(table), 'picture')}, {counted(int(samples.sum()), 'sample')} in "
+        f"Training data: {counted(len(table), 'picture')}, {counted(samples, 'sample')} in "
         f"{batches:,} batch{'es' if batches > 1 else ''} an epoch."
     ]
     for number in range(len(table.configs)):
-        lines += _dataset_contents(table, number, samples)
+        lines += _dataset_contents(table, number)
     if validation is not None:
         lines.append(f"  {counted(len(validation), 'picture')} held out for validation")
     return lines
 
 
-def _dataset_contents(table: ImageTable, number: int, samples: np.ndarray) -> list[str]:
+def _dataset_contents(table: ImageTable, number: int) -> list[str]:
     """One dataset's settings, its subsets and its first buckets."""
     config = table.configs[number]
     width, height = config.buckets.resolution
@@ -90,13 +90,12 @@ def _dataset_contents(table: ImageTable, number: int, samples: np.ndarray) -> li
         if part.dataset == number:
             kind = " (regularisation)" if part.found.subset.is_reg else ""
             lines.append(f"    {_amount(len(part.drawn), part.samples)}: {part.found.subset.source}{kind}")
-    pictures = table.images_in_buckets()
-    rows = [row for row, bucket in enumerate(table.buckets) if bucket.dataset == number]
-    for row in rows[:_SHOWN_BUCKETS]:
-        size = "x".join(map(str, table.buckets[row].size))
-        lines.append(f"    bucket {size:>9}: {_amount(pictures[row], samples[row])}")
-    if len(rows) > _SHOWN_BUCKETS:
-        lines.append(f"    … and {len(rows) - _SHOWN_BUCKETS} more buckets")
+    filled = [each for each in table.in_buckets() if each.bucket.dataset == number]
+    for each in filled[:_SHOWN_BUCKETS]:
+        size = "x".join(map(str, each.bucket.size))
+        lines.append(f"    bucket {size:>9}: {_amount(each.images, each.samples)}")
+    if len(filled) > _SHOWN_BUCKETS:
+        lines.append(f"    … and {len(filled) - _SHOWN_BUCKETS} more buckets")
     return lines
 
 

@@ -12,7 +12,8 @@ from PIL import Image, ImageDraw
 from library.data.batch_order import BatchSampler
 from library.data.batches import Batch, Sample
 from library.data.captions import CaptionMoment
-from library.data.image_table import ImageEntry, ImageTable
+from library.data.image_entry import ImageEntry
+from library.data.image_table import ImageTable
 from library.data.samples import SampleSource
 from library.data.training_data import TrainingData
 from library.embedding.tokenizer import PromptTokenizer
@@ -79,12 +80,10 @@ def _first_draws(data: TrainingData, source: SampleSource) -> Iterator[_Drawn]:
 
 def bucket_table(table: ImageTable) -> str:
     """All buckets with their numbers of pictures, samples and batches, one a line."""
-    pictures = table.images_in_buckets()
-    samples = table.samples_in_buckets()
     lines = [f"{'dataset':>7}  {'bucket':>11}  {'pictures':>8}  {'samples':>8}  {'batches':>8}"]
-    for row, bucket in enumerate(table.buckets):
-        size, batches = f"{bucket.size[0]}x{bucket.size[1]}", -(-samples[row] // bucket.batch_size)
-        lines.append(f"{bucket.dataset + 1:>7}  {size:>11}  {pictures[row]:>8}  {samples[row]:>8}  {batches:>8}")
+    for each in table.in_buckets():
+        dataset, size = each.bucket.dataset + 1, "x".join(map(str, each.bucket.size))
+        lines.append(f"{dataset:>7}  {size:>11}  {each.images:>8}  {each.samples:>8}  {each.batches:>8}")
     return "\n".join(lines)
 
 

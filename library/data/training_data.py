@@ -13,8 +13,9 @@ from library.data.batch_order import BatchSampler
 from library.data.buckets import Size
 from library.data.concept import Concept
 from library.data.config import DatasetConfig
+from library.data.image_entry import ImageEntry
 from library.data.image_sets import ImageSet
-from library.data.image_table import ImageEntry, ImageTable, load_tables
+from library.data.image_table import ImageTable, load_tables
 from library.data.latent_cache import LatentCache, LatentEntry
 from library.data.latent_files import content_hash
 from library.data.loader import BatchLoader, make_loader
@@ -58,8 +59,7 @@ class TrainingData:
     @property
     def sizes(self) -> Collection[Size]:
         """(width, height) of the images in the batches that are trained on."""
-        counts = self.table.samples_in_buckets()
-        return {bucket.size for bucket, count in zip(self.table.buckets, counts, strict=True) if count}
+        return {each.bucket.size for each in self.table.in_buckets() if each.samples}
 
     @cached_property
     def fingerprint(self) -> str:

@@ -29,8 +29,7 @@ def test_golden_batches(case, tmp_path):
     values |= {"min_bucket_reso": 64, "bucket_reso_steps": 64}
     subset = {"image_dir": str(tmp_path / "images"), "num_repeats": case["num_repeats"]}
     table = _table(tmp_path, {**values, "subsets": [subset]})
-    counts = table.samples_in_buckets().tolist()
-    found = {f"{b.size[0]}x{b.size[1]}": count for b, count in zip(table.buckets, counts, strict=True)}
+    found = {"x".join(map(str, each.bucket.size)): each.samples for each in table.in_buckets()}
     assert found == case["buckets"]
     for epoch in (1, 2):
         samples, ends = table.order(1).epoch(epoch)
