@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 from test_trainer import model_of
 from torch.optim.lr_scheduler import LambdaLR
 
+from library import run as run_module
 from library.options.options import OptimizerOptions, Options, TokenOptions
 from library.output.results import Results
 from library.output.saving import Saving
 from library.support.errors import UserError
-from library.trainer import train_and_save
 from library.training import state as training_state
 from library.training.denoising import DenoisingTask
 from library.training.optimizer_step import Learner
@@ -182,12 +182,13 @@ def test_a_seed_that_was_drawn_is_in_the_state(command, tmp_path):
 
 def test_the_scaler_of_fp16_goes_on_too(command, tmp_path, trainers, monkeypatch):  # noqa: F811
     """fp16 needs a GPU; its gradient scaler works on the CPU as well."""
+    begin = run_module.train_and_save
 
     def with_scaler(job):
         job.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3)
-        return train_and_save(job)
+        return begin(job)
 
-    monkeypatch.setattr("library.run.train_and_save", with_scaler)
+    monkeypatch.setattr(run_module, "train_and_save", with_scaler)
     assert run("sd1", command("whole", "--save_every_n_steps=4", "--save_state")) == 0
     assert run("sd1", command("rest", f"--resume={tmp_path / 'whole' / STATES[4]}")) == 0
     assert_same(tensors(tmp_path / "rest"), tensors(tmp_path / "whole"))
