@@ -1,7 +1,10 @@
 """Runs the real scripts in this process on tiny models, and keeps hold of what they built."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from photos import make_photos
@@ -52,9 +55,9 @@ class Training:
     setup: Setup | None = None
 
 
-@pytest.fixture
-def trainers(monkeypatch) -> list[Training]:
-    """Every training that begins during the test, in order, as it is at its end."""
+@contextmanager
+def recorded_trainings() -> Iterator[list[Training]]:
+    """Every training that begins meanwhile, in order, as it is at its end."""
     seen: list[Training] = []
     train_and_save, set_up = trainer.train_and_save, trainer.set_up
 
@@ -66,6 +69,12 @@ def trainers(monkeypatch) -> list[Training]:
         seen[-1].setup = set_up(job)
         return seen[-1].setup
 
-    monkeypatch.setattr("library.run.train_and_save", begun)
-    monkeypatch.setattr(trainer, "set_up", made)
-    return seen
+    with patch("library.run.train_and_save", begun), patch.object(trainer, "set_up", made):
+        yield seen
+
+
+@pytest.fixture
+def trainers() -> Iterator[list[Training]]:
+    """Every training that begins during the test, in order, as it is at its end."""
+    with recorded_trainings() as seen:
+        yield seen

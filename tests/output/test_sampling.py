@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from runs import TOKEN, arguments, run, trainers, write_dataset  # noqa: F401  (a fixture)
+from runs import TOKEN, arguments, recorded_trainings, run, write_dataset
 from test_trainer import fresh_pipeline, load_as_printed, model_of
 
 from library.output import samplers, sampling
@@ -17,18 +17,19 @@ FAMILIES = ["sd1", "sd2", "sdxl"]
 PROMPT = SamplePrompt(f"a photo of {TOKEN} in a park", "blue, dark", 64, 64, steps=4, scale=5.0, seed=3)
 
 
-@pytest.fixture(params=FAMILIES)
-def trained(request, tmp_path, trainers):  # noqa: F811
-    """(family, its model, a trainer that has run with 2 vectors, its file)."""
-    family = request.param
+@pytest.fixture(scope="module", params=FAMILIES)
+def trained(request, tmp_path_factory):
+    """(family, its model, a training that has run with 2 vectors, its file)."""
+    family, folder = request.param, tmp_path_factory.mktemp("trained")
     model = model_of(family, request)
-    data = write_dataset(tmp_path, dataset="min_bucket_reso = 64", caption=f"a photo of {TOKEN}")
-    argv = arguments(family, model, data, tmp_path / "out", "--num_vectors_per_token=2")
+    data = write_dataset(folder, dataset="min_bucket_reso = 64", caption=f"a photo of {TOKEN}")
+    argv = arguments(family, model, data, folder / "out", "--num_vectors_per_token=2")
     # Anything that draws keeps the VAE.
-    prompts = tmp_path / "prompts.txt"
+    prompts = folder / "prompts.txt"
     prompts.write_text("nothing --w 64 --h 64 --s 1 --d 1")
-    assert run(family, [*argv, f"--sample_prompts={prompts}", "--sample_at_first"]) == 0
-    return family, model, trainers[0], tmp_path / "out" / f"{TOKEN}.safetensors"
+    with recorded_trainings() as trainings:
+        assert run(family, [*argv, f"--sample_prompts={prompts}", "--sample_at_first"]) == 0
+    return family, model, trainings[0], folder / "out" / f"{TOKEN}.safetensors"
 
 
 def varied(**changes) -> SamplePrompt:
