@@ -22,6 +22,7 @@ from library.output.saving import Saving, Uploads
 from library.output.trackers import RunLog
 from library.rescue import Rescue
 from library.setup import Job, Setup, set_up
+from library.support.progress_bar import progress_bar
 from library.support.signals import undisturbed
 from library.training.callbacks import Callbacks, StepResult
 from library.training.optimizer_step import check_learning
@@ -132,7 +133,7 @@ class Trainer:
         loader = self.loader()
         logger.info(plan.described(job.word.placeholder.count, job.accelerator.num_processes))
         hidden = not job.accelerator.is_local_main_process
-        bar = tqdm(total=plan.total_steps, initial=progress.step, desc="steps", unit="step", disable=hidden)
+        bar = progress_bar("steps", plan.total_steps, "step", done=progress.step, silent=hidden)
         with bar, warnings.catch_warnings():
             # torch says so where the first steps cannot teach the rows, or overflow in fp16.
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")

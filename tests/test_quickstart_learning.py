@@ -105,7 +105,7 @@ def test_a_short_training_teaches_it_too(model, case, tmp_path):
 def test_bfloat16_teaches_as_well_as_float32(model, tmp_path):
     found = {}
     for precision in ("no", "bf16"):
-        more = ["--max_train_steps=50", "--learning_report=false", f"--mixed_precision={precision}"]
+        more = ["--max_train_steps=30", "--learning_report=false", f"--mixed_precision={precision}"]
         found[precision] = of_the_new_word(model, train(model, tmp_path / precision, *more)).distance
     assert found["bf16"] == pytest.approx(found["no"], rel=0.1)
     assert found["no"] < 0.75 * of_the_init_word(model).distance
@@ -137,7 +137,7 @@ def test_an_inpainting_model_teaches_the_word_too(model, tmp_path):
 
 def test_a_rate_that_is_far_too_low_teaches_nothing(tmp_path, capsys):
     """The negative control: the same measures do see that nothing was learned."""
-    more = ["--max_train_steps=75", "--learning_rate=1e-6", "--num_vectors_per_token=1", "--learning_report=false"]
+    more = ["--max_train_steps=40", "--learning_rate=1e-6", "--num_vectors_per_token=1", "--learning_report=false"]
     verdict, init = of_the_new_word("sd", train("sd", tmp_path, *more)), of_the_init_word("sd")
     assert verdict.distance > 0.95 * init.distance
     assert verdict.iou < 1.1 * init.iou

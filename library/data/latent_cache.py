@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from library.data.buckets import Size
 from library.data.images import Framing, Picture, frame_image, to_tensor
@@ -41,6 +40,7 @@ from library.model.vae import FrozenVae
 from library.support.errors import UserError
 from library.support.npz_files import ArchiveError, sum_of
 from library.support.processes import usable_cores
+from library.support.progress_bar import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ class LatentCache:
         for path in (task.entry.path for task in pending if task.reason == "unreadable"):
             logger.warning(f"The latent cache of {path} cannot be read; it is made anew.")
         silent = not pending or process_index > 0
-        with tqdm(total=len(pending), desc="Caching latents", unit="image", disable=silent) as progress:
+        with progress_bar("Caching latents", len(pending), "image", silent=silent) as progress:
             for batch, read in _read_ahead(_batches(pending, batch_size)):
                 self._encode(batch, read, encoder)
                 progress.update(len(batch))

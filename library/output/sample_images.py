@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from tqdm import tqdm
 
 from library.embedding.tokenizer import PromptTokenizer
 from library.options.options import Options
@@ -20,6 +19,7 @@ from library.output.samplers import check_sampler
 from library.output.sampling import SamplingPipeline
 from library.support.atomic_files import write_png
 from library.support.errors import UserError, survived
+from library.support.progress_bar import progress_bar
 from library.training.callbacks import Callback, Callbacks, StepResult
 from library.training.optimizer_step import Learner
 from library.training.progress import Progress
@@ -79,13 +79,14 @@ class SampleAlbum:
             numbers = [number for number in numbers if not any(self.folder.glob(f"{begin}_{number:02d}_*.png"))]
         moment = datetime.now().strftime("%Y%m%d%H%M%S")
         pictures = {}
-        bar = tqdm(numbers, desc="Drawing samples", unit="picture", disable=process_index > 0)
-        with survived(_LOST), pipeline.vae.on(pipeline.device):
-            for number in bar:
+        bar = progress_bar("Drawing samples", len(numbers), "image", silent=process_index > 0)
+        with survived(_LOST), pipeline.vae.on(pipeline.device), bar:
+            for number in numbers:
                 with survived(_LOST):
                     (picture,) = pipeline.draw([self.prompts[number]])
                     pictures[number] = picture
                     self._write(number, picture, f"{mark}_{number:02d}_{moment}")
+                bar.update()
         return pictures
 
     def _write(self, number: int, picture: np.ndarray, mark: str) -> None:

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
-from tqdm import tqdm
 
 from library.data.latent_cache import PIXELS_PER_LATENT
 from library.embedding.prompt_encoder import PromptEncoder
@@ -22,6 +21,7 @@ from library.output.sample_prompts import SamplePrompt
 from library.output.sample_scene import scene
 from library.output.samplers import make_sampler, most_steps
 from library.support.errors import UserError
+from library.support.progress_bar import progress_bar
 
 _LATENT_CHANNELS = 4
 _SCENE = 1 << 63  # makes another seed, for the posterior of what a sample prompt shows
@@ -56,7 +56,7 @@ class SamplingPipeline:
         that comes out with values that are not finite.
         """
         pictures = []
-        bar = tqdm(total=len(wanted), desc=title, unit="picture", disable=not title)
+        bar = progress_bar(title, len(wanted), "image", silent=not title)
         with bar, self.vae.on(self.device):
             for batch in _batches(wanted, batch_size):
                 latents = self._denoise(batch)
