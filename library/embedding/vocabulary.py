@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -45,14 +46,16 @@ class Vocabulary:
         directions = torch.nn.functional.normalize(rows.detach().to(self.table.device, torch.float32), dim=1)
         parts = [self._cosines(directions, start) for start in range(0, len(self.table), _AT_ONCE)]
         cosines = torch.cat(parts, dim=1).cpu()
-        cosines[:, ~self._is_word()[: cosines.shape[1]]] = _NO_WORD
+        cosines[:, ~self._is_word] = _NO_WORD
         best = cosines.topk(min(count, cosines.shape[1]), dim=1)
         return [self._named(*row) for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
 
     def _cosines(self, directions: Tensor, start: int) -> Tensor:
         return directions @ torch.nn.functional.normalize(self.table[start : start + _AT_ONCE].float(), dim=1).T
 
+    @cached_property
     def _is_word(self) -> Tensor:
+        """Whether each row of the table [V] is a whole word."""
         tokens = self.tokenizer.convert_ids_to_tokens(range(min(len(self.table), len(self.tokenizer))))
         found = [token.endswith(_WORD_END) and _LETTER.search(token[: -len(_WORD_END)]) is not None for token in tokens]
         return torch.tensor(found + [False] * (len(self.table) - len(found)))
