@@ -124,7 +124,6 @@ class RunReport(Callback):
     @_shown
     def after_validation(self, progress: Progress, loss: float) -> None:
         """Note the loss on held-out images."""
-        self._flush()
         self._note({"step": progress.step, "loss/validation": loss})
 
     @_shown
