@@ -156,6 +156,10 @@ class RunReport(Callback):
 
     def after_training(self, path: Path) -> None:
         """Judge the run by its result's vectors and what was measured; write it everywhere, and say the last words."""
+        with self._surviving():
+            self._judge(path)
+
+    def _judge(self, path: Path) -> None:
         learned = self.watched.learning and self.watched.learning.report
         samples = any(self.watched.album.newest(number) for number in range(len(self.watched.album.prompts)))
         with self.learner.averaged_rows() as rows:
