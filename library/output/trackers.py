@@ -49,10 +49,10 @@ def _settings(options: LoggingOptions) -> dict[str, dict[str, Any]]:
 class RunLog(Callback):
     """What one run tells its trackers. All steps are optimizer steps; only the main process writes."""
 
-    def __init__(self, trackers: Sequence[GeneralTracker], every: int = 1):
-        """``every``: log each so many steps."""
-        self.trackers, self.every = list(trackers), every
-        self.used = bool(trackers)
+    def __init__(self, trackers: Sequence[GeneralTracker], options: LoggingOptions):
+        self.trackers, self.every = list(trackers), options.log_every_n_steps
+        # The report waits for all processes' images too: it takes them from the folder.
+        self.used = bool(trackers) or not options.no_report
         self.epoch_losses: list[float] = []
         self._unlogged: list[float] = []
 
@@ -72,7 +72,7 @@ class RunLog(Callback):
             tracker.start()
             if logs.log_config:
                 tracker.store_init_configuration(loggable(options))
-        return cls(trackers, logs.log_every_n_steps)
+        return cls(trackers, logs)
 
     def values(self, values: Mapping[str, float], step: int) -> None:
         """Log numbers by name, as they are after ``step`` optimizer steps."""
