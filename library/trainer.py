@@ -78,8 +78,9 @@ def run_report(job: Job, setup: Setup, learning: LearningReporting | None) -> Ru
     tables = (embedding.table for embedding in setup.prompt_encoder.embeddings)
     vocabularies = list(map(Vocabulary, tables, job.word.prompts.tokenizers))
     meter = VectorMeter(job.word.placeholder.names, job.family.embedding_keys, setup.starts, vocabularies)
-    watched = Watched(setup.results, file, setup.learner, meter, job.album, setup.task.bands, learning)
-    facts = (setup.results, file, job.data, job.plan.total_steps, job.accelerator, job.album.prompts)
+    steps = job.plan.total_steps
+    watched = Watched(setup.results, file, steps, setup.learner, meter, job.album, setup.task.bands, learning)
+    facts = (setup.results, file, job.data, steps, job.accelerator, job.album.prompts)
     return RunReport(watched, partial(RunFacts.gather, *facts))
 
 

@@ -184,14 +184,15 @@ class LearningReporting(Callback):
 
     def __init__(self, measure: Callable[[], LearningReport]):
         """All processes take part in ``measure``."""
-        self.measure, self.report = measure, None
+        self.measure = measure
+        self.report: LearningReport | None = None
 
     def after_training(self, path: Path) -> None:
         """Make the report; where that fails, the embedding is there all the same."""
         with survived("The learning report could not be made; the embedding is complete without it."):
-            self.report = self.measure()
+            report = self.report = self.measure()
             if not rank():
-                print(f"\n{self.report.text}")
+                print(f"\n{report.text}")
 
 
 def comparison_sheet(rows: Sequence[tuple[str, Sequence[np.ndarray]]]) -> Image.Image:

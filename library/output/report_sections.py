@@ -130,16 +130,16 @@ def samples_section(
     for line in lines:
         if isinstance(line.get("samples"), dict):
             drawn.setdefault(line["step"], {}).update(line["samples"])
-    numbers = [number for number, prompt in enumerate(prompts) if prompt is not None]
-    if not drawn or not numbers:
+    asked = {number: prompt for number, prompt in enumerate(prompts) if prompt is not None}
+    if not drawn or not asked:
         return Section("samples", "Sample images", "", "")
-    head = "".join(f"<th>{_prompt(prompts[number])}</th>" for number in numbers)
+    head = "".join(f"<th>{_prompt(prompt)}</th>" for prompt in asked.values())
     rows = []
     for step in _spread(sorted(drawn)):
         label = f"step {step:,}" if step else "at first"
         cells = "".join(
             f"<td>{_image(drawn[step].get(str(number)), folder, thumbnails, f'prompt {number + 1}, {label}')}</td>"
-            for number in numbers
+            for number in asked
         )
         rows.append(f"<tr><th>{label}</th>{cells}</tr>")
     table = f'<table class="grid"><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'

@@ -13,7 +13,8 @@ from library.data.image_table import ImageEntry, ImageTable
 from library.embedding.clients import Usage, diffusers_token, usages
 from library.model.device_report import describe_device
 from library.options.config_file import as_toml
-from library.options.option_types import Option, written
+from library.options.declaration import Option
+from library.options.option_types import written
 from library.options.options import Options, as_dict, declared_options
 from library.output.report import diffusers_snippet, usage_notes
 from library.output.results import Results

@@ -49,6 +49,7 @@ class Watched:
 
     results: Results
     file: Path
+    total_steps: int
     learner: Learner
     meter: VectorMeter
     album: SampleAlbum
@@ -87,7 +88,8 @@ class RunReport(Callback):
         self.page_path = _beside(watched.file, html_report.ENDING)
         self.page: HtmlReport | None = None
         self.standing = Standing(0, 0.0)
-        self.failed, self.due, self.listed = False, 0.0, set()
+        self.failed, self.due = False, 0.0
+        self.listed: set[str] = set()
 
     # ---- what it hears of
 
@@ -118,7 +120,7 @@ class RunReport(Callback):
         if progress.step % self.every == 0:
             with self._surviving():
                 self._flush()
-                if self.page and time.monotonic() >= self.due:
+                if time.monotonic() >= self.due:
                     self._draw()
 
     @_shown
@@ -151,7 +153,7 @@ class RunReport(Callback):
     def close(self) -> None:
         """The last step is done, or the run ends before it."""
         self._flush()
-        self.standing = replace(self.standing, running=self.standing.step >= self.page.facts.total_steps)
+        self.standing = replace(self.standing, running=self.learner.progress.step >= self.watched.total_steps)
         self._draw()
 
     def after_training(self, path: Path) -> None:
@@ -160,10 +162,10 @@ class RunReport(Callback):
             self._judge(path)
 
     def _judge(self, path: Path) -> None:
-        learned = self.watched.learning and self.watched.learning.report
+        learned = self.watched.learning.report if self.watched.learning else None
         samples = any(self.watched.album.newest(number) for number in range(len(self.watched.album.prompts)))
         with self.learner.averaged_rows() as rows:
-            verdict = judge(self.meter.states(rows), learned and learned.distances, samples=samples)
+            verdict = judge(self.meter.states(rows), learned.distances if learned else None, samples=samples)
         sheet = None
         if learned:
             with survived("The learning report could not be written."):
@@ -200,10 +202,9 @@ class RunReport(Callback):
         pending, self.pending = self.pending, _Pending()
         if not pending.step:
             return
-        if self.page:
-            speed = self.clock.steps_per_second
-            left = (self.page.facts.total_steps - pending.step) / speed if speed else None
-            self.standing = replace(self.standing, step=pending.step, seconds_left=left)
+        speed = self.clock.steps_per_second
+        left = (self.watched.total_steps - pending.step) / speed if speed else None
+        self.standing = replace(self.standing, step=pending.step, seconds_left=left)
         if pending.losses:
             states = self.meter.states(self.learner.values())
             self.meter.warn_if_far(states, pending.step)
@@ -226,6 +227,8 @@ class RunReport(Callback):
             self.metrics.append(line)
 
     def _draw(self) -> None:
+        if self.page is None:
+            return
         begun = time.monotonic()
         self.standing = replace(self.standing, seconds=self.clock.seconds)
         content = self.page.page(self.metrics.lines(), self.standing)

@@ -50,7 +50,7 @@ class VectorMeter:
 
     def nearest(self, rows: Sequence[Tensor], count: int = 5) -> dict[str, list[Neighbour]]:
         """The ``count`` nearest words of the vocabulary by the label of each vector."""
-        found = {}
+        found: dict[str, list[Neighbour]] = {}
         for key, now, words in zip(self.keys, rows, self.vocabularies, strict=True):
             labels = [self._label(key, name) for name in self.names]
             found |= dict(zip(labels, words.nearest(now, count), strict=True))
