@@ -115,7 +115,7 @@ class HtmlReport:
             left = f"About {duration(standing.seconds_left)} left. " if standing.seconds_left is not None else ""
             text = f"{standing.step:,} of {counted(total, 'step')}. {left}This page reloads itself."
         bar = f'<progress max="{total}" value="{standing.step}"></progress><small id="alive"></small>'
-        return _banner("live", "TRAINING", text, bar)
+        return _banner("live", "TRAINED" if standing.step >= total else "TRAINING", text, bar)
 
 
 def run_of_report(path: Path) -> str | None:
