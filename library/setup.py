@@ -25,9 +25,15 @@ from library.support.errors import UserError
 from library.training.denoising import DenoisingTask
 from library.training.diffusion import NoiseSchedule
 from library.training.learning_watch import LearningWatch
+from library.training.loss_bands import LossBands
 from library.training.lr_schedulers import LearningRateSchedule, build_lr_schedule
 from library.training.optimizer_step import Learner
-from library.training.optimizers import OptimizerChoice, build_optimizer, slow_learning_warning
+from library.training.optimizers import (
+    OptimizerChoice,
+    build_optimizer,
+    fast_learning_warning,
+    slow_learning_warning,
+)
 from library.training.progress import Progress
 from library.training.save_schedule import RunPlan, SaveSchedule
 from library.training.state import TrainingState, note_contents
@@ -86,6 +92,11 @@ class Job:
     def device(self) -> torch.device:
         """Where this process computes."""
         return self.machine.accelerator.device
+
+    @property
+    def reports(self) -> bool:
+        """Whether this process writes the run's report."""
+        return self.accelerator.is_main_process and not self.options.logging.no_report
 
     @property
     def share(self) -> dict[str, int]:
@@ -166,7 +177,8 @@ def optimizer_and_rates(job: Job, rows: TrainableRows, spread: float) -> tuple[O
     rows.to(job.device)
     choice = build_optimizer(job.options.optimizer, rows.parameters())
     schedule = build_lr_schedule(job.options.schedule, choice, job.plan.total_steps)
-    if warning := slow_learning_warning(choice, job.plan.total_steps, spread):
+    slow = slow_learning_warning(choice, job.plan.total_steps, spread)
+    if warning := slow or fast_learning_warning(choice, spread):
         logger.warning(warning)
     return choice, schedule
 
@@ -268,6 +280,7 @@ def build_task(job: Job, unet: torch.nn.Module, prompt_encoder: PromptEncoder, v
         v_prediction=job.options.model.v_parameterization,
         vae_scale_factor=job.model.vae_scale_factor,
         vae=vae,
+        bands=LossBands() if job.reports else None,
     )
 
 

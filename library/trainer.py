@@ -13,13 +13,17 @@ from tqdm import tqdm
 from library.data.batches import Batch, groups
 from library.data.concept import Concept
 from library.data.loader import BatchLoader
+from library.embedding.vocabulary import Vocabulary
 from library.model import runtime
 from library.model.hub import HubUpload
 from library.output.learning_report import LearningMeasure, LearningReport, LearningReporting
+from library.output.run_facts import RunFacts
+from library.output.run_report import RunReport, Watched
 from library.output.sample_images import Sampling
 from library.output.sampling import SamplingPipeline
 from library.output.saving import Saving, Uploads
 from library.output.trackers import RunLog
+from library.output.vector_meter import VectorMeter
 from library.rescue import Rescue
 from library.setup import Job, Setup, set_up
 from library.support.progress_bar import progress_bar
@@ -52,6 +56,12 @@ def happenings(job: Job, setup: Setup, hub: HubUpload | None) -> tuple[Callbacks
     callbacks, log, options = Callbacks(), RunLog.start(job.options), job.options
     entries, results, learner = callbacks.entries, setup.results, setup.learner
     entries.append(log)
+    concept, learning = job.data.concept(), None
+    if setup.pipeline and concept and options.sample.learning_report:
+        learning = LearningReporting(partial(learning_report, job, setup, setup.pipeline, concept))
+        entries.append(learning)
+    if job.accelerator.is_main_process:
+        entries.append(run_report(job, setup, learning))
     if (held_out := job.data.validation_loader(**job.share)) is not None:
         entries.append(Validation(held_out, setup.task, learner, callbacks))
     saving = Saving(job.saves, results, learner, setup.starts, partial(current_state, job, setup, log), callbacks)
@@ -60,10 +70,19 @@ def happenings(job: Job, setup: Setup, hub: HubUpload | None) -> tuple[Callbacks
         entries.append(Sampling(job.album, setup.pipeline, learner, callbacks))
     if hub:
         entries.append(Uploads(hub, results, states=options.hub.save_state_to_huggingface))
-    concept = job.data.concept()
-    if setup.pipeline and concept and options.sample.learning_report:
-        entries.append(LearningReporting(partial(learning_report, job, setup, setup.pipeline, concept), results.run))
     return callbacks, saving
+
+
+def run_report(job: Job, setup: Setup, learning: LearningReporting | None) -> RunReport:
+    """What notes and shows the run, and judges it at its end."""
+    file = setup.results.path(job.saves.at_end()[-1].name)
+    tables = (embedding.table for embedding in setup.prompt_encoder.embeddings)
+    vocabularies = list(map(Vocabulary, tables, job.word.prompts.tokenizers))
+    meter = VectorMeter(job.word.placeholder.names, job.family.embedding_keys, setup.starts, vocabularies)
+    steps = job.plan.total_steps
+    watched = Watched(setup.results, file, steps, setup.learner, meter, job.album, setup.task.bands, learning)
+    facts = (setup.results, file, job.data, steps, job.accelerator, job.album.prompts)
+    return RunReport(watched, partial(RunFacts.gather, *facts))
 
 
 def learning_report(job: Job, setup: Setup, pipeline: SamplingPipeline, concept: Concept) -> LearningReport:

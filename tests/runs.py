@@ -33,10 +33,10 @@ def write_dataset(folder: Path, general: str = "", dataset: str = "", subset: st
 
 
 def arguments(family: str, model: Path, dataset: Path | None, output: Path, *more: str) -> list[str]:
-    """The command line of a short run; ``more`` is appended and may override."""
+    """The command line of a short run; ``more`` is appended and may override. ``--no_report=false`` adds the report."""
     given = [f"--pretrained_model_name_or_path={model}", f"--output_dir={output}", f"--token_string={TOKEN}"]
     given += ["--init_word=girl", "--max_train_steps=2", "--learning_rate=1e-2", "--seed=1", "--cache_latents"]
-    given += ["--max_data_loader_n_workers=0", *FAMILY_FLAGS[family]]
+    given += ["--max_data_loader_n_workers=0", "--no_report", *FAMILY_FLAGS[family]]
     if dataset is not None:
         given.append(f"--dataset_config={dataset}")
     return [*given, *more]

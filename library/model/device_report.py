@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -61,3 +62,15 @@ def unused_gpu(cpu_chosen: bool) -> str | None:
 def _nvidia_driver_found() -> bool:
     places = (LINUX_DRIVER, Path(os.environ.get("SYSTEMROOT", "")) / "System32" / "nvcuda.dll")
     return any(place.exists() for place in places) or shutil.which("nvidia-smi") is not None
+
+
+def peak_memory(device: torch.device) -> float | None:
+    """The most memory that this process has held so far, in GiB: the GPU's, or else main memory; None: not known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -34,6 +34,7 @@ class ModelFamily(ABC):
     ``bucket_step``: bucket sides are multiples of it, in pixels. ``embedding_keys``: tensor names in ``.safetensors``
     files, one per text encoder. ``cache_suffix`` ends the names of latent caches. ``vae_scale_factor`` is what latents
     are multiplied by when the model does not say. ``resolution`` is the side in pixels the models were made for.
+    ``script`` is what trains them.
     """
 
     name: str
@@ -44,6 +45,7 @@ class ModelFamily(ABC):
     cache_suffix: str
     vae_scale_factor: float
     resolution: int
+    script: str
 
     @abstractmethod
     def encode_prompts(
@@ -190,6 +192,7 @@ STABLE_DIFFUSION = StableDiffusion(
     cache_suffix="_sd.npz",
     vae_scale_factor=0.18215,
     resolution=512,
+    script="train_textual_inversion.py",
 )
 
 STABLE_DIFFUSION_XL = StableDiffusionXL(
@@ -201,6 +204,7 @@ STABLE_DIFFUSION_XL = StableDiffusionXL(
     cache_suffix="_sdxl.npz",
     vae_scale_factor=0.13025,
     resolution=1024,
+    script="sdxl_train_textual_inversion.py",
 )
 
 FAMILIES = {family.name: family for family in (STABLE_DIFFUSION, STABLE_DIFFUSION_XL)}

@@ -101,13 +101,18 @@ def _guess(key: str, known: Mapping[str, Option]) -> str:
     return f' (did you mean "{guess}"?)' if guess else ""
 
 
+def as_toml(values: Mapping[str, Any]) -> str:
+    """Options by name as ``--config_file`` reads them: flat TOML, a line each."""
+    # JSON's texts, numbers, booleans and lists are TOML's too; only DEL must not stand for itself.
+    lines = (f"{name} = {json.dumps(written(value), ensure_ascii=False)}\n" for name, value in values.items())
+    return "".join(lines).replace("\x7f", "\\u007f")
+
+
 def write_config_file(path: Path, values: Mapping[str, Any]) -> None:
     """Write options as flat TOML, whole or not at all. Raises UserError where the file exists or cannot be written."""
     if os.path.lexists(path):  # Path.exists raises for a name that is too long
         raise UserError(f"{path} exists already and is not overwritten. Choose another name for --config_file.")
-    # JSON's texts, numbers, booleans and lists are TOML's too; only DEL must not stand for itself.
-    lines = (f"{name} = {json.dumps(written(value), ensure_ascii=False)}\n" for name, value in values.items())
-    content = "".join(lines).replace("\x7f", "\\u007f")
+    content = as_toml(values)
     try:
         with replacement(path) as file:
             file.write(content.encode("utf-8"))

@@ -226,7 +226,19 @@ class SampleOptions:
 
 @dataclass(frozen=True)
 class LoggingOptions:
-    """Logging to TensorBoard or Weights & Biases"""
+    """Report, and logging to TensorBoard or Weights & Biases"""
+
+    no_report: bool = flag(
+        "Leave out the report: <output_name>.html, which shows the run in a browser while it trains and afterwards, "
+        "the metrics file that it is drawn from, and the text file on how to use the embedding (which is printed then)."
+    )
+    log_every_n_steps: int = option(
+        1,
+        "Log every n-th step, with the mean loss of the steps since the last one logged. For the report and the "
+        "metrics file as for TensorBoard and Weights & Biases.",
+        read=whole_number,
+        at_least=1,
+    )
 
     logging_dir: str | None = option(None, "Folder for TensorBoard logs; giving it switches logging on.", metavar="DIR")
     log_with: str | None = option(

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from library.output.concept_distance import concept_distance
 from library.output.results import say_kept
 from library.output.sample_prompts import SamplePrompt
 from library.output.sampling import SamplingPipeline
+from library.output.verdict import Distances, Verdict
 from library.support.atomic_files import write_atomically, write_png
 from library.support.errors import UserError, survived
 from library.support.processes import rank
@@ -72,11 +73,15 @@ class LearningReport:
         lines.append(f"{'':<{width}}  loss on {pictures}  distance to the training pictures")
         for one in (before, after):
             lines.append(f"{one.label:<{width}}  {one.loss:>{len(pictures) + 8}.5f}  {one.distance:>33.2f}")
-        lines.append(
-            f"The distance is {after.distance / max(before.distance, 1e-9):.2f} times what it was. It compares coarse "
-            "colours with the nearest training picture: 0 is a copy, and well below 1 means that the word learned."
+        return "\n".join([*lines, self.sentence])
+
+    @property
+    def sentence(self) -> str:
+        """What the distances say."""
+        return (
+            f"The distance is {self.distances.ratio:.2f} times what it was. It compares coarse colours with the "
+            "nearest training picture: 0 is a copy, and well below 1 means that the word learned."
         )
-        return "\n".join(lines)
 
     @property
     def numbers(self) -> dict:
@@ -87,13 +92,18 @@ class LearningReport:
         }
         return {**measured, "pictures": PICTURES, "loss_on_held_out_pictures": self.held_out}
 
-    def write(self, stem: Path, run: str) -> Path:
+    @property
+    def distances(self) -> Distances:
+        """What a verdict is made by."""
+        return Distances(self.before.label, self.before.distance, self.after.distance)
+
+    def write(self, stem: Path, run: str, verdict: Verdict) -> Path:
         """Write ``<stem>_report.png`` and ``<stem>_report.json``; return the picture's path. Raises UserError.
 
         A report of another run than ``run`` is kept: see ``write_atomically``.
         """
         picture, numbers = (stem.with_name(f"{stem.name}_report{ending}") for ending in (".png", ".json"))
-        content = json.dumps({**self.numbers, "run": run}, indent=2) + "\n"
+        content = json.dumps({**self.numbers, **asdict(verdict), "run": run}, indent=2) + "\n"
         sheet = comparison_sheet(
             [("training pictures", self.concept), *((one.label, one.pictures) for one in (self.before, self.after))]
         )
@@ -170,19 +180,19 @@ class LearningMeasure:
 
 
 class LearningReporting(Callback):
-    """At the end: says what the word learned, and writes it beside the embedding file."""
+    """At the end: measures what the word learned, and says it; with a verdict it is written by the run's report."""
 
-    def __init__(self, measure: Callable[[], LearningReport], run: str):
-        """All processes take part in ``measure``; for ``run`` see ``LearningReport.write``."""
-        self.measure, self.run = measure, run
+    def __init__(self, measure: Callable[[], LearningReport]):
+        """All processes take part in ``measure``."""
+        self.measure = measure
+        self.report: LearningReport | None = None
 
     def after_training(self, path: Path) -> None:
         """Make the report; where that fails, the embedding is there all the same."""
         with survived("The learning report could not be made; the embedding is complete without it."):
-            report = self.measure()
+            report = self.report = self.measure()
             if not rank():
                 print(f"\n{report.text}")
-                print(f"The pictures are in {report.write(path.with_suffix(''), self.run)}")
 
 
 def comparison_sheet(rows: Sequence[tuple[str, Sequence[np.ndarray]]]) -> Image.Image:

@@ -103,7 +103,7 @@ def usage_card(path: Path | str, token: str, keys: Sequence[str], num_vectors: i
     lines = [
         f"How to use {path} ({base}; {num_vectors} vector{plural}, {num_vectors} of a prompt's {PROMPT_TOKENS} tokens)",
         *(f"  {row.client:<{clients}}  {row.word or '-':<{columns}}  {row.how}" for row in rows),
-        *_notes(path, token, keys, num_vectors),
+        *usage_notes(path, token, keys, num_vectors),
         "In diffusers, with a pipeline `pipe` of the same base:",
         indent(diffusers_snippet(path, diffusers_token(token, num_vectors), keys), "    ").rstrip(),
     ]
@@ -122,7 +122,7 @@ def diffusers_snippet(path: Path | str, token: str, keys: Sequence[str]) -> str:
     return _DIFFUSERS_TWO_ENCODERS.format(imports=imports, load=load, token=token)
 
 
-def _notes(path: Path, token: str, keys: Sequence[str], num_vectors: int) -> list[str]:
+def usage_notes(path: Path, token: str, keys: Sequence[str], num_vectors: int) -> list[str]:
     """What is worth knowing about this file and its name."""
     notes = []
     if path.stem.lower() != token.lower():

@@ -1,9 +1,11 @@
 """What a run leaves behind: embedding files with their metadata, and the closing words to the user."""
 
 import glob
+import itertools
 import logging
+import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,8 +23,8 @@ from library.model.runtime import decided_by_main
 from library.options.options import Options
 from library.output.report import movement_table, movement_warning, movements, usage_card
 from library.output.ss_metadata import ss_metadata
-from library.support.atomic_files import sweep
-from library.support.errors import UserError
+from library.support.atomic_files import sweep, write_atomically
+from library.support.errors import UserError, survived
 from library.training.optimizers import OptimizerChoice
 from library.training.save_schedule import RunPlan, remove_checkpoint
 from library.training.state import TrainingState, run_of_state
@@ -30,11 +32,27 @@ from library.training.state import TrainingState, run_of_state
 logger = logging.getLogger(__name__)
 
 REPORT_ENDINGS = ("_report.json", "_report.png")  # of the files that --learning_report writes beside a result
+USAGE_ENDING = "_usage.txt"
 
 
 def say_kept(path: Path, kept: Path) -> None:
     """Tell where a file or a folder of another run is now whose name was needed."""
     logger.warning("%s of an earlier run was kept: it is now %s.", path, kept.name)
+
+
+def make_room(result: Path, files: Iterable[Path]) -> None:
+    """Give ``files`` of an earlier run, whose names begin with that of ``result``, the next number that is free.
+
+    It is the number that the earlier result will get when this one is written.
+    """
+    there = [path for path in files if os.path.lexists(path)]
+    endings = [result.suffix, *(path.name.removeprefix(result.stem) for path in there)]
+    stems = (result.with_name(f"{result.stem}-{number}") for number in itertools.count(1))
+    free = next(stem for stem in stems if not any(os.path.lexists(f"{stem}{ending}") for ending in endings))
+    for path in there:
+        kept = free.with_name(free.name + path.name.removeprefix(result.stem))
+        path.rename(kept)
+        say_kept(path, kept)
 
 
 @dataclass(frozen=True)
@@ -164,7 +182,7 @@ class Results:
         )
         if kept:
             say_kept(path, kept)
-            for ending in REPORT_ENDINGS:
+            for ending in (*REPORT_ENDINGS, USAGE_ENDING):
                 report, place = (file.with_name(file.stem + ending) for file in (path, kept))
                 if report.exists() and not place.exists():
                     with suppress(OSError):
@@ -186,7 +204,10 @@ class Results:
     def report(
         self, path: Path, starts: Sequence[Tensor], rows: Sequence[Tensor], steps: int, learning_rate: float | None
     ) -> None:
-        """Print where the file is, how far each vector moved from its start, and how to use the file."""
+        """Print where the file is, how far each vector moved from its start, and how to use the file.
+
+        The latter goes into a text file beside it, where the run has a report.
+        """
         print(f"\nThe embedding is in {path}\n")
         moved = []
         for key, start, now in zip(self.family.embedding_keys, starts, rows, strict=True):
@@ -199,7 +220,12 @@ class Results:
             logger.warning(warning)
         keys, count = self.family.embedding_keys, self.word.placeholder.count
         base = f"{self.model.architecture.title}, trained on {self.model.name}"
-        print(usage_card(path, self.word.placeholder.text, keys, count, base))
+        card = usage_card(path, self.word.placeholder.text, keys, count, base)
+        if self.options.logging.no_report:
+            print(card)
+            return
+        with survived("The text file on how to use the embedding could not be written."):
+            write_atomically(path.with_name(path.stem + USAGE_ENDING), f"{card}\n".encode())
 
 
 def _new_run() -> str:

@@ -2,6 +2,7 @@
 
 import glob
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -88,6 +89,12 @@ class SampleAlbum:
                     self._write(number, picture, f"{mark}_{number:02d}_{moment}")
                 bar.update()
         return pictures
+
+    def newest(self, number: int) -> str | None:
+        """The name of the newest image of prompt ``number`` (from 0) in the folder, by the time it was written."""
+        name = re.compile(rf"{re.escape(self.output_name)}_e?\d{{6,}}_{number:02d}_\d{{14}}(_\d+)?\.png")
+        found = [file for file in self.folder.glob("*.png") if name.fullmatch(file.name)]
+        return max(found, key=lambda file: file.stat().st_mtime_ns).name if found else None
 
     def _write(self, number: int, picture: np.ndarray, mark: str) -> None:
         prompt = self.prompts[number]

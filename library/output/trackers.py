@@ -49,10 +49,12 @@ def _settings(options: LoggingOptions) -> dict[str, dict[str, Any]]:
 class RunLog(Callback):
     """What one run tells its trackers. All steps are optimizer steps; only the main process writes."""
 
-    def __init__(self, trackers: Sequence[GeneralTracker]):
-        self.trackers = list(trackers)
-        self.used = bool(trackers)
+    def __init__(self, trackers: Sequence[GeneralTracker], options: LoggingOptions):
+        self.trackers, self.every = list(trackers), options.log_every_n_steps
+        # The report waits for all processes' images too: it takes them from the folder.
+        self.used = bool(trackers) or not options.no_report
         self.epoch_losses: list[float] = []
+        self._unlogged: list[float] = []
 
     @classmethod
     def start(cls, options: Options) -> "RunLog":
@@ -70,7 +72,7 @@ class RunLog(Callback):
             tracker.start()
             if logs.log_config:
                 tracker.store_init_configuration(loggable(options))
-        return cls(trackers)
+        return cls(trackers, logs)
 
     def values(self, values: Mapping[str, float], step: int) -> None:
         """Log numbers by name, as they are after ``step`` optimizer steps."""
@@ -82,10 +84,13 @@ class RunLog(Callback):
             self.epoch_losses = list(state.epoch_losses)
 
     def after_step(self, progress: Progress, result: StepResult) -> None:
-        """Log the loss of a step and its learning rates by name."""
+        """Log the learning rates of a step by name, and the mean loss since the last step that was logged."""
         if result.loss is not None:
             self.epoch_losses.append(result.loss)
-            self.values({"loss": result.loss, **result.rates}, progress.step)
+            self._unlogged.append(result.loss)
+            if progress.step % self.every == 0:
+                self.values({"loss": float(np.mean(self._unlogged)), **result.rates}, progress.step)
+                self._unlogged = []
 
     def after_epoch(self, progress: Progress) -> None:
         """Log the mean loss of the epoch's steps."""

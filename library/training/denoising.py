@@ -12,6 +12,7 @@ from library.model.inpainting import surroundings
 from library.model.vae import FrozenVae
 from library.options.options import LossOptions, NoiseOptions
 from library.training.diffusion import NoiseSchedule, draw_noise, per_sample_loss
+from library.training.loss_bands import LossBands
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class DenoisingTask:
     """What the U-Net is asked and how its answer is judged; all of it but the rows is frozen.
 
     ``vae`` serves batches that bring pictures instead of cached latents; ``vae_scale_factor`` brings latents to the
-    U-Net's scale; ``schedule`` is on the U-Net's device.
+    U-Net's scale; ``schedule`` is on the U-Net's device; ``bands`` notes the losses by timestep.
     """
 
     family: ModelFamily
@@ -31,6 +32,7 @@ class DenoisingTask:
     v_prediction: bool
     vae_scale_factor: float
     vae: FrozenVae | None = None
+    bands: LossBands | None = None
 
     def losses(self, batch: Batch, *, check: bool = True) -> torch.Tensor:
         """The loss of each of the batch's B samples, float32 [B]; ``batch`` is on the U-Net's device.
@@ -45,7 +47,7 @@ class DenoisingTask:
             noisy = torch.cat([noisy, self._surroundings(batch, pixels, check)], dim=1)
         conditioning = self.prompt_encoder.encode(batch.input_ids)
         prediction = self.family.predict_noise(self.unet, noisy, draw.timesteps, conditioning, batch.size_conditioning)
-        return per_sample_loss(
+        losses = per_sample_loss(
             prediction,
             self.schedule.target(latents, draw.noise, draw.timesteps, v_prediction=self.v_prediction),
             draw.timesteps,
@@ -55,6 +57,9 @@ class DenoisingTask:
             mask=batch.masks,
             loss_weights=batch.loss_weights,
         )
+        if self.bands is not None:
+            self.bands.see(draw.timesteps, losses)
+        return losses
 
     def _latents(self, batch: Batch, pixels: torch.Tensor | None, check: bool) -> torch.Tensor:
         latents = batch.latents

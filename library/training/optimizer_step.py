@@ -32,7 +32,8 @@ class Learner:
     """The rows with their optimizer and its schedule.
 
     ``max_grad_norm`` limits the joint norm of all rows' gradient (0: no limit). With ``norms``, one per text encoder,
-    every row is brought to that length after each step. ``progress`` counts the steps.
+    every row is brought to that length after each step. ``progress`` counts the steps; ``gradient_norm`` is that of the
+    last one's gradient over all rows, before it was limited.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Learner:
         """The rows and the optimizer become the accelerator's; ``prepared_rows`` is what the encoders must use."""
         self.accelerator, self.rows, self.choice, self.schedule, self.watch = accelerator, rows, choice, schedule, watch
         self.progress, self.max_grad_norm, self.norms = progress, max_grad_norm, norms
+        self.gradient_norm = 0.0
         self.optimizer: AcceleratedOptimizer
         self.optimizer, self.prepared_rows = accelerator.prepare(choice.optimizer, rows)
 
@@ -65,6 +67,7 @@ class Learner:
             self.optimizer.zero_grad()
             mean, norms = self._gradient(again, task, check=True)  # the VAE may have overflowed in half precision
         finite = mean is not None and self._judge(mean, norms)
+        self.gradient_norm = self._unscaled(norms.norm().item())
         # What is interrupted here would be neither this step nor the next.
         with in_one_piece():
             if mean is not None:
@@ -160,6 +163,10 @@ class Learner:
         norms = torch.stack([rows.grad.norm(dim=1) for rows in self.rows.rows])
         numbers = torch.cat([self._of_all(taught), norms.flatten()]).cpu()
         return _mean(numbers[:2]), numbers[2:].reshape(norms.shape)
+
+    def _unscaled(self, norm: float) -> float:
+        scaler = self.accelerator.scaler
+        return norm if scaler is None else norm / scaler.get_scale()
 
     def _judge(self, mean: float, norms: Tensor) -> bool:
         """Whether the gradient is finite, and so can be followed. Raises UserError where it is no use to go on."""

@@ -23,6 +23,9 @@ Stages = tuple[tuple[float, int | None], ...]
 
 # Below this rate, steps that are bounded by the rate barely move an embedding in a usual run.
 SLOW_LEARNING_RATE = 1e-5
+# Above this factor on a step that an optimizer finds, and this share of a usual coordinate in one step, no word stays
+# among the others.
+_LARGEST_FACTOR, _LARGEST_SHARE = 10, 2
 
 
 @dataclass(frozen=True)
@@ -271,6 +274,26 @@ def slow_learning_warning(choice: OptimizerChoice, total_steps: int, spread: flo
         f"--learning_rate={largest_rate(choice):g} is very low for {name}: in {total_steps} steps no coordinate can "
         f"move by more than {reach:.2g} (rate × steps), and coordinates of usual words spread by {spread:.2g}, so the "
         f"word can change by at most {reach / spread:.0%} of that. Textual Inversion usually needs 1e-4 to 5e-3."
+    )
+
+
+def fast_learning_warning(choice: OptimizerChoice, spread: float) -> str | None:
+    """A sentence if the rate is so high that single steps leave the range of usual words, else None.
+
+    ``spread`` is as in :func:`slow_learning_warning`.
+    """
+    name, rate = type(choice.optimizer).__name__, largest_rate(choice)
+    if choice.relative_step:
+        return None
+    if default_learning_rate(name) == 1.0:
+        sentence = f"is a factor on the step that {name} finds by itself and should be near 1."
+        return f"--learning_rate={rate:g} {sentence}" if rate > _LARGEST_FACTOR else None
+    if not any(part in name.lower() for part in ("adam", "lion")) or rate <= _LARGEST_SHARE * spread:
+        return None
+    return (
+        f"--learning_rate={rate:g} is very high for {name}: a single step can move a coordinate by {rate:g}, and "
+        f"coordinates of usual words spread by {spread:.2g}, so the word will soon be unlike any other. Textual "
+        "Inversion usually needs 1e-4 to 5e-3."
     )
 
 

@@ -13,6 +13,7 @@ from test_trainer import model_of
 from library.model.vae import FrozenVae
 from library.output import learning_report
 from library.output.learning_report import LearningReport, Measured, comparison_sheet
+from library.output.verdict import Verdict
 from library.support.errors import UserError
 
 
@@ -145,9 +146,10 @@ def test_the_report_of_another_run_is_kept(tmp_path, caplog):
     report = LearningReport(measured, measured, [picture], held_out=False)
     (tmp_path / "a_report.json").write_text("[]")  # of whatever program
     for run_id in ("first", "first", "second"):
-        report.write(tmp_path / "a", run_id)
+        report.write(tmp_path / "a", run_id, Verdict("UNCLEAR", "why"))
     runs = [json.loads((tmp_path / f"a_report{number}.json").read_text()) for number in ("", "-1", "-2")]
     assert runs[1] == []
+    assert (runs[0]["verdict"], runs[0]["reason"]) == ("UNCLEAR", "why")
     assert [runs[0]["run"], runs[2]["run"]] == ["second", "first"]
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["a_report-1.png", "a_report.png"]
     assert "a_report.png of an earlier run was kept: it is now a_report-1.png." in caplog.text

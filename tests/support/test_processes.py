@@ -139,6 +139,7 @@ def test_pictures_of_all_processes_reach_the_trackers_and_the_report(dataset, tm
     reports = []
     for folder, processes in (("one", 1), ("two", 2)):
         argv = arguments("sd1", tiny_sd1, dataset, tmp_path / folder, "--learning_report", "--max_train_steps=1")
+        argv += ["--no_report=false"]
         argv += [f"--sample_prompts={prompts}", "--sample_at_first", f"--logging_dir={tmp_path / folder / 'logs'}"]
         done = start("torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", file, *argv)
         assert done.returncode == 0, done.stderr
@@ -146,6 +147,10 @@ def test_pictures_of_all_processes_reach_the_trackers_and_the_report(dataset, tm
         reader = EventAccumulator(str(events)).Reload()
         assert sorted(reader.Tags()["images"]) == ["sample_0", "sample_1", "sample_2"]
         reports.append(json.loads((tmp_path / folder / f"{TOKEN}_report.json").read_text()))
+        noted = [json.loads(line) for line in (tmp_path / folder / f"{TOKEN}_metrics.jsonl").read_text().splitlines()]
+        (samples,) = [line["samples"] for line in noted if "samples" in line]
+        assert sorted(samples) == ["0", "1", "2"]
+        assert done.stdout.count("to go on") + done.stdout.count(f"{TOKEN}.html") == 1
     counts = {path.name: path.read_text().split() for path in tmp_path.glob("drawn*")}
     assert counts["drawn_1_of_2"].count("8") == counts["drawn_0_of_2"].count("8") == 2
     one, two = (report["before"] for report in reports)
