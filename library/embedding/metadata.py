@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 
 from library.embedding.clients import client_words
-from library.options.options import MetadataOptions
+from library.options.output import MetadataOptions
 from library.support.errors import UserError
 from library.support.safetensors_header import LONGEST_HEADER
 from library.support.version import DISTRIBUTION, version

@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 import torch
 
-from library.options.options import RuntimeOptions
+from library.options.training import RuntimeOptions
 from library.support.errors import UserError
 
 logger = logging.getLogger(__name__)

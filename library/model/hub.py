@@ -9,8 +9,7 @@ from typing import TypeVar
 
 from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
 
-from library.options.options import HubOptions
-from library.options.output import REPO_TYPES
+from library.options.output import REPO_TYPES, HubOptions
 from library.support.errors import UserError, first_line, survived
 
 logger = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from accelerate.utils import (
 from library.model.device_report import describe_device, unused_gpu
 from library.model.device_settings import check_device, set_tf32
 from library.options.launcher import check_launcher
-from library.options.options import RuntimeOptions
+from library.options.training import RuntimeOptions
 from library.support import processes
 from library.support.errors import UserError, first_line
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from library.options.declaration import Option
 from library.options.option_types import shown
-from library.options.options import OptimizerOptions, Options, as_dict, declared_options
+from library.options.options import Options, as_dict, declared_options
+from library.options.training import OptimizerOptions
 from library.support.errors import UserError
 from library.support.text_files import is_unicode
 
@@ -48,11 +49,13 @@ def settle(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _output_name(values: Mapping[str, Any]) -> str | None:
     """The name of the embedding files without their ending, which --save_model_as decides; unset, the token's."""
-    name, token = values["output_name"], values["token_string"]
+    name: str | None = values["output_name"]
+    token: str | None = values["token_string"]
     if name is None:
         return None if token is None else safe_file_name(token)
     stem, _, ending = name.rpartition(".")
-    if not stem or ending.lower() not in dict(declared_options())["save_model_as"].choices:
+    endings = dict(declared_options())["save_model_as"].choices or ()
+    if not stem or ending.lower() not in endings:
         return name
     logger.warning(
         '--output_name "%s" is taken as "%s": --save_model_as adds the ending, .%s.',

@@ -33,7 +33,7 @@ MISSPELT = {"weigts": "weights"}
 
 
 # Options of sd-scripts' LoRA training that do not begin with "network_".
-_LORA = ("unet_lr", "text_encoder_lr", "dim_from_weights", "scale_weight_norms", "base_weights")
+_LORA: tuple[str, ...] = ("unet_lr", "text_encoder_lr", "dim_from_weights", "scale_weight_norms", "base_weights")
 _LORA += ("base_weights_multiplier",)
 
 

@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from library.options.options import RuntimeOptions
+from library.options.training import RuntimeOptions
 from library.support.errors import UserError
 from library.support.processes import rank
 
@@ -19,7 +19,7 @@ FORMAT = "%(asctime)s %(levelname)-7s %(message)s"
 class HeldBack(logging.Handler):
     """Keeps records until it is known where they go."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.records: list[logging.LogRecord] = []
 
@@ -28,7 +28,7 @@ class HeldBack(logging.Handler):
         self.records.append(record)
 
 
-class AboveProgress(logging.StreamHandler):
+class AboveProgress(logging.StreamHandler[TextIO]):
     """Writes each record on lines of its own, above a progress bar that may be on the screen."""
 
     def emit(self, record: logging.LogRecord) -> None:

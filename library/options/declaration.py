@@ -23,7 +23,7 @@ from library.options.option_types import (
 )
 
 # How a reader's values are called on the reference page, and what stands for them in the help.
-KINDS: dict[Callable, tuple[str, str | None]] = {
+KINDS: dict[Callable[[Any], Any], tuple[str, str | None]] = {
     boolean: ("flag", None),
     whole_number: ("whole number", "N"),
     number: ("number", "X"),
@@ -71,7 +71,7 @@ class Option:
     help: str
     default: Any = None
     read: Callable[[Any], Any] = text
-    choices: tuple | None = None
+    choices: tuple[str | int, ...] | None = None
     metavar: str | None = None
     at_least: float | None = None
     at_most: float | None = None
@@ -154,9 +154,10 @@ def flag(help: str, **details: Any) -> Any:
     return option(False, help, read=boolean, **details)
 
 
-def option_of(declared: Field) -> Option:
+def option_of(declared: Field[Any]) -> Option:
     """The :class:`Option` that a dataclass field declares."""
-    return declared.metadata["option"]
+    found: Option = declared.metadata["option"]
+    return found
 
 
 def checked(option: Option, value: Any) -> Any:

@@ -4,7 +4,7 @@ import logging
 import os
 from dataclasses import replace
 
-from library.options.options import RuntimeOptions
+from library.options.training import RuntimeOptions
 from library.support.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from library.options.declaration import Option
-from library.options.options import DeepSpeedOptions, MetadataOptions, Options, as_dict, declared_options
+from library.options.options import Options, as_dict, declared_options
+from library.options.output import MetadataOptions
+from library.options.training import DeepSpeedOptions
 
 Rule = tuple[bool, str]
 

@@ -6,7 +6,7 @@ docs/options.md. Nothing here imports torch.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, get_type_hints
 
 from library.options.data import CacheOptions, DatasetOptions
 from library.options.declaration import OnResume, Option, flag, option, option_of
@@ -144,7 +144,7 @@ class Options:
 
 def option_groups() -> dict[str, type]:
     """The groups by their attribute name in :class:`Options`, in the order of the help."""
-    return {group.name: group.default_factory for group in fields(Options)}
+    return get_type_hints(Options)
 
 
 def declared_options() -> Iterator[tuple[str, Option]]:

@@ -15,8 +15,8 @@ from library.options.declaration import OnResume
 from library.options.option_types import text_or_boolean, whole_number
 from library.support.errors import did_you_mean
 
-SAMPLERS = ("ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++")
-SAMPLERS += ("dpmsingle", "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a")
+SAMPLERS: tuple[str, ...] = ("ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver")
+SAMPLERS += ("dpmsolver++", "dpmsingle", "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a")
 REPO_TYPES = ("model", "dataset", "space")
 VISIBILITIES = ("public", "private")
 # File systems take names of 255 bytes; "-step00001600-state" and the marks of an unfinished file come on top.

@@ -48,7 +48,9 @@ class OptionParser(argparse.ArgumentParser):
             message = f"{message[: _LONGEST_MESSAGE // 2]} … {message[-_LONGEST_MESSAGE // 2 :]}"
         raise UserError(message if message.endswith((".", "?")) else f"{message}.")
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_args(  # type: ignore[override]  # its other forms serve namespaces of other classes
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
         """Parse, and answer an unknown option with the closest known one; dashes in names count as underscores."""
         args = [self._with_underscores(arg) for arg in (sys.argv[1:] if args is None else args)]
         parsed, unknown = self.parse_known_args(args, namespace)
@@ -56,7 +58,7 @@ class OptionParser(argparse.ArgumentParser):
             self._refuse(unknown)
         return parsed
 
-    def _get_values(self, action, arg_strings):
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
         """Take "--" for a value where it is one, as in ``--caption_separator=--``; argparse makes nothing of it."""
         if arg_strings != ["--"]:
             return super()._get_values(action, arg_strings)
@@ -95,8 +97,8 @@ def build_parser(description: str, family: str) -> OptionParser:
         _add(group, name, declared)
     for kind in option_groups().values():
         group = parser.add_argument_group(kind.__doc__)
-        for declared in fields(kind):
-            _add(group, declared.name, option_of(declared))
+        for option in fields(kind):
+            _add(group, option.name, option_of(option))
     return parser
 
 

@@ -30,7 +30,7 @@ def page() -> str:
     """Return the whole page as Markdown, one table for each group of options."""
     parts = [INTRODUCTION, _table("Configuration file", FILE_OPTIONS)]
     for group in option_groups().values():
-        parts.append(_table(group.__doc__, {declared.name: option_of(declared) for declared in fields(group)}))
+        parts.append(_table(group.__doc__ or "", {declared.name: option_of(declared) for declared in fields(group)}))
     return "\n".join(parts)
 
 

@@ -16,7 +16,7 @@ from library.options.option_types import (
     whole_number,
 )
 
-DYNAMO_BACKENDS = ("eager", "aot_eager", "inductor", "aot_ts_nvfuser", "nvprims_nvfuser", "cudagraphs")
+DYNAMO_BACKENDS: tuple[str, ...] = ("eager", "aot_eager", "inductor", "aot_ts_nvfuser", "nvprims_nvfuser", "cudagraphs")
 DYNAMO_BACKENDS += ("ofi", "fx2trt", "onnxrt", "tensort", "ipex", "tvm", "no")
 
 

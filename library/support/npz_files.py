@@ -3,6 +3,7 @@
 import io
 import math
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,4 +106,4 @@ class _Summing:
     sum = 0
 
     def write(self, data: bytes) -> None:
-        self.sum = zipfile.crc32(data, self.sum)
+        self.sum = zlib.crc32(data, self.sum)

@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from typing import NoReturn
 
 # What torch's launcher sets, and accelerate's, and those of MPI.
 _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
@@ -40,7 +41,7 @@ def ended_at_once(work: Callable[[], int]) -> int:
     leave(code)
 
 
-def leave(code: int) -> None:
+def leave(code: int) -> NoReturn:
     """End this process now, with nothing said lost, and without the work that an interpreter does at its end."""
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):

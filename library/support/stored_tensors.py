@@ -4,19 +4,22 @@ Whatever a file claims is compared with its length before anything is read, so t
 gigabytes.
 """
 
+import io
 import mmap as memory_map
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import TypeGuard
 
 import torch
 
 from library.support.errors import UserError
 
 Tensors = dict[str, torch.Tensor]
+OpenFile = io.BufferedReader | io.BytesIO
+Index = int | slice | torch.Tensor | None | tuple[int | slice | torch.Tensor | None, ...]
 
 _MOST_AXES = 16
 _MOST_ELEMENTS = 2**40  # axes of length 0 left out: no product of them may overflow
@@ -71,7 +74,7 @@ class Unread:
         """Its transpose."""
         return self.then(lambda tensor: tensor.T)
 
-    def __getitem__(self, part: object) -> "Unread":
+    def __getitem__(self, part: Index) -> "Unread":
         return self.then(lambda tensor: tensor[part])
 
     def contiguous(self) -> "Unread":
@@ -94,16 +97,17 @@ class Unread:
 UnreadTensors = dict[str, Unread]
 
 
-def is_count(value: object) -> bool:
+def is_count(value: object) -> TypeGuard[int]:
     """Whether a number read from a file can be a size or an offset: an integer from 0 (JSON and pickle know others)."""
     return type(value) is int and value >= 0
 
 
-def is_shape(value: object) -> bool:
+def is_shape(value: object) -> TypeGuard[Sequence[int]]:
     """Whether a list or tuple read from a file can be the shape of a tensor."""
     if not isinstance(value, list | tuple) or len(value) > _MOST_AXES or not all(map(is_count, value)):
         return False
-    return prod(max(size, 1) for size in value) <= _MOST_ELEMENTS
+    elements: int = prod(max(size, 1) for size in value)
+    return elements <= _MOST_ELEMENTS
 
 
 def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -139,13 +143,13 @@ def unread_places(path: Path, mmap: bool, places: Mapping[str, Place]) -> Unread
     }
 
 
-def read_place(file: BinaryIO, place: Place) -> torch.Tensor:
+def read_place(file: OpenFile, place: Place) -> torch.Tensor:
     """Read one tensor. Raises EOFError, OSError or ValueError."""
     if not place.span:
         return torch.empty(place.shape, dtype=place.dtype)
     # torch's own memory: sums may depend on where a tensor begins.
     flat = torch.empty(place.span // place.dtype.itemsize, dtype=place.dtype)
     file.seek(place.start)
-    if file.readinto(flat.view(torch.uint8).numpy()) != place.span:
+    if file.readinto(flat.view(torch.uint8).numpy().data) != place.span:
         raise EOFError("its end is missing")
     return flat.as_strided(place.shape, place.stride)

@@ -7,6 +7,7 @@ import json
 import re
 import stat
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -133,8 +134,8 @@ def _bounded(what: str) -> Iterator[None]:
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        seen: set[str] = set()
-        raise _RepeatedKeyError(next(key for key, _ in pairs if key in seen or seen.add(key)))
+        counts = Counter(key for key, _ in pairs)
+        raise _RepeatedKeyError(next(key for key, _ in pairs if counts[key] > 1))
     return content
 
 

@@ -9,10 +9,10 @@ import sys
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from library.support.errors import UserError
-from library.support.stored_tensors import read_place
+from library.support.stored_tensors import OpenFile, read_place
 from library.support.torch_pickle import DamagedError, RefusedError, Storage, StoredTensor, read_pickle
 
 _LONGEST_PICKLE = 64 * 2**20
@@ -36,7 +36,7 @@ def torch_content(path: Path) -> Any:
         raise UserError(f"{path} is damaged or cut off: {error}. Download or copy it again.") from error
 
 
-def load_torch(file: BinaryIO) -> Any:
+def load_torch(file: OpenFile) -> Any:
     """What a file holds, its tensors read and a zip's check sums compared. Raises DamagedError or RefusedError."""
     file.seek(0)
     if file.read(2) == b"PK":
@@ -67,11 +67,11 @@ def _refusal(path: Path, what: str) -> str:
     return f"{path} holds {what}, which cannot be used here. Save it with ordinary tensors, or use another copy."
 
 
-def _length(file: BinaryIO) -> int:
+def _length(file: OpenFile) -> int:
     return file.seek(0, io.SEEK_END)
 
 
-def _content(file: BinaryIO) -> Any:
+def _content(file: OpenFile) -> Any:
     file.seek(0)
     is_zip = file.read(2) == b"PK"
     length = _length(file)
@@ -79,7 +79,7 @@ def _content(file: BinaryIO) -> Any:
     return _zip_content(file, length) if is_zip else _old_content(file, length)
 
 
-def _zip_content(file: BinaryIO, length: int) -> Any:
+def _zip_content(file: OpenFile, length: int) -> Any:
     try:
         with zipfile.ZipFile(file) as archive:
             members = _check_members(archive, length)
@@ -111,7 +111,7 @@ def _check_members(archive: zipfile.ZipFile, length: int) -> dict[str, zipfile.Z
     return members
 
 
-def _data_start(file: BinaryIO, member: zipfile.ZipInfo, length: int) -> int:
+def _data_start(file: OpenFile, member: zipfile.ZipInfo, length: int) -> int:
     """The byte where a part's content begins, behind its own header."""
     file.seek(member.header_offset)
     header = file.read(30)
@@ -121,7 +121,7 @@ def _data_start(file: BinaryIO, member: zipfile.ZipInfo, length: int) -> int:
     return start
 
 
-def _old_content(file: BinaryIO, length: int) -> Any:
+def _old_content(file: OpenFile, length: int) -> Any:
     """Five pickles (magic number, version, system, content, the storages' order), then the storages' numbers."""
     pickles = io.BytesIO(file.read(_LONGEST_PICKLE))
     storages: dict[str, Storage] = {}
@@ -149,7 +149,7 @@ def _old_content(file: BinaryIO, length: int) -> Any:
 class _Filler:
     """Puts the tensors of a file in their places within its content."""
 
-    def __init__(self, file: BinaryIO):
+    def __init__(self, file: OpenFile):
         self.file = file
         self.left = _MOST_SHARED * _length(file)
         self.done: dict[int, Any] = {}

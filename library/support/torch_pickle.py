@@ -68,7 +68,7 @@ class _StorageKind:
     dtype: torch.dtype
 
 
-class _Parameters(dict):
+class _Parameters(dict[Any, Any]):
     """What stands for a ParameterDict, in which old embedding files keep their vectors."""
 
 
@@ -185,7 +185,9 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> Stor
     return _tensor_of(storage, getattr(storage, "dtype", None), offset, shape, stride)
 
 
-def _tensor_with_dtype(storage: Any, offset: Any, shape: Any, stride: Any, _: Any, __: Any, dtype: Any, *___: Any):
+def _tensor_with_dtype(
+    storage: Any, offset: Any, shape: Any, stride: Any, _: Any, __: Any, dtype: Any, *___: Any
+) -> StoredTensor:
     return _tensor_of(storage, dtype, offset, shape, stride)
 
 
@@ -229,11 +231,11 @@ def _with_attributes(tensor: StoredTensor, state: Any) -> StoredTensor:
     return tensor
 
 
-def _ordered_dict(pairs: Any = ()) -> OrderedDict:
+def _ordered_dict(pairs: Any = ()) -> OrderedDict[Any, Any]:
     return OrderedDict((_plain_key(key), value) for key, value in pairs)
 
 
-def _counter(counts: Any = ()) -> Counter:
+def _counter(counts: Any = ()) -> Counter[Any]:
     pairs = counts.items() if isinstance(counts, dict) else counts
     return Counter({_plain_key(key): value for key, value in pairs})
 
@@ -249,7 +251,7 @@ def _bytes(content: Any = b"", encoding: Any = "") -> bytearray:
     return bytearray(content if isinstance(content, bytes) else _encoded(content, encoding))
 
 
-def _set(items: Any = ()) -> set:
+def _set(items: Any = ()) -> set[Any]:
     return {_plain_key(item) for item in items}
 
 
@@ -297,7 +299,7 @@ _STORAGES = {
     "QUInt8Storage": torch.quint8,
     "QInt32Storage": torch.qint32,
 }
-_CALLS = {
+_CALLS: dict[str, Callable[..., Any]] = {
     "collections OrderedDict": _ordered_dict,
     "collections Counter": _counter,
     "_codecs encode": _encoded,

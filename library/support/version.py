@@ -13,7 +13,7 @@ def version() -> str:
     if project_file.is_file():
         project = tomllib.loads(project_file.read_text(encoding="utf-8")).get("project", {})
         if project.get("name") == DISTRIBUTION:
-            return project["version"]
+            return str(project["version"])
     try:
         return importlib.metadata.version(DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
