@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save as safetensors_bytes
@@ -161,7 +162,7 @@ def _safetensors_content(
     return _labelled(unlabelled, whole | hashes)
 
 
-def _header_and_data(content: bytes) -> tuple[dict, bytes]:
+def _header_and_data(content: bytes) -> tuple[dict[str, Any], bytes]:
     """The parts of a safetensors file: an 8-byte length, a JSON header of that length, the tensors' bytes."""
     start = 8 + int.from_bytes(content[:8], "little")
     return json.loads(content[8:start]), content[start:]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import CLIPTokenizer
 
 from library.embedding.files import Origin, origin_of, rows_from_file
 from library.embedding.placeholder import Placeholder
@@ -19,6 +20,7 @@ from library.embedding.tokenizer import (
 )
 from library.model.base_model import BaseModel
 from library.model.family import ModelFamily
+from library.options.declaration import required
 from library.options.options import TokenOptions
 
 logger = logging.getLogger(__name__)
@@ -41,9 +43,9 @@ class NewWord:
         return self.prompts.placeholder
 
     @classmethod
-    def check(cls, options: TokenOptions, tokenizers: Sequence) -> "NewWord":
+    def check(cls, options: TokenOptions, tokenizers: Sequence[CLIPTokenizer]) -> "NewWord":
         """Check ``--token_string`` and ``--init_word`` with the tokenizers alone. Raises UserError."""
-        placeholder = Placeholder(options.token_string, options.num_vectors_per_token)
+        placeholder = Placeholder(required(options.token_string, "token_string"), options.num_vectors_per_token)
         check_token_string(placeholder, tokenizers)
         start_ids = None
         if options.init_word is not None:
@@ -82,9 +84,10 @@ def _shown(name: str | None) -> str:
 
 def _is_same_base(origin: Origin, model: BaseModel) -> bool:
     """Compare hashes where both are known (web UIs keep shortened or old ones), else names without endings."""
-    hashes = [found for found in (model.hash(), model.legacy_hash()) if found] if origin.base_hash else []
+    base_hash = (origin.base_hash or "").lower()
+    hashes = [found for found in (model.hash(), model.legacy_hash()) if found] if base_hash else []
     if hashes:
-        return any(found.startswith(origin.base_hash.lower()) for found in hashes)
+        return any(found.startswith(base_hash) for found in hashes)
     return origin.base_model is None or _plain_name(origin.base_model) == _plain_name(model.name)
 
 
@@ -102,19 +105,21 @@ def initial_rows(
     for a start word that the model does not know.
     """
     count, widths = word.placeholder.count, [table.embedding_dim for table in tables]
-    rows: list[torch.Tensor | None] = [None] * len(tables)
+    given: list[torch.Tensor | None] = [None] * len(tables)
     if options.weights is not None:
-        rows = rows_from_file(options.weights, family.embedding_keys, widths, count)
+        given = rows_from_file(options.weights, family.embedding_keys, widths, count)
         logger.info("Continuing from %s (%d vectors).", options.weights, count)
     generator = torch.Generator().manual_seed(seed)
-    for index, table in enumerate(tables):
-        if rows[index] is not None:
+    rows: list[torch.Tensor] = []
+    for index, (table, found) in enumerate(zip(tables, given, strict=True)):
+        if found is not None:
+            rows.append(found)
             continue
         if word.start_ids is None:
-            rows[index] = rows_from_statistics(table.weight, count, generator)
+            rows.append(rows_from_statistics(table.weight, count, generator))
             source = "the average of all words"
         else:
-            rows[index] = rows_from_word(table.weight, word.start_ids[index], options.init_word)
+            rows.append(rows_from_word(table.weight, word.start_ids[index], options.init_word or ""))
             source = f'--init_word "{options.init_word}"'
         if options.weights is not None:
             logger.warning(

@@ -83,6 +83,7 @@ class Placeholder:
         pieces: list[str | int] = []
         end = 0
         for found in self._any_name.finditer(text):
-            pieces += [text[end : found.start()], self._longest_first[found.lastindex - 1]]
+            group = found.lastindex or 0  # never 0: each name is a group
+            pieces += [text[end : found.start()], self._longest_first[group - 1]]
             end = found.end()
         return [piece for piece in [*pieces, text[end:]] if piece != ""]

@@ -1,13 +1,17 @@
 """From ids to the U-Net's conditioning with the live rows, and the cache of what training cannot change."""
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from library.embedding.tokenizer import MergedEmbedding, PromptTokenizer
+from library.embedding.tokenizer import MergedEmbedding, PromptTokenizer, token_table
 from library.model.family import Conditioning, ModelFamily
 from library.support.transfers import sent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class PromptEncoder:
@@ -16,7 +20,7 @@ class PromptEncoder:
     def __init__(
         self,
         family: ModelFamily,
-        text_encoders: Sequence[nn.Module],
+        text_encoders: "Sequence[PreTrainedModel]",
         prompts: PromptTokenizer,
         rows: nn.Module,
         clip_skip: int | None = None,
@@ -30,9 +34,9 @@ class PromptEncoder:
         self.rows = rows
         self.clip_skip = clip_skip
         self.prompts = prompts
-        self.embeddings = []
+        self.embeddings: list[MergedEmbedding] = []
         for index, encoder in enumerate(self.text_encoders):
-            merged = MergedEmbedding(encoder.get_input_embeddings(), prompts.first_new_id(index))
+            merged = MergedEmbedding(token_table(encoder), prompts.first_new_id(index))
             encoder.set_input_embeddings(merged)
             self.embeddings.append(merged)
         self._cache: dict[bytes, Conditioning] = {}
@@ -54,16 +58,17 @@ class PromptEncoder:
             fresh = self._run([ids[live] for ids in input_ids])
             for place, i in enumerate(live):
                 cached[i] = _one(fresh, place)
-        return _join(cached, self.device)
+        return _join([found for found in cached if found is not None], self.device)
 
     @property
     def device(self) -> torch.device:
         """Where the conditioning is made."""
-        return self.text_encoders[0].get_input_embeddings().table.weight.device
+        return self.embeddings[0].table.weight.device
 
     def _run(self, input_ids: Sequence[torch.Tensor]) -> Conditioning:
-        devices = [encoder.get_input_embeddings().table.weight.device for encoder in self.text_encoders]
-        ids = [sent(tensor, device) for tensor, device in zip(input_ids, devices, strict=True)]
+        ids = [
+            sent(tensor, merged.table.weight.device) for tensor, merged in zip(input_ids, self.embeddings, strict=True)
+        ]
         return self.family.encode_prompts(self.text_encoders, ids, self.clip_skip)
 
     @torch.no_grad()
@@ -94,8 +99,9 @@ def _on_cpu(conditioning: Conditioning) -> Conditioning:
 
 
 def _join(parts: Sequence[Conditioning], device: torch.device) -> Conditioning:
-    pooled = None if parts[0].pooled is None else torch.cat([sent(part.pooled, device) for part in parts])
-    return Conditioning(torch.cat([sent(part.context, device) for part in parts]), pooled)
+    context = torch.cat([sent(part.context, device) for part in parts])
+    pooled = [sent(part.pooled, device) for part in parts if part.pooled is not None]
+    return Conditioning(context, torch.cat(pooled) if pooled else None)
 
 
 def _key(input_ids: Sequence[torch.Tensor], index: int) -> bytes:

@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
@@ -18,8 +19,12 @@ from library.embedding.prompt_weights import escape, parse_weights
 from library.embedding.text_repair import repair, repaired_around
 from library.support.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer, PreTrainedModel
+
 logger = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
 BODY = 75  # of CLIP's 77 positions; the others are BOS and EOS
 # In a caption these are text: as control tokens they would end it, and move what SDXL pools. Spaces are no tokens.
 _CONTROL = re.compile(r"<\|(startoftext|endoftext)\|>", re.IGNORECASE)
@@ -28,7 +33,9 @@ _CONTROL = re.compile(r"<\|(startoftext|endoftext)\|>", re.IGNORECASE)
 class PromptTokenizer:
     """Turns finished captions and prompts into ids, for every tokenizer of the model."""
 
-    def __init__(self, tokenizers: Sequence, placeholder: Placeholder, max_token_length: int | None = None):
+    def __init__(
+        self, tokenizers: "Sequence[CLIPTokenizer]", placeholder: Placeholder, max_token_length: int | None = None
+    ):
         """``max_token_length`` is 75 (or None), 150 or 225 body tokens; longer texts are cut."""
         self.tokenizers = list(tokenizers)
         self.placeholder = placeholder
@@ -99,7 +106,7 @@ class PromptTokenizer:
         parts = parse_weights("".join(piece if isinstance(piece, str) else escape(names[piece]) for piece in pieces))
         return [(self.repaired(part), weight) for part, weight in parts]
 
-    def _windows(self, body: list[int], tokenizer) -> torch.Tensor:
+    def _windows(self, body: list[int], tokenizer: "CLIPTokenizer") -> torch.Tensor:
         bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
         chunks = self._chunks(body, bos, eos, pad)
         if pad != eos and len(chunks) > 1:  # SD 2 and OpenCLIP pad with "!": a chunk must still end with EOS somewhere
@@ -110,7 +117,7 @@ class PromptTokenizer:
                     chunk[1] = eos
         return torch.tensor(chunks)
 
-    def _chunks(self, body: list, first, last, fill) -> list[list]:
+    def _chunks(self, body: list[_T], first: _T, last: _T, fill: _T) -> list[list[_T]]:
         """What stands at the windows' 77 places: ``first`` and ``last`` for BOS and EOS, ``fill`` for padding."""
         line = [first, *body[: self.capacity], last]
         line += [fill] * (self.capacity + 2 - len(line))
@@ -128,7 +135,7 @@ class PromptTokenizer:
         return {i - first for i in ids[self.capacity :] if i >= first} - kept
 
 
-def check_token_string(placeholder: Placeholder, tokenizers: Sequence) -> None:
+def check_token_string(placeholder: Placeholder, tokenizers: "Sequence[CLIPTokenizer]") -> None:
     """Refuse a word that the model knows already.
 
     A name that encodes to one existing id would replace that word everywhere (in the clients too), so every one of the
@@ -158,25 +165,25 @@ def check_token_string(placeholder: Placeholder, tokenizers: Sequence) -> None:
         )
 
 
-def _known_name(placeholder: Placeholder, tokenizers: Sequence) -> str | None:
+def _known_name(placeholder: Placeholder, tokenizers: "Sequence[CLIPTokenizer]") -> str | None:
     for name in placeholder.names:
         if any(len(tok.encode(name.lower(), add_special_tokens=False)) == 1 for tok in tokenizers):
             return name
     return None
 
 
-def _free_variant(placeholder: Placeholder, tokenizers: Sequence) -> str:
+def _free_variant(placeholder: Placeholder, tokenizers: "Sequence[CLIPTokenizer]") -> str:
     stem = "".join(c for c in placeholder.text.lower() if c.isalnum()) or "concept"
     candidates = (f"my{stem}", f"{stem}xyz", f"my{stem}xyz", f"xyz{stem}qq")
     return next((c for c in candidates if _known_name(Placeholder(c, placeholder.count), tokenizers) is None), "mychar")
 
 
-def init_word_ids(init_word: str, count: int, tokenizer) -> list[int]:
+def init_word_ids(init_word: str, count: int, tokenizer: "CLIPTokenizer") -> list[int]:
     """The vocabulary id that each of ``count`` vectors starts from.
 
     One token serves all vectors; exactly ``count`` tokens are used one each. Raises UserError for anything else.
     """
-    ids = tokenizer.encode(repair(init_word), add_special_tokens=False)
+    ids: list[int] = tokenizer.encode(repair(init_word), add_special_tokens=False)
     if not ids:
         raise UserError(
             "--init_word is empty. Give one known word close to the concept, such as girl, dog or painting."
@@ -185,12 +192,20 @@ def init_word_ids(init_word: str, count: int, tokenizer) -> list[int]:
         return ids * count
     if len(ids) == count:
         return ids
-    pieces = ", ".join(f'"{tokenizer.decode([i]).strip()}"' for i in ids)
+    pieces = ", ".join(f'"{str(tokenizer.decode([i])).strip()}"' for i in ids)
     wanted = "one token" if count == 1 else f"one token, or exactly {count} tokens for --num_vectors_per_token={count}"
     raise UserError(
         f'--init_word "{init_word}" is {len(ids)} tokens to the model ({pieces}), but {wanted} can be used. '
         "Choose a common single word."
     )
+
+
+def token_table(encoder: "PreTrainedModel") -> nn.Embedding:
+    """A text encoder's own embeddings of its vocabulary. Raises TypeError where others have taken their place."""
+    table = encoder.get_input_embeddings()
+    if not isinstance(table, nn.Embedding):
+        raise TypeError(f"the text encoder's token table is a {type(table).__name__}")
+    return table
 
 
 def _used_rows(table: torch.Tensor) -> torch.Tensor:
@@ -201,12 +216,12 @@ def _used_rows(table: torch.Tensor) -> torch.Tensor:
 
 def table_spread(table: torch.Tensor) -> float:
     """Standard deviation of a coordinate over the rows in use, averaged over coordinates (CLIP-L: about 0.014)."""
-    return _used_rows(table).std(dim=0).mean().item()
+    return float(_used_rows(table).std(dim=0).mean())
 
 
 def typical_norm(table: torch.Tensor) -> float:
     """The median Euclidean norm of the rows in use (CLIP-L: about 0.4)."""
-    return _used_rows(table).norm(dim=1).median().item()
+    return float(_used_rows(table).norm(dim=1).median())
 
 
 def rows_from_word(table: torch.Tensor, ids: Sequence[int], init_word: str) -> torch.Tensor:
@@ -286,10 +301,11 @@ class MergedEmbedding(nn.Module):
         self.first_new_id = first_new_id
         self.rows: torch.Tensor | None = None
 
-    @torch.compiler.disable  # the rows are another tensor at every step; compiling around them is enough
+    # The rows are another tensor at every step; compiling around them is enough.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's is not annotated
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """[..., T] ids to [..., T, D] embeddings in the table's dtype."""
-        known = self.table(input_ids.clamp(max=self.first_new_id - 1))
+        known: torch.Tensor = self.table(input_ids.clamp(max=self.first_new_id - 1))
         if self.rows is None:
             return known
         offsets = input_ids - self.first_new_id

@@ -8,19 +8,21 @@ import logging
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models import AutoencoderKL, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 
-from library.model.architectures import SD2, VOCABULARY, TextEncoderLayout
+from library.model.architectures import SD2, VOCABULARY, Architecture, TextEncoderLayout
 from library.model.diffusers_folder import ModelFolder, fetch_from_hub, fetch_vae, find_weights
 from library.model.family import END_OF_TEXT, START_OF_TEXT, ModelFamily
 from library.model.frozen_layers import freeze_layers
 from library.model.identity import (
     INPAINTING_CHANNELS,
+    Config,
     Identity,
     identify_file,
     identify_folder,
@@ -31,6 +33,7 @@ from library.model.model_paths import check_paths, hub_id, local_path
 from library.model.objective import objective_of
 from library.model.single_file import SingleFile, modern_vae_names, vae_component
 from library.model.weight_files import open_weights
+from library.options.declaration import required
 from library.options.options import ModelOptions
 from library.support.errors import UserError, first_line
 from library.support.file_hash import FileHash, legacy_hash
@@ -39,6 +42,7 @@ from library.support.shipped_files import CONFIGS
 from library.support.stored_tensors import UnreadTensors
 
 logger = logging.getLogger(__name__)
+_Model = TypeVar("_Model", bound=nn.Module)
 _LARGE_MODEL = 10**7  # weights: below it, looking for what is free costs more than it is worth
 
 # Tensors in text-encoder files that these models have no use for.
@@ -70,7 +74,7 @@ class BaseModel:
         ``configs`` holds the component configurations that single files lack; ``half`` is whether the weights will be
         cast to 16 bits. Raises UserError, in a sentence that says what to do, for whatever ``family`` cannot train.
         """
-        name = options.pretrained_model_name_or_path
+        name = required(options.pretrained_model_name_or_path, "pretrained_model_name_or_path")
         path = local_path(name)
         short_name = name if path is None else _own_name(Path(name), path)
         if path is None:
@@ -78,13 +82,12 @@ class BaseModel:
         mmap = not options.disable_mmap_load_safetensors
         if path.is_dir():
             identity = identify_folder(path)
-            _check_family(name, identity, family)
-            source = ModelFolder(path, identity.architecture, mmap)
+            source: SingleFile | ModelFolder = ModelFolder(path, _architecture(name, identity, family), mmap)
         else:
             weights = open_weights(path, mmap=mmap)
             identity = identify_file(weights.shapes)
-            _check_family(name, identity, family)
-            source = SingleFile(path, weights, identity.architecture, configs / identity.architecture.name)
+            architecture = _architecture(name, identity, family)
+            source = SingleFile(path, weights, architecture, configs / architecture.name)
         model = cls(source, options, short_name, identity.inpainting)
         model._check_flags(name)
         return model
@@ -125,10 +128,13 @@ class BaseModel:
         """What latents are multiplied by; the base model's, also with another VAE."""
         source = self.source
         if isinstance(source, SingleFile):
-            return source.config("vae")["scaling_factor"]
-        usual = read_config(CONFIGS / self.architecture.name / "vae" / "config.json")["scaling_factor"]
+            return float(source.config("vae")["scaling_factor"])
+        usual = self._usual_vae()["scaling_factor"]
         file = source.path / "vae" / "config.json"
         return positive_number(read_config(file) or {}, "scaling_factor", usual, file)
+
+    def _usual_vae(self) -> Config:
+        return read_config(CONFIGS / self.architecture.name / "vae" / "config.json") or {}
 
     def begin_hash(self) -> None:
         """Begin to compute what :meth:`hash` gives, beside whatever follows."""
@@ -177,15 +183,17 @@ class BaseModel:
             tokenizer.pad_token = layout.pad_token
         return tokenizer
 
-    def text_encoders(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> list[nn.Module]:
+    def text_encoders(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> list[PreTrainedModel]:
         """The text encoders, frozen."""
         return [self._text_encoder(layout, dtype, device) for layout in self.architecture.text_encoders]
 
-    def _text_encoder(self, layout: TextEncoderLayout, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+    def _text_encoder(
+        self, layout: TextEncoderLayout, dtype: torch.dtype, device: torch.device | str
+    ) -> PreTrainedModel:
         config, tensors = self.source.text_encoder(layout)
         model_class = CLIPTextModelWithProjection if layout.with_projection else CLIPTextModel
         where = f"{self.source.path} ({layout.component})"
-        model = _empty(lambda: model_class(CLIPTextConfig.from_dict(config)), where)
+        model: PreTrainedModel = _empty(lambda: model_class(CLIPTextConfig.from_dict(config)), where)
         # transformers nests the encoder in the class with projection only.
         names = {name.removeprefix("text_model."): name for name in model.state_dict()}
         unused = [name for name in _UNUSED if name not in names]
@@ -208,7 +216,7 @@ class BaseModel:
         if inpainting and not self.inpainting:
             config, tensors = _widened(config, tensors)
         where = f"{self.source.path} (U-Net)"
-        model = _empty(lambda: UNet2DConditionModel.from_config(config), where)
+        model: UNet2DConditionModel = _empty(lambda: UNet2DConditionModel.from_config(config), where)
         _check_fit(model, tensors, where)
         if float8 and torch.device(device).type == "cpu":
             return_large_blocks()  # weights are unfolded one after the other at every step
@@ -221,22 +229,21 @@ class BaseModel:
         config, tensors = self._other_vae(self.options.vae) if self.options.vae else self.source.vae()
         if (channels := config.get("latent_channels", 4)) != 4:
             raise UserError(f"{origin} makes latents of {channels} channels; Stable Diffusion needs a VAE with 4.")
-        model = _empty(lambda: AutoencoderKL.from_config(config), f"{origin} (VAE)")
+        model: AutoencoderKL = _empty(lambda: AutoencoderKL.from_config(config), f"{origin} (VAE)")
         model.register_to_config(scaling_factor=self.vae_scale_factor)
         return _fill(model, tensors, dtype, device, f"{origin} (VAE)")
 
-    def _other_vae(self, name: str) -> tuple[dict, UnreadTensors]:
+    def _other_vae(self, name: str) -> tuple[Config, UnreadTensors]:
         mmap = not self.options.disable_mmap_load_safetensors
         path = local_path(name)
         if path is None:
             return fetch_vae(hub_id(name, "--vae"))
         if path.is_file():
-            usual = read_config(CONFIGS / self.architecture.name / "vae" / "config.json")
-            return vae_component(path, open_weights(path, mmap=mmap), usual)
+            return vae_component(path, open_weights(path, mmap=mmap), self._usual_vae())
         folder = next((f for f in (path, path / "vae") if (f / "config.json").is_file()), None)
         if folder is None:
             raise UserError(f"--vae {name} is a folder without config.json, so it holds no VAE in diffusers' layout.")
-        config = read_config(folder / "config.json")
+        config = read_config(folder / "config.json") or {}
         if "latent_channels" not in config:
             raise UserError(f"--vae {name} is a {config.get('_class_name', 'model')}, not a VAE of Stable Diffusion.")
         return config, modern_vae_names(find_weights(folder, mmap=mmap).unread_all())
@@ -247,7 +254,8 @@ def _own_name(given: Path, resolved: Path) -> str:
     return resolved.name if given.name in ("", "..") else given.name
 
 
-def _check_family(name: str, identity: Identity, family: ModelFamily) -> None:
+def _architecture(name: str, identity: Identity, family: ModelFamily) -> Architecture:
+    """What the model is. Raises UserError for one that ``family`` does not train."""
     if identity.architecture is None:
         raise UserError(f"{name} is {identity.what}. {identity.advice}")
     if identity.architecture not in family.architectures:
@@ -255,11 +263,12 @@ def _check_family(name: str, identity: Identity, family: ModelFamily) -> None:
             f"{name} is {identity.what}, but this script trains {family.title}. Use {identity.architecture.script} "
             "with the same options."
         )
+    return identity.architecture
 
 
 def _read_tokenizer(folder: Path) -> CLIPTokenizer:
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True, model_max_length=77)
+        tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True, model_max_length=77)
         ids = tokenizer("a photo").input_ids
     except (KeyboardInterrupt, SystemExit):
         raise
@@ -270,7 +279,7 @@ def _read_tokenizer(folder: Path) -> CLIPTokenizer:
     return tokenizer
 
 
-def _widened(config: dict, tensors: UnreadTensors) -> tuple[dict, UnreadTensors]:
+def _widened(config: Config, tensors: UnreadTensors) -> tuple[Config, UnreadTensors]:
     """A U-Net of 4 channels as one that takes more, and heeds them as little as if they were not there."""
     first = tensors.get("conv_in.weight")
     if first is not None and first.ndim == 4:  # if not, what compares the shapes says so
@@ -279,7 +288,7 @@ def _widened(config: dict, tensors: UnreadTensors) -> tuple[dict, UnreadTensors]
     return config | {"in_channels": INPAINTING_CHANNELS}, tensors
 
 
-def _empty(make: Callable[[], nn.Module], where: str) -> nn.Module:
+def _empty(make: Callable[[], _Model], where: str) -> _Model:
     """A model without weights, made from its configuration. Raises UserError where that is impossible."""
     try:
         with init_empty_weights():
@@ -291,9 +300,7 @@ def _empty(make: Callable[[], nn.Module], where: str) -> nn.Module:
         ) from error
 
 
-def _fill(
-    model: nn.Module, tensors: UnreadTensors, dtype: torch.dtype, device: torch.device | str, where: str
-) -> nn.Module:
+def _fill(model: _Model, tensors: UnreadTensors, dtype: torch.dtype, device: torch.device | str, where: str) -> _Model:
     """Read ``tensors`` into an empty model and freeze it. Raises UserError unless all fit."""
     _check_fit(model, tensors, where)
     fill = _filler(tensors, dtype, device)
@@ -331,7 +338,7 @@ def _filler(tensors: UnreadTensors, dtype: torch.dtype, device: torch.device | s
     return fill
 
 
-def _finished(model: nn.Module, device: torch.device | str) -> nn.Module:
+def _finished(model: _Model, device: torch.device | str) -> _Model:
     if sum(weight.numel() for weight in model.parameters()) >= _LARGE_MODEL:
         give_back()  # what was read and cast
     return model.to(device).requires_grad_(False).eval()

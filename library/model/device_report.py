@@ -35,7 +35,8 @@ def describe_torch() -> str:
 
 
 def _cuda_of_driver() -> str:
-    number = torch._C._cuda_getDriverVersion()  # 12040: CUDA 12.4
+    number: int = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # torch's stubs leave it out
+    # 12040: CUDA 12.4
     return f", driver up to CUDA {number // 1000}.{number % 1000 // 10}" if number else ""
 
 

@@ -47,7 +47,7 @@ def fastest_format(device: torch.device | str, dtype: torch.dtype) -> torch.memo
     return torch.preserve_format
 
 
-def let_memory_grow(sizes: Collection, device: torch.device) -> None:
+def let_memory_grow(sizes: Collection[object], device: torch.device) -> None:
     """Let the GPU's memory be taken in pieces that can grow, where batches are of several ``sizes``.
 
     Otherwise what one size leaves is too small for the next, and memory is full while much of it is unused. What the

@@ -5,11 +5,12 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import DiffusionPipeline
+from diffusers.models import AutoencoderKL
 from huggingface_hub.constants import HF_HUB_OFFLINE
 
 from library.model.architectures import Architecture, TextEncoderLayout
-from library.model.identity import read_config, read_object, whole_number
+from library.model.identity import Config, read_config, read_object, whole_number
 from library.model.single_file import modern_vae_names
 from library.model.weight_files import Weights, join_weights, open_weights
 from library.support.errors import UserError
@@ -31,15 +32,15 @@ class ModelFolder:
     architecture: Architecture
     mmap: bool
 
-    def unet(self) -> tuple[dict, UnreadTensors]:
+    def unet(self) -> tuple[Config, UnreadTensors]:
         return self._component("unet")
 
-    def vae(self) -> tuple[dict, UnreadTensors]:
+    def vae(self) -> tuple[Config, UnreadTensors]:
         self._check_vae()
         config, tensors = self._component("vae")
         return config, modern_vae_names(tensors)
 
-    def text_encoder(self, layout: TextEncoderLayout) -> tuple[dict, UnreadTensors]:
+    def text_encoder(self, layout: TextEncoderLayout) -> tuple[Config, UnreadTensors]:
         config, tensors = self._component(layout.component)
         return config, {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
 
@@ -62,10 +63,10 @@ class ModelFolder:
         if not (self.path / "vae" / "config.json").is_file():
             raise UserError(f"{self.path} holds no VAE. Give one with --vae.")
 
-    def _component(self, name: str) -> tuple[dict, UnreadTensors]:
+    def _component(self, name: str) -> tuple[Config, UnreadTensors]:
         return self._config(name), find_weights(self.path / name, mmap=self.mmap).unread_all()
 
-    def _config(self, component: str) -> dict:
+    def _config(self, component: str) -> Config:
         config = read_config(self.path / component / "config.json")
         if config is None:
             raise UserError(f"{self.path} is incomplete: {component}/config.json is missing.")
@@ -147,7 +148,7 @@ def _has_weights(folder: Path, *, plain: bool = False) -> bool:
     return all(any(f.suffix in kinds and not (plain and "." in f.stem) for f in part.iterdir()) for part in parts)
 
 
-def fetch_vae(name: str) -> tuple[dict, UnreadTensors]:
+def fetch_vae(name: str) -> tuple[Config, UnreadTensors]:
     """A VAE on the hub, at the root of its repository or in the folder ``vae``. Raises UserError."""
     failures = []
     for variant, folder in itertools.product((None, "fp16"), (None, "vae")):

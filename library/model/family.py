@@ -7,6 +7,7 @@ in ``architectures.py``.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -17,6 +18,19 @@ from library.options.options import ModelOptions
 from library.support.errors import UserError
 
 START_OF_TEXT, END_OF_TEXT = 49406, 49407  # CLIP's BOS and EOS
+
+
+class _Encoded(Protocol):
+    """What a text encoder gives, each [B * n, 77, D]."""
+
+    last_hidden_state: torch.Tensor
+    hidden_states: tuple[torch.Tensor, ...]
+
+
+class _Denoised(Protocol):
+    """What a U-Net gives, [B, 4, h, w]."""
+
+    sample: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -90,32 +104,52 @@ class ModelFamily(ABC):
 class StableDiffusion(ModelFamily):
     """SD 1.x and 2.x: one text encoder; its hidden state, after the final norm, is the whole conditioning."""
 
-    def encode_prompts(self, text_encoders, input_ids, clip_skip=None, end_of_text=END_OF_TEXT):
+    def encode_prompts(
+        self,
+        text_encoders: Sequence[nn.Module],
+        input_ids: Sequence[torch.Tensor],
+        clip_skip: int | None = None,
+        end_of_text: int = END_OF_TEXT,
+    ) -> Conditioning:
         (encoder,), (ids,) = text_encoders, input_ids
         output = _run(encoder, ids, all_states=clip_skip is not None)
         if clip_skip is None:
             states = output.last_hidden_state
         else:
-            states = _text_model(encoder).final_layer_norm(_hidden_state(output, clip_skip))
+            final_norm = _text_model(encoder).get_submodule("final_layer_norm")
+            states = final_norm(_hidden_state(output, clip_skip))
         return Conditioning(_join_windows(states, ids))
 
-    def predict_noise(self, unet, noisy, timesteps, conditioning, size_conditioning=None):
+    def predict_noise(
+        self,
+        unet: nn.Module,
+        noisy: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditioning: Conditioning,
+        size_conditioning: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         dtype = _compute_dtype(unet)
-        return unet(noisy.to(dtype), timesteps, conditioning.context.to(dtype)).sample.float()
+        return _sample(unet(noisy.to(dtype), timesteps, conditioning.context.to(dtype)))
 
-    def modelspec_architecture(self, options):
+    def modelspec_architecture(self, options: ModelOptions) -> str:
         if not options.v2:
             return "stable-diffusion-v1"
         return "stable-diffusion-v2-768-v" if options.v_parameterization else "stable-diffusion-v2-512"
 
-    def base_model_version(self, options):
+    def base_model_version(self, options: ModelOptions) -> str:
         return ("sd_v2" if options.v2 else "sd_v1") + ("_v" if options.v_parameterization else "")
 
 
 class StableDiffusionXL(ModelFamily):
     """SDXL: hidden states of two encoders side by side, without final norm, and a pooled vector of the second."""
 
-    def encode_prompts(self, text_encoders, input_ids, clip_skip=None, end_of_text=END_OF_TEXT):
+    def encode_prompts(
+        self,
+        text_encoders: Sequence[nn.Module],
+        input_ids: Sequence[torch.Tensor],
+        clip_skip: int | None = None,
+        end_of_text: int = END_OF_TEXT,
+    ) -> Conditioning:
         outputs = [_run(encoder, ids, all_states=True) for encoder, ids in zip(text_encoders, input_ids, strict=True)]
         contexts = [
             _join_windows(_hidden_state(output, clip_skip or 2), ids)
@@ -124,31 +158,42 @@ class StableDiffusionXL(ModelFamily):
         pooled = _pooled(text_encoders[-1], outputs[-1].last_hidden_state, input_ids[-1], end_of_text)
         return Conditioning(torch.cat(contexts, dim=-1), pooled)
 
-    def predict_noise(self, unet, noisy, timesteps, conditioning, size_conditioning=None):
+    def predict_noise(
+        self,
+        unet: nn.Module,
+        noisy: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditioning: Conditioning,
+        size_conditioning: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if conditioning.pooled is None or size_conditioning is None:
+            raise ValueError("SDXL's U-Net wants a pooled vector and sizes")
         dtype = _compute_dtype(unet)
         # The six sizes stay float32: bfloat16 cannot tell 1016 from 1020, and the U-Net casts their sinusoids itself.
         added = {"text_embeds": conditioning.pooled.to(dtype), "time_ids": size_conditioning.float()}
         context = conditioning.context.to(dtype)
-        return unet(noisy.to(dtype), timesteps, context, added_cond_kwargs=added).sample.float()
+        return _sample(unet(noisy.to(dtype), timesteps, context, added_cond_kwargs=added))
 
-    def modelspec_architecture(self, options):
+    def modelspec_architecture(self, options: ModelOptions) -> str:
         return "stable-diffusion-xl-v1-base"
 
-    def base_model_version(self, options):
+    def base_model_version(self, options: ModelOptions) -> str:
         return "sdxl_base_v1-0"
 
 
-def _run(encoder: nn.Module, ids: torch.Tensor, all_states: bool):
+def _run(encoder: nn.Module, ids: torch.Tensor, all_states: bool) -> _Encoded:
     """Encode [B, n, 77] ids as B * n sequences of their own."""
-    return encoder(input_ids=ids.flatten(0, 1), output_hidden_states=all_states)
+    output: _Encoded = encoder(input_ids=ids.flatten(0, 1), output_hidden_states=all_states)
+    return output
 
 
 def _text_model(encoder: nn.Module) -> nn.Module:
     """The encoder without projection: transformers nests it in the class with projection only."""
-    return getattr(encoder, "text_model", encoder)
+    inner: nn.Module = getattr(encoder, "text_model", encoder)
+    return inner
 
 
-def _hidden_state(output, clip_skip: int) -> torch.Tensor:
+def _hidden_state(output: _Encoded, clip_skip: int) -> torch.Tensor:
     """The ``clip_skip``-th hidden state from the end, [B * n, 77, D]: 1 is the last layer's, before the final norm."""
     if not 1 <= clip_skip < len(output.hidden_states):
         layers = len(output.hidden_states) - 1
@@ -163,8 +208,8 @@ def _join_windows(states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
     The first BOS, the 75 body states of each window, and the last state of the last window remain.
     """
-    states = states.unflatten(0, ids.shape[:2])
-    return torch.cat([states[:, 0, :1], states[:, :, 1:-1].flatten(1, 2), states[:, -1, -1:]], dim=1)
+    windows: torch.Tensor = states.unflatten(0, ids.shape[:2])
+    return torch.cat([windows[:, 0, :1], windows[:, :, 1:-1].flatten(1, 2), windows[:, -1, -1:]], dim=1)
 
 
 def _pooled(encoder: nn.Module, last_states: torch.Tensor, ids: torch.Tensor, end_of_text: int) -> torch.Tensor:
@@ -175,12 +220,17 @@ def _pooled(encoder: nn.Module, last_states: torch.Tensor, ids: torch.Tensor, en
     first_window = last_states.unflatten(0, ids.shape[:2])[:, 0]
     position = (ids[:, 0] == end_of_text).int().argmax(dim=-1)
     batch = torch.arange(len(ids), device=position.device)
-    return encoder.text_projection(first_window[batch, position])
+    pooled: torch.Tensor = encoder.get_submodule("text_projection")(first_window[batch, position])
+    return pooled
 
 
 def _compute_dtype(unet: nn.Module) -> torch.dtype:
     """The dtype the U-Net computes in; its norms always hold it, also when other weights are stored in float8."""
-    return unet.conv_norm_out.weight.dtype
+    return unet.get_parameter("conv_norm_out.weight").dtype
+
+
+def _sample(output: _Denoised) -> torch.Tensor:
+    return output.sample.float()
 
 
 STABLE_DIFFUSION = StableDiffusion(

@@ -7,6 +7,7 @@ The two functions here save the weight as it is stored, and unfold it a second t
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,18 @@ from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input
 
 FLOAT8 = torch.float8_e4m3fn
+Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
+
+
+class _Context(Protocol):
+    """What autograd hands on from forward to backward."""
+
+    saved_tensors: tuple[Tensor, Tensor | None]
+    input_shape: torch.Size
+    geometry: Geometry
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        """Keep tensors as ``saved_tensors``."""
 
 
 def fold(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,13 +55,13 @@ class _FrozenLinear(torch.autograd.Function):
     """x Wᵀ + b with a gradient for x alone."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    def forward(ctx: _Context, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight, scale)
         return F.linear(x, unfold(weight, scale, x.dtype), bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return grad @ unfold(*ctx.saved_tensors, grad.dtype), None, None, None
 
 
@@ -56,16 +69,23 @@ class _FrozenConv2d(torch.autograd.Function):
     """A convolution with a gradient for x alone; ``geometry`` is (stride, padding, dilation, groups)."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, geometry: tuple) -> Tensor:
+    def forward(
+        ctx: _Context, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, geometry: Geometry
+    ) -> Tensor:
         ctx.save_for_backward(weight, scale)
         ctx.input_shape, ctx.geometry = x.shape, geometry
         return F.conv2d(x, unfold(weight, scale, x.dtype), bias, *geometry)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         weight = unfold(*ctx.saved_tensors, grad.dtype)
         return conv2d_input(ctx.input_shape, weight, grad, *ctx.geometry), None, None, None, None
+
+
+def _applied(function: type[torch.autograd.Function], *arguments: Tensor | Geometry | None) -> Tensor:
+    result: Tensor = function.apply(*arguments)
+    return result
 
 
 class FrozenLayer(nn.Module):
@@ -74,6 +94,9 @@ class FrozenLayer(nn.Module):
     8-bit weights are buffers, so that "the dtype of the module", which diffusers reads off the parameters, stays that
     of the computation. The bias keeps the computing dtype always.
     """
+
+    weight: Tensor
+    scale: Tensor | None
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, float8: bool):
         super().__init__()
@@ -89,7 +112,7 @@ class FrozenLayer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrozenLayer":
         """Follow the module to its device and its order in memory, but keep the stored dtypes when it is cast."""
         stored = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's is not annotated
         for name, tensor in stored.items():
             moved = getattr(self, name)
             if moved.dtype != tensor.dtype:
@@ -102,7 +125,7 @@ class FrozenLinear(FrozenLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """x Wᵀ + b in x's dtype."""
-        return _FrozenLinear.apply(x, self.weight, self.scale, self.bias)
+        return _applied(_FrozenLinear, x, self.weight, self.scale, self.bias)
 
 
 class FrozenConv2d(FrozenLayer):
@@ -110,11 +133,13 @@ class FrozenConv2d(FrozenLayer):
 
     def __init__(self, layer: nn.Conv2d, float8: bool):
         super().__init__(layer, float8)
+        if isinstance(layer.padding, str):
+            raise ValueError(f"a convolution whose padding is {layer.padding!r}, not numbers")
         self.geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
 
     def forward(self, x: Tensor) -> Tensor:
         """The convolution in x's dtype."""
-        return _FrozenConv2d.apply(x, self.weight, self.scale, self.bias, self.geometry)
+        return _applied(_FrozenConv2d, x, self.weight, self.scale, self.bias, self.geometry)
 
 
 def _replacement(layer: nn.Module, float8: bool) -> FrozenLayer | None:

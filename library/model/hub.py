@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, hf_hub_download
 
 from library.options.output import REPO_TYPES, HubOptions
 from library.support.errors import UserError, first_line, survived
@@ -22,12 +22,12 @@ _STATE = re.compile(r"(?P<repo>[^/:]+/[^/:]+)/(?P<path>[^:]+?)/?(?::(?P<revision
 class HubUpload:
     """Uploads to one repository, each file in a commit of its own."""
 
-    def __init__(self, api: HfApi, options: HubOptions):
-        self.api, self.repo_id = api, options.huggingface_repo_id
+    def __init__(self, api: HfApi, repo_id: str, options: HubOptions):
+        self.api, self.repo_id = api, repo_id
         self.repo_type = options.huggingface_repo_type or "model"
         self.folder = (options.huggingface_path_in_repo or "").strip("/")
         self.background = options.async_upload
-        self.waiting: list[Future] = []
+        self.waiting: list[Future[CommitInfo]] = []
 
     @classmethod
     def open(cls, options: HubOptions) -> "HubUpload | None":
@@ -38,13 +38,16 @@ class HubUpload:
         repo_id = options.huggingface_repo_id
         if repo_id is None:
             return None
-        uploads = cls(HfApi(token=options.huggingface_token), options)
-        place = {"repo_id": repo_id, "repo_type": uploads.repo_type}
-        sdk = {"space_sdk": "static"} if uploads.repo_type == "space" else {}
+        uploads = cls(HfApi(token=options.huggingface_token), repo_id, options)
         private = options.huggingface_repo_visibility != "public"
         asking = f"--huggingface_repo_id {repo_id}"
-        _ask(asking, lambda: uploads.api.create_repo(**place, **sdk, private=private, exist_ok=True))
-        _ask(asking, lambda: uploads.api.auth_check(**place, write=True))
+        api, kind = uploads.api, uploads.repo_type
+        sdk = "static" if kind == "space" else None
+        _ask(
+            asking,
+            lambda: api.create_repo(repo_id, repo_type=kind, space_sdk=sdk, private=private, exist_ok=True),
+        )
+        _ask(asking, lambda: api.auth_check(repo_id, repo_type=kind, write=True))
         logger.info("Saved files are uploaded to %s %s on the Hugging Face hub.", uploads.repo_type, repo_id)
         return uploads
 
@@ -57,7 +60,7 @@ class HubUpload:
             files = [file for file in sorted(path.iterdir()) if file.is_file()] if path.is_dir() else [path]
             # Read now: a checkpoint may be removed again before the background comes to it.
             contents = [(file.relative_to(path.parent).as_posix(), file.read_bytes()) for file in files]
-            done = self.api.create_commit(
+            done = self.api.create_commit(  # type: ignore[call-overload]  # declared for True and for False only
                 self.repo_id,
                 [
                     CommitOperationAdd("/".join(filter(None, (self.folder, name))), content)
@@ -82,7 +85,7 @@ class HubUpload:
     def _failure(self, name: str) -> str:
         return f"{name} was not uploaded to {self.repo_id}; the training goes on."
 
-    def _say_failure(self, name: str, future: Future) -> None:
+    def _say_failure(self, name: str, future: Future[CommitInfo]) -> None:
         with survived(self._failure(name)):
             future.result()
 
@@ -93,8 +96,8 @@ def download_state(place: str, file: str, token: str | None) -> Path:
     Raises UserError for another form, and where the hub cannot be reached or has no such file.
     """
     found = _STATE.fullmatch(place)
-    kind = found and (found["type"] or "model")
-    if kind not in REPO_TYPES:
+    kind = (found["type"] or "model") if found else None
+    if found is None or kind not in REPO_TYPES:
         raise UserError(
             f'--resume "{place}": with --resume_from_huggingface it must be user/name/path, then :revision and '
             f":type if need be, such as user/name/mychar-state:main:dataset. Types are {', '.join(REPO_TYPES)}."

@@ -13,6 +13,7 @@ from library.support.errors import UserError
 from library.support.text_files import parse_json, read_text
 
 Shapes = Mapping[str, tuple[int, ...]]
+Config = dict[str, Any]  # the content of a JSON file
 
 _OTHER_FAMILY = "Textual Inversion is not supported for it; use LoRA or fine-tuning instead."
 _PLAIN_MODEL = "Give the complete base model instead."
@@ -186,7 +187,7 @@ def identify_folder(folder: Path) -> Identity:
     return _supported(SD2 if is_sd2 else SD1, channels, "model")
 
 
-def _identify_other_folder(folder: Path, pipeline: dict | None) -> Identity:
+def _identify_other_folder(folder: Path, pipeline: Config | None) -> Identity:
     if pipeline is None:
         files = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".ckpt"))
         if files:
@@ -204,7 +205,7 @@ def _identify_other_folder(folder: Path, pipeline: dict | None) -> Identity:
     return Identity(title, advice=_OTHER_FAMILY)
 
 
-def read_config(file: Path) -> dict | None:
+def read_config(file: Path) -> Config | None:
     """A component's configuration, or None if there is no such file.
 
     Raises UserError if it is no JSON object, or holds sizes of which no model can be made: some would be tried for
@@ -220,7 +221,7 @@ def read_config(file: Path) -> dict | None:
     return config
 
 
-def whole_number(config: dict, name: str, default: int, file: Path) -> int:
+def whole_number(config: Config, name: str, default: int, file: Path) -> int:
     """A whole number above 0 of a configuration. Raises UserError, naming the file, for anything else."""
     value = config.get(name, default)
     if type(value) is not int or value < 1:
@@ -228,12 +229,12 @@ def whole_number(config: dict, name: str, default: int, file: Path) -> int:
     return value
 
 
-def positive_number(config: dict, name: str, default: float, file: Path) -> float:
+def positive_number(config: Config, name: str, default: float, file: Path) -> float:
     """A number above 0 of a configuration. Raises UserError, naming the file, for anything else."""
     value = config.get(name, default)
     if type(value) not in (int, float) or value <= 0:
         raise _damaged(file, name, value)
-    return value
+    return float(value)
 
 
 def _damaged(file: Path, name: str, value: Any) -> UserError:
@@ -243,7 +244,7 @@ def _damaged(file: Path, name: str, value: Any) -> UserError:
     )
 
 
-def read_object(file: Path) -> dict | None:
+def read_object(file: Path) -> Config | None:
     """The content of a JSON file, or None if there is none. Raises UserError if it is no JSON object."""
     if not file.is_file():
         return None

@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import accelerate
 import torch
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
+    KwargsHandler,
     broadcast_object_list,
     gather_object,
     parse_flag_from_env,
@@ -25,6 +26,9 @@ from library.options.launcher import check_launcher
 from library.options.training import RuntimeOptions
 from library.support import processes
 from library.support.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from diffusers.models import AutoencoderKL, UNet2DConditionModel
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +117,7 @@ class Machine:
 
 def make_accelerator(options: RuntimeOptions, precision: Precision) -> accelerate.Accelerator:
     """Create the Accelerator (device, processes, gradient scaler); gradient accumulation is the trainer's own."""
-    handlers: list = []
+    handlers: list[KwargsHandler] = []
     if options.ddp_timeout:
         handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=options.ddp_timeout)))
     if options.ddp_gradient_as_bucket_view or options.ddp_static_graph:
@@ -184,7 +188,7 @@ def _threads_chosen() -> bool:
 
 def decided_by_main(decide: Callable[[], _T]) -> _T:
     """What ``decide`` gives in the main process, for all processes; it is called there alone. Its UserError too."""
-    answer: list = [None]
+    answer: list[Any] = [None]  # pickled on its way to the others
     if accelerate.PartialState().is_main_process:
         try:
             answer = [decide()]
@@ -193,7 +197,8 @@ def decided_by_main(decide: Callable[[], _T]) -> _T:
     broadcast_object_list(answer)
     if isinstance(answer[0], UserError):
         raise answer[0]
-    return answer[0]
+    decided: _T = answer[0]
+    return decided
 
 
 def shared_out(items: Sequence[_T], work: Callable[[Sequence[_T]], list[_U]]) -> list[_U]:
@@ -207,7 +212,7 @@ def shared_out(items: Sequence[_T], work: Callable[[Sequence[_T]], list[_U]]) ->
     if state.num_processes == 1:
         return work(mine)
     try:
-        made: list = [(work(mine), None)]
+        made: list[tuple[list[_U], str | None]] = [(work(mine), None)]
     except Exception as error:  # whatever it is, the others are told before it goes on
         made = [([], f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error))]
     parts = gather_object(made)
@@ -247,7 +252,7 @@ def check_runtime(options: RuntimeOptions) -> None:
             )
 
 
-def set_attention(options: RuntimeOptions, unet, vae) -> None:
+def set_attention(options: RuntimeOptions, unet: "UNet2DConditionModel | None", vae: "AutoencoderKL | None") -> None:
     """Choose the attention implementation: xformers, or PyTorch's own (the default, ``--sdpa``).
 
     ``--mem_eff_attn`` leaves PyTorch its memory-efficient CUDA kernel (and the plain one where that cannot serve); the

@@ -4,7 +4,7 @@ A file does not say how its model is built. The bundled configurations do, and t
 shapes of the tensors, so that unusual widths load as well.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +17,17 @@ from diffusers.loaders.single_file_utils import (
 )
 
 from library.model.architectures import Architecture, TextEncoderLayout
-from library.model.identity import read_config, size_of
+from library.model.identity import Config, read_config, size_of
 from library.model.weight_files import Weights
 from library.support.errors import UserError, first_line
-from library.support.stored_tensors import UnreadTensors
+from library.support.stored_tensors import Unread, UnreadTensors
 
 HEAD_WIDTH = 64  # of every attention in OpenCLIP, SD 2 and SDXL, and in CLIP-L
 _MOST_LAYERS = 100  # of one text encoder or transformer; real ones have up to 32
 _VAE_PREFIXES = ("first_stage_model.", "vae.", "")
 _VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+
+_Conversion = Callable[[UnreadTensors, Config], dict[str, Unread | None]]  # diffusers' own
 
 
 @dataclass(frozen=True)
@@ -37,20 +39,20 @@ class SingleFile:
     architecture: Architecture
     config_folder: Path
 
-    def config(self, component: str) -> dict:
-        return read_config(self.config_folder / component / "config.json")
+    def config(self, component: str) -> Config:
+        return read_config(self.config_folder / component / "config.json") or {}
 
-    def unet(self) -> tuple[dict, UnreadTensors]:
+    def unet(self) -> tuple[Config, UnreadTensors]:
         names = [name for name in self.weights.shapes if name.startswith("model.diffusion_model.")]
         config = self.config("unet")
         tensors = _converted(convert_ldm_unet_checkpoint, self.weights.unread(names), config, self.path)
         pooled = size_of(self.weights.shapes, f"{self.architecture.text_encoders[-1].slot}.model.text_projection", 1)
         return unet_sizes(config, tensors, pooled), tensors
 
-    def vae(self) -> tuple[dict, UnreadTensors]:
+    def vae(self) -> tuple[Config, UnreadTensors]:
         return vae_component(self.path, self.weights, self.config("vae"))
 
-    def text_encoder(self, layout: TextEncoderLayout) -> tuple[dict, UnreadTensors]:
+    def text_encoder(self, layout: TextEncoderLayout) -> tuple[Config, UnreadTensors]:
         config = self.config(layout.component)
         clip, open_clip = f"{layout.slot}.transformer.", f"{layout.slot}.model."
         if names := [name for name in self.weights.shapes if name.startswith(open_clip)]:
@@ -79,7 +81,7 @@ class SingleFile:
             _vae_prefix(self.path, self.weights)
 
 
-def vae_component(path: Path, weights: Weights, config: dict) -> tuple[dict, UnreadTensors]:
+def vae_component(path: Path, weights: Weights, config: Config) -> tuple[Config, UnreadTensors]:
     """A VAE from a checkpoint or a file of its own: original layout with or without prefix, or diffusers' layout."""
     prefix = _vae_prefix(path, weights)
     parts = tuple(prefix + part for part in _VAE_PARTS)
@@ -111,7 +113,7 @@ def modern_vae_names(tensors: UnreadTensors) -> UnreadTensors:
     return result
 
 
-def _converted(convert, tensors: UnreadTensors, config: dict, path: Path) -> UnreadTensors:
+def _converted(convert: _Conversion, tensors: UnreadTensors, config: Config, path: Path) -> UnreadTensors:
     """Call one of diffusers' conversions, which stop at some missing tensors and put None for others."""
     with _conversion(path):
         converted = convert(tensors, config)
@@ -140,7 +142,7 @@ def _from_open_clip(tensors: UnreadTensors, prefix: str) -> UnreadTensors:
     return {name.removeprefix("text_model."): tensor for name, tensor in converted.items()}
 
 
-def unet_sizes(config: dict, tensors: UnreadTensors, pooled_width: int) -> dict:
+def unet_sizes(config: Config, tensors: UnreadTensors, pooled_width: int) -> Config:
     """The U-Net's configuration with the sizes of these tensors (diffusers' names).
 
     ``pooled_width`` is that of SDXL's pooled vector, which shares a layer with six sinusoids of equal width.
@@ -179,7 +181,7 @@ def _unet_heads(widths: list[int], is_xl: bool) -> list[int]:
     return [width // width_of_head for width in widths]
 
 
-def vae_sizes(config: dict, tensors: UnreadTensors) -> dict:
+def vae_sizes(config: Config, tensors: UnreadTensors) -> Config:
     """The VAE's configuration with the sizes of these tensors (diffusers' names)."""
     shape = _Shapes(tensors)
     levels = range(len(config["down_block_types"]))
@@ -189,7 +191,7 @@ def vae_sizes(config: dict, tensors: UnreadTensors) -> dict:
     return config | {"block_out_channels": widths, "latent_channels": channels}
 
 
-def text_sizes(config: dict, tensors: UnreadTensors, spare_layers: int = 0) -> dict:
+def text_sizes(config: Config, tensors: UnreadTensors, spare_layers: int = 0) -> Config:
     """The text encoder's configuration with the sizes of these tensors (transformers' names without prefix).
 
     ``spare_layers`` is how many layers the file holds that the model does not use (SD 2 files: the last).

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -10,6 +11,9 @@ import torch
 from library.model.device_settings import fastest_format
 from library.support.errors import UserError
 from library.support.transfers import sent
+
+if TYPE_CHECKING:
+    from diffusers.models import AutoencoderKL
 
 logger = logging.getLogger(__name__)
 
@@ -25,10 +29,10 @@ class FrozenVae:
 
     def __init__(
         self,
-        vae: torch.nn.Module,
+        vae: "AutoencoderKL",
         device: torch.device | str,
         dtype: torch.dtype,
-        load: Callable[[torch.dtype], torch.nn.Module] | None = None,
+        load: "Callable[[torch.dtype], AutoencoderKL] | None" = None,
     ):
         """``load`` reads the VAE anew: weights that were rounded do not come back by widening them."""
         self.device, self.dtype, self.decoding_dtype = torch.device(device), dtype, dtype
@@ -100,7 +104,8 @@ class FrozenVae:
         Tiles overlap and fade into each other, but may differ a little in shade.
         """
         try:
-            return self.vae.decode(latents).sample
+            whole: torch.Tensor = self.vae.decode(latents).sample
+            return whole
         except torch.OutOfMemoryError:
             logger.warning("The device's memory is too full to draw a picture in one piece; it is drawn in tiles.")
         if self.device.type == "cuda":
@@ -109,7 +114,8 @@ class FrozenVae:
         self.vae.tile_latent_min_size, self.vae.tile_sample_min_size = side, 8 * side
         self.vae.enable_tiling()
         try:
-            return self.vae.decode(latents).sample
+            tiled: torch.Tensor = self.vae.decode(latents).sample
+            return tiled
         finally:
             self.vae.disable_tiling()
 
@@ -165,9 +171,12 @@ class FrozenVae:
             torch.cuda.empty_cache()
 
 
-def _moved(vae: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+def _moved(vae: "AutoencoderKL", device: torch.device, dtype: torch.dtype) -> "AutoencoderKL":
     # Not vae.to(): diffusers' own version warns at every change of dtype, whether it concerns this model or not.
-    return torch.nn.Module.to(vae, device, dtype, memory_format=fastest_format(device, dtype))
+    torch.nn.Module.to(  # type: ignore[call-overload]  # torch's forms leave memory_format out
+        vae, device, dtype, memory_format=fastest_format(device, dtype)
+    )
+    return vae
 
 
 def _finite(mean: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:

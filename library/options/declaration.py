@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, field
 from enum import Enum
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 from library.options.option_types import (
     boolean,
@@ -21,6 +21,9 @@ from library.options.option_types import (
     texts,
     whole_number,
 )
+from library.support.errors import UserError
+
+_T = TypeVar("_T")
 
 # How a reader's values are called on the reference page, and what stands for them in the help.
 KINDS: dict[Callable[[Any], Any], tuple[str, str | None]] = {
@@ -158,6 +161,13 @@ def option_of(declared: Field[Any]) -> Option:
     """The :class:`Option` that a dataclass field declares."""
     found: Option = declared.metadata["option"]
     return found
+
+
+def required(value: _T | None, name: str) -> _T:
+    """The value of a required option. Raises UserError where it is missing, which the checks say first, and better."""
+    if value is None:
+        raise UserError(f"--{name} is missing.")
+    return value
 
 
 def checked(option: Option, value: Any) -> Any:

@@ -45,7 +45,7 @@ def first_names(names: Sequence[str]) -> str:
     return f"{shown}, …" if len(names) > NAMES_SHOWN else shown
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of another library's error that says something, or what kind of error it is."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
