@@ -83,7 +83,13 @@ class BatchSampler:
     """
 
     def __init__(
-        self, order: EpochOrder, *, process_index: int = 0, num_processes: int = 1, accumulation: int = 1, shuffle=True
+        self,
+        order: EpochOrder,
+        *,
+        process_index: int = 0,
+        num_processes: int = 1,
+        accumulation: int = 1,
+        shuffle: bool = True,
     ):
         self.order = order
         self.process_index = process_index

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -68,7 +69,8 @@ class Batch:
 
     def _with_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         found = {name: getattr(self, name) for name in _FOR_THE_NETWORKS}
-        return replace(self, **{name: change(tensor) for name, tensor in found.items() if tensor is not None})
+        changed: dict[str, Any] = {name: change(tensor) for name, tensor in found.items() if tensor is not None}
+        return replace(self, **changed)
 
 
 def collate(samples: Sequence[Sample], weight: float, num_tokenizers: int) -> Batch:
@@ -96,7 +98,10 @@ def collate(samples: Sequence[Sample], weight: float, num_tokenizers: int) -> Ba
 
 
 def _stacked(tensors: list[torch.Tensor | None]) -> torch.Tensor | None:
-    return torch.stack(tensors) if tensors and tensors[0] is not None else None
+    given = [tensor for tensor in tensors if tensor is not None]
+    if given and len(given) < len(tensors):
+        raise ValueError("some samples of a batch have what others lack")
+    return torch.stack(given) if given else None
 
 
 def _stacked_masks(masks: list[torch.Tensor | None]) -> torch.Tensor | None:

@@ -171,9 +171,11 @@ def size_conditioning_crop(bucket: Size, image_size: Size) -> tuple[float, float
     """
     width, height = bucket
     ratio = image_size[0] / image_size[1]
+    fitted_width: float = width
+    fitted_height: float = height
     if width / height > ratio:
-        fitted_width, fitted_height = height * ratio, height
+        fitted_width = height * ratio
     else:
-        fitted_width, fitted_height = width, width / ratio
+        fitted_height = width / ratio
     left, top = (width - fitted_width) // 2, (height - fitted_height) // 2
     return left, top, left + fitted_width, top + fitted_height

@@ -12,6 +12,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from library.embedding.placeholder import Placeholder
 
@@ -118,7 +119,8 @@ class CaptionRules:
         names = ("prefix", "suffix", "separator", "keep_tokens_separator", "secondary_separator")
         given = {name: text for name in names if (text := getattr(self, name))}
         # A separator must not become empty.
-        return replace(self, **{name: rewrite(text) or text for name, text in given.items()})
+        changed: dict[str, Any] = {name: rewrite(text) or text for name, text in given.items()}
+        return replace(self, **changed)
 
 
 def calm_rules(rules: CaptionRules) -> CaptionRules:

@@ -27,7 +27,7 @@ from library.data.schema import (
 )
 from library.data.sources import Source, Table, find_source
 from library.options.checks import CACHED_INPAINTING
-from library.options.options import DatasetOptions
+from library.options.data import DatasetOptions
 from library.support.errors import UserError
 from library.support.shipped_files import shipped
 
@@ -67,7 +67,7 @@ class SubsetConfig:
     @property
     def source(self) -> str:
         """The file or folder that lists the pictures."""
-        return self.metadata_file or self.image_dir
+        return self.metadata_file or self.image_dir or ""
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,9 @@ def _dataset(table: Table, source: Source, options: DatasetOptions, bucket_step:
 
 def _as_size(value: int | Sequence[int] | None) -> Size | None:
     """(width, height) of a size as a file has it: one side of a square, or both sides."""
-    return value and ((value, value) if isinstance(value, int) else (value[0], value[1]))
+    if not value:
+        return None
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
 def _kinds(table: Table, options: DatasetOptions) -> list[str]:

@@ -29,7 +29,8 @@ from library.data.preflight import Report
 from library.data.random_masks import random_mask
 from library.data.samples import sample_seeds
 from library.embedding.tokenizer import PromptTokenizer
-from library.options.options import DatasetOptions
+from library.options.data import DatasetOptions
+from library.options.declaration import required
 from library.support.errors import UserError
 from library.support.user_classes import load_class
 
@@ -52,7 +53,7 @@ class CustomData:
         seed: int = 0,
     ):
         """Make the user's dataset and tell it the seed and the word's replacements, as far as it takes them."""
-        self.name = options.dataset_class
+        self.name = required(options.dataset_class, "dataset_class")
         self.prompts = prompts
         self.seed = seed
         self.resolution: Size = options.resolution or (512, 512)
@@ -120,13 +121,13 @@ class CustomData:
         return None
 
 
-def _tell(dataset: Any, method: str, *values) -> None:
+def _tell(dataset: Any, method: str, *values: object) -> None:
     """Call a method that sd-scripts' own datasets have, if this one has it."""
     if hasattr(dataset, method):
         getattr(dataset, method)(*values)
 
 
-class CustomSource(Dataset):
+class CustomSource(Dataset[Batch]):
     """Turns the user's dictionaries into batches, in whatever process the loader runs."""
 
     def __init__(self, data: CustomData):
@@ -160,13 +161,13 @@ class _Reader:
             raise self._error(f"must give dictionaries, not {type(values).__name__}")
         latents = self._floats(values, "latents", (None, 4, None, None))
         images = self._floats(values, "images", (None, 3, None, None))
-        if latents is None and images is None:
+        pictures = images if latents is None else latents
+        if pictures is None:
             raise self._error('gives neither "latents" nor "images"')
         if self.data.inpainting:
             if images is None:
                 raise self._error('gives "latents", but masks for --train_inpainting need "images"')
-            latents = None
-        pictures = images if latents is None else latents
+            latents, pictures = None, images
         count, scale = len(pictures), 1 if latents is None else PIXELS_PER_LATENT
         height, width = (side * scale for side in pictures.shape[-2:])
         captions = self._captions(values, count)
@@ -199,7 +200,7 @@ class _Reader:
         except (TypeError, ValueError, RuntimeError) as error:
             raise self._error(f'gives "{key}" that cannot become a tensor: {error}') from error
 
-    def _floats(self, values: dict, key: str, shape: tuple[int | None, ...]) -> torch.Tensor | None:
+    def _floats(self, values: dict[str, Any], key: str, shape: tuple[int | None, ...]) -> torch.Tensor | None:
         """The tensor under a key, if there is one; None in ``shape`` stands for any length."""
         if values.get(key) is None:
             return None
@@ -212,7 +213,7 @@ class _Reader:
             raise self._error(f'gives "{key}" of shape {list(tensor.shape)}; it must be [{wanted}]')
         return tensor
 
-    def _shares(self, values: dict, key: str, shape: tuple[int | None, ...]) -> torch.Tensor | None:
+    def _shares(self, values: dict[str, Any], key: str, shape: tuple[int | None, ...]) -> torch.Tensor | None:
         """The same for numbers from 0 to 1."""
         tensor = self._floats(values, key, shape)
         if tensor is not None and not ((tensor >= 0) & (tensor <= 1)).all():  # nor is NaN
@@ -220,7 +221,7 @@ class _Reader:
             raise self._error(f'gives "{key}" with values from {lowest:g} to {highest:g}; they must be from 0 to 1')
         return tensor
 
-    def _captions(self, values: dict, count: int) -> list[str]:
+    def _captions(self, values: dict[str, Any], count: int) -> list[str]:
         captions = values.get("captions")
         if not captions:
             return [""] * count
@@ -228,7 +229,7 @@ class _Reader:
             raise self._error(f'gives "captions" that are not a list of {count} texts')
         return list(map(self.data.prompts.repaired, captions))
 
-    def _input_ids(self, values: dict, captions: list[str], count: int) -> list[torch.Tensor]:
+    def _input_ids(self, values: dict[str, Any], captions: list[str], count: int) -> list[torch.Tensor]:
         prompts, given = self.data.prompts, values.get("input_ids_list")
         if given is None:
             if not values.get("captions"):
@@ -254,7 +255,7 @@ class _Reader:
             )
         return ids.long().reshape(count, -1, 77)
 
-    def _masks(self, values: dict, count: int) -> torch.Tensor | None:
+    def _masks(self, values: dict[str, Any], count: int) -> torch.Tensor | None:
         if self.data.masked_loss:
             masks = self._floats(values, "conditioning_images", (count, None, None, None))
             if masks is not None:
@@ -266,17 +267,16 @@ class _Reader:
         """See ``samples.sample_seeds``."""
         return sample_seeds(self.data.seed, self.ref.epoch, self.ref.position << 16 | number)
 
-    def _holes(self, values: dict, count: int, size_hw: tuple[int, int]) -> torch.Tensor:
+    def _holes(self, values: dict[str, Any], count: int, size_hw: tuple[int, int]) -> torch.Tensor:
         given = self._shares(values, "masks", (count, 1, *size_hw))
         if given is not None:
             return given
         rngs = [random.Random(self._seeds(number)[0]) for number in range(count)]
         return torch.stack([torch.from_numpy(random_mask(size_hw[::-1], rng))[None].float() for rng in rngs])
 
-    def _sizes(self, values: dict, count: int, size_hw: tuple[int, int]) -> torch.Tensor:
+    def _sizes(self, values: dict[str, Any], count: int, size_hw: tuple[int, int]) -> torch.Tensor:
         """File size, crop and target size of each sample; what is not given is the whole picture."""
         whole = torch.tensor(size_hw, dtype=torch.float32).expand(count, 2)
         usual = {"original_sizes_hw": whole, "crop_top_lefts": torch.zeros(count, 2), "target_sizes_hw": whole}
-        given = {key: self._floats(values, key, (count, 2)) for key in usual}
-        columns = [usual[key] if given[key] is None else given[key] for key in usual]
-        return torch.cat(columns, dim=1)
+        given = ((whole, self._floats(values, key, (count, 2))) for key, whole in usual.items())
+        return torch.cat([whole if own is None else own for whole, own in given], dim=1)

@@ -2,7 +2,18 @@
 
 from collections.abc import Iterator
 
-from library.data.schema import DATASET, DREAMBOOTH, FILE, FINETUNING, GENERAL, MASK, OPTION_NAMES, SUBSET, known_keys
+from library.data.schema import (
+    DATASET,
+    DREAMBOOTH,
+    FILE,
+    FINETUNING,
+    GENERAL,
+    MASK,
+    OPTION_NAMES,
+    SUBSET,
+    Key,
+    known_keys,
+)
 from library.options.options import declared_options
 from library.options.reference_page import default_of, escaped, help_of, table
 
@@ -190,7 +201,7 @@ def _levels() -> tuple[str, ...]:
     return FILE, GENERAL, DATASET, SUBSET
 
 
-def _known(level: str) -> dict:
+def _known(level: str) -> dict[str, Key]:
     """The keys that may stand at a level, of whichever kind the subsets are."""
     return {name: key for kind in _IMAGES_FROM for name, key in known_keys(level, kind).items()}
 

@@ -14,6 +14,7 @@ from library.data.image_sets import ImageSet, load_image_sets
 from library.embedding.placeholder import Placeholder
 from library.embedding.text_repair import repair, repaired_around
 from library.model.architectures import BUCKET_STEPS, VOCABULARY
+from library.options.declaration import required
 from library.options.options import Options
 from library.support.errors import UserError, counted, first_names
 
@@ -37,7 +38,7 @@ def find_images(options: Options, family: str) -> FoundImages | None:
     check_caching(configs, caching=options.cache.cache_latents)
     sets = tuple(map(load_image_sets, configs))
     token = options.token
-    word = Placeholder(token.token_string, token.num_vectors_per_token)
+    word = Placeholder(required(token.token_string, "token_string"), token.num_vectors_per_token)
     if not (token.use_object_template or token.use_style_template):
         _require_word([found for those in sets for found in those], word)
     return FoundImages(configs, sets)

@@ -80,7 +80,7 @@ def load_image_sets(config: DatasetConfig) -> list[ImageSet]:
             raise UserError(_empty_message(subset))
         logger.warning("%s It is skipped.", _empty_message(subset))
     sets = _without_repeated_paths(sets)
-    _match_masks([found for found in sets if found.subset.conditioning_data_dir])
+    _match_masks(sets)
     return _without_small_images(sets, config)
 
 
@@ -110,7 +110,7 @@ def _empty_message(subset: SubsetConfig) -> str:
         return f'The metadata file "{subset.metadata_file}" lists no pictures.'
     extensions = ", ".join(sorted(IMAGE_EXTENSIONS))
     message = f'The image folder "{subset.image_dir}" holds no pictures ({extensions}).'
-    with os.scandir(subset.image_dir) as entries:
+    with os.scandir(subset.source) as entries:
         folders = sorted(entry.name for entry in entries if entry.is_dir())[:NAMES_SHOWN]
     if folders:
         message += f" It has folders ({', '.join(folders)}), but folders inside it are not searched."
@@ -123,7 +123,7 @@ def load_image_set(subset: SubsetConfig) -> ImageSet:
 
 
 def _load_folder(subset: SubsetConfig) -> ImageSet:
-    folder, all_lines = subset.image_dir, subset.captions.wildcard
+    folder, all_lines = subset.source, subset.captions.wildcard
     present = _file_names(folder, "image_dir")
     names = sorted(name for name in present if _is_image(name))
     extensions = caption_extensions(subset.caption_extension, subset.class_tokens)
@@ -163,7 +163,7 @@ def _read_through_cache(
 ) -> tuple[list[str], list[tuple[int, int]]]:
     """Captions and sizes of a folder with ``cache_info``: from its cache where the files have not changed since."""
     cache = FolderCache(folder)
-    entries = {}
+    captions, sizes, entries = [], [], {}
     for path, caption_path in zip(paths, caption_paths, strict=True):
         lines = "all" if all_lines else "first"
         stamp = [_file_stamp(path), f"{_file_stamp(caption_path)} {lines}" if caption_path else NO_FILE]
@@ -172,8 +172,10 @@ def _read_through_cache(
             caption = read_caption(caption_path, all_lines=all_lines) if caption_path else cache.noted_caption(path)
             noted = caption, image_size(path)
         entries[path] = {"caption": noted[0], "resolution": list(noted[1]), "stamp": stamp}
+        captions.append(noted[0])
+        sizes.append(noted[1])
     cache.save(entries)
-    return [entry["caption"] for entry in entries.values()], [entry["resolution"] for entry in entries.values()]
+    return captions, sizes
 
 
 def _file_stamp(path: str) -> str:
@@ -184,7 +186,7 @@ def _file_stamp(path: str) -> str:
 
 def _load_metadata(subset: SubsetConfig) -> ImageSet:
     rules = subset.captions
-    entries = read_metadata(subset.metadata_file, separator=rules.separator, all_lines=rules.wildcard)
+    entries = read_metadata(subset.source, separator=rules.separator, all_lines=rules.wildcard)
     paths = [_picture_path(entry.key, subset) for entry in entries]
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
@@ -291,14 +293,15 @@ def _without_repeated_paths(sets: list[ImageSet]) -> list[ImageSet]:
 
 
 def _match_masks(sets: Iterable[ImageSet]) -> None:
-    """Give every picture its mask file: the one picture of the same name in the mask folder.
+    """Give every picture of a subset with a mask folder its mask file: the one picture of the same name there.
 
     Subsets may share a mask folder. Raises UserError when a mask is missing, stands for no picture, occurs twice or has
     another size than its picture.
     """
     by_folder: dict[str, list[ImageSet]] = defaultdict(list)
     for found in sets:
-        by_folder[found.subset.conditioning_data_dir].append(found)
+        if found.subset.conditioning_data_dir:
+            by_folder[found.subset.conditioning_data_dir].append(found)
     for folder, sharing in by_folder.items():
         masks = _masks_by_stem(folder)
         paths = [path for found in sharing for path in found.paths]
@@ -311,7 +314,7 @@ def _match_masks(sets: Iterable[ImageSet]) -> None:
             )
         for found in sharing:
             found.masks = [os.path.join(folder, masks[_stem(path)]) for path in found.paths]
-            _check_mask_sizes(found)
+            _check_mask_sizes(found, found.masks)
 
 
 def _stem(path: str) -> str:
@@ -326,8 +329,8 @@ def _masks_by_stem(folder: str) -> dict[str, str]:
     return masks
 
 
-def _check_mask_sizes(found: ImageSet) -> None:
-    for path, mask, (width, height) in zip(found.paths, found.masks, found.sizes.tolist(), strict=True):
+def _check_mask_sizes(found: ImageSet, masks: Sequence[str]) -> None:
+    for path, mask, (width, height) in zip(found.paths, masks, found.sizes.tolist(), strict=True):
         check_mask_size(image_size(mask), mask, (width, height), path)
 
 

@@ -134,15 +134,20 @@ class ImageTable:
     def image_sizes(self) -> np.ndarray:
         """(width, height) of each file as shown, int32 [n, 2]."""
         starts = np.cumsum([0, *(len(found) for found in self.sets)])[:-1]
-        return np.concatenate([found.sizes for found in self.sets])[starts[self._columns.set] + self._columns.row]
+        sizes: np.ndarray = np.concatenate([found.sizes for found in self.sets])[
+            starts[self._columns.set] + self._columns.row
+        ]
+        return sizes
 
     def bucket_sizes(self) -> np.ndarray:
         """(width, height) of what the model sees of each image, int64 [n, 2]."""
-        return np.array([bucket.size for bucket in self.buckets])[self._columns.bucket]
+        sizes: np.ndarray = np.array([bucket.size for bucket in self.buckets])[self._columns.bucket]
+        return sizes
 
     def dataset_numbers(self) -> np.ndarray:
         """The number of each image's dataset, from 0, int64 [n]."""
-        return np.array(self._dataset_of)[self._columns.set]
+        numbers: np.ndarray = np.array(self._dataset_of)[self._columns.set]
+        return numbers
 
     def in_buckets(self) -> list[BucketImages]:
         """What each bucket holds, in the order of ``buckets``."""

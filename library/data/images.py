@@ -8,7 +8,7 @@ import logging
 import math
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,16 +30,16 @@ if TYPE_CHECKING:  # what only looks for images does without it: a mistake is to
 
 logger = logging.getLogger(__name__)
 
-IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+IMAGE_EXTENSIONS: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 IMAGE_EXTENSIONS += (".avif",) if features.check("avif") else ()
 IMAGE_EXTENSIONS += (".jxl",) if "JXL" in Image.OPEN else ()
 
 # What Pillow may take a file for, whatever its name says. Others of its readers start programs, or are hardly used.
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+_FORMATS: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "BMP")
 _FORMATS += (("AVIF",) if features.check("avif") else ()) + (("JXL",) if "JXL" in Image.OPEN else ())
 
 # How to turn pixels [h, w, channels] upright, by their EXIF orientation.
-_UPRIGHT = {
+_UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: lambda pixels: pixels[:, ::-1],
     3: lambda pixels: pixels[::-1, ::-1],
     4: lambda pixels: pixels[::-1],
@@ -88,6 +88,11 @@ class Framing:
         """The cut without any chance in it; latent caches hold this one."""
         return Cut(self.resized, *centre_offset(self.resized, self.bucket))
 
+    @property
+    def face_shares(self) -> tuple[float, float]:
+        """The least and the greatest share of a face; without a range a face fills the shorter side."""
+        return self.face_crop_range or (1.0, 1.0)
+
 
 @dataclass(frozen=True, slots=True)
 class Face:
@@ -132,9 +137,9 @@ def _hunger(image: Image.Image) -> float:
     """How many times the memory of an ordinary image its decoder takes."""
     if hasattr(image, "layer") and image.info.get("progressive"):  # other formats' texts may be named so
         # Two bytes a coefficient, of the whole image, beside Pillow's four bytes a pixel; nine a pixel are ordinary.
-        areas = [across * down for _, across, down, *_ in image.layer]
+        areas: list[int] = [across * down for _, across, down, *_ in image.layer]
         return max(1, (4 + 2 * sum(areas) / max(areas)) / 9)
-    return _HUNGRY_FORMATS.get(image.format, 1)
+    return _HUNGRY_FORMATS.get(image.format or "", 1)
 
 
 def _check_pixels(path: Path | str, size: Size, hunger: float) -> None:
@@ -247,14 +252,14 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     if isinstance(error, OSError) and error.errno:
         return f"The image {path} cannot be read: {error.strerror}."
     if isinstance(error, Image.DecompressionBombError):
-        limit = 2 * Image.MAX_IMAGE_PIXELS // 1_000_000
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
         return f"The image {path} has more than {limit} million pixels. Scale it down; training uses far fewer."
     if path.is_file() and path.stat().st_size == 0:
         return f"The image {path} is empty (0 bytes). Copy it again or remove it."
     if isinstance(error, UnidentifiedImageError):
         with path.open("rb") as file:
-            if reason := not_downloaded(file.read(64)):
-                return f"The image {path} cannot be read: {reason}. Fetch it again, or remove it."
+            if missing := not_downloaded(file.read(64)):
+                return f"The image {path} cannot be read: {missing}. Fetch it again, or remove it."
         return f"{path} is not an image in a format known here ({', '.join(_FORMATS)}). Convert it, or remove it."
     reason = str(error).rstrip(".") or type(error).__name__
     return f"The image {path} cannot be read: {reason}. Copy or export it again, or remove it."
@@ -367,7 +372,8 @@ def _face_cut(framing: Framing, size: Size, face: Face, rng: random.Random) -> C
         return Cut(framing.bucket, 0, 0)
     scale = _face_scale(framing, size, face, rng)
     # Rounding must not make the picture smaller than the bucket.
-    resized = tuple(max(int(side * scale + 0.5), least) for side, least in zip(size, framing.bucket, strict=True))
+    width, height = (max(int(side * scale + 0.5), least) for side, least in zip(size, framing.bucket, strict=True))
+    resized = (width, height)
     across = _face_start(framing, (resized[0], framing.bucket[0]), int(face.x * scale + 0.5), face, rng)
     down = _face_start(framing, (resized[1], framing.bucket[1]), int(face.y * scale + 0.5), face, rng)
     return Cut(resized, across, down)
@@ -377,7 +383,7 @@ def _face_scale(framing: Framing, size: Size, face: Face, rng: random.Random) ->
     """Between the least and the greatest scale that the range asks for; enlarged only if the picture is too small."""
     shorter, face_side = min(framing.bucket), max(face.width, face.height)
     covering = max(framing.bucket[0] / size[0], framing.bucket[1] / size[1])
-    smallest_share, greatest_share = framing.face_crop_range
+    smallest_share, greatest_share = framing.face_shares
     lower = min(1.0, max(covering, shorter / (face_side * greatest_share)))
     upper = min(1.0, max(lower, shorter / (face_side * smallest_share)))
     return max(covering, rng.uniform(lower, upper) if lower < upper else lower)
@@ -391,9 +397,7 @@ def _face_start(framing: Framing, lengths: tuple[int, int], centre: int, face: F
         # The sum of two dice makes the middle likelier than the border.
         reach = max(whole - centre, centre)
         start += rng.randint(0, reach) + rng.randint(0, reach) - reach
-    elif framing.face_crop_range[0] < framing.face_crop_range[1] and face_side >= max(
-        40, min(framing.bucket) // 10 + 1
-    ):
+    elif framing.face_shares[0] < framing.face_shares[1] and face_side >= max(40, min(framing.bucket) // 10 + 1):
         start += rng.randint(-(face_side // 20), face_side // 20)
     return max(0, min(start, whole - window))
 
@@ -410,7 +414,8 @@ def color_augment(pixels: np.ndarray, rng: random.Random) -> np.ndarray:
 def shift_gamma(pixels: np.ndarray, gamma: float) -> np.ndarray:
     """Raise values, taken as [0, 1], to the power of ``gamma``: black and white stay."""
     table = (np.arange(256) / 255) ** gamma * 255
-    return table.round().astype(np.uint8)[pixels]
+    bent: np.ndarray = table.round().astype(np.uint8)[pixels]
+    return bent
 
 
 def shift_hue(pixels: np.ndarray, degrees: float) -> np.ndarray:

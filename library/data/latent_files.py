@@ -299,7 +299,7 @@ def write_slot(path: Path, wanted: Wanted, arrays: dict[str, np.ndarray]) -> Slo
     """
     ending, kept = wanted.own_ending, _kept(path, wanted)
     with _write_errors(path), replacement(path) as file:
-        np.savez(file, **{key + ending: array for key, array in arrays.items()})
+        np.savez(file, allow_pickle=False, **{key + ending: array for key, array in arrays.items()})
         with zipfile.ZipFile(file, "a") as archive:
             for key, content in kept.items():
                 archive.writestr(f"{key}.npy", content)

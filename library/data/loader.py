@@ -1,7 +1,7 @@
 """Batches in the order of an epoch, made by worker processes."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -11,13 +11,15 @@ from library.data.batches import Batch
 from library.support.errors import UserError
 from library.support.processes import usable_cores
 
+_T = TypeVar("_T")
+
 
 class BatchLoader:
     """The batches of one process, epoch by epoch: call :meth:`set_epoch`, then iterate."""
 
     def __init__(
         self,
-        source: Dataset,
+        source: Dataset[Batch],
         sampler: BatchSampler,
         *,
         workers: int = 0,
@@ -57,26 +59,27 @@ class BatchLoader:
             yield found
 
 
-class _Handing(Dataset):
+class _Handing(Dataset[Batch | UserError]):
     """Hands a user's mistake over as a value: torch would put the worker's traceback into its text."""
 
-    def __init__(self, source: Dataset):
+    def __init__(self, source: Dataset[Batch]):
         self.source = source
 
     def __getitem__(self, ref: BatchRef) -> Batch | UserError:
         try:
-            return self.source[ref]
+            batch: Batch = self.source[ref]
+            return batch
         except UserError as error:
             return UserError(str(error))
 
 
-def _as_it_is(batch: Batch | UserError) -> Batch | UserError:
-    return batch
+def _as_it_is(item: _T) -> _T:
+    return item
 
 
 def make_loader(
     order: EpochOrder,
-    source: Dataset,
+    source: Dataset[Batch],
     *,
     process_index: int = 0,
     num_processes: int = 1,

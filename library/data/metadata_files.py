@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeGuard
 
 from library.support.atomic_files import replacement
 from library.support.errors import UserError
@@ -19,6 +20,7 @@ NO_FILE = "-"  # the stamp of a caption file that is not there
 # Hundreds of thousands of images take less; more would fill the memory before it is seen to be nonsense.
 _LARGEST_CACHE = 100 * 2**20
 _LONGEST_SIDE = 2**31 - 1
+Entry = dict[str, Any]  # what a file says of an image
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,7 @@ def read_metadata(path: str, *, separator: str, all_lines: bool) -> list[Metadat
     return entries
 
 
-def _raw_entries(path: str) -> Iterator[tuple[str, dict, str]]:
+def _raw_entries(path: str) -> Iterator[tuple[str, Entry, str]]:
     """Yield (key, values, place for messages) of every picture in the file."""
     what = f'The metadata file "{path}"'
     text = read_text(path, what, largest=LARGEST_METADATA)
@@ -63,7 +65,7 @@ def _raw_entries(path: str) -> Iterator[tuple[str, dict, str]]:
         yield key, _object(values, place), place
 
 
-def _jsonl_entries(path: str, text: str) -> Iterator[tuple[str, dict, str]]:
+def _jsonl_entries(path: str, text: str) -> Iterator[tuple[str, Entry, str]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -75,13 +77,13 @@ def _jsonl_entries(path: str, text: str) -> Iterator[tuple[str, dict, str]]:
         yield key, values, place
 
 
-def _object(values, place: str) -> dict:
+def _object(values: object, place: str) -> Entry:
     if not isinstance(values, dict):
         raise UserError(f'{place} must be an object such as {{"caption": "…", "tags": "…"}}, not {values!r:.80}.')
     return values
 
 
-def _text(values: dict, key: str, place: str) -> str:
+def _text(values: Entry, key: str, place: str) -> str:
     value = values.get(key)
     if value is not None and not isinstance(value, str):
         raise UserError(f'{place} has "{key}": {value!r:.80}, which is not a text. Write it as one string.')
@@ -90,18 +92,18 @@ def _text(values: dict, key: str, place: str) -> str:
     return value or ""
 
 
-def _is_text(value) -> bool:
+def _is_text(value: object) -> TypeGuard[str]:
     """Whether it is a string that can be written as UTF-8."""
     return isinstance(value, str) and is_unicode(value)
 
 
-def _is_size(size) -> bool:
+def _is_size(size: object) -> TypeGuard[list[int]]:
     """Whether it is [width, height] in pixels."""
     sides = size if isinstance(size, list) and len(size) == 2 else [0]
     return all(type(side) is int and 0 < side <= _LONGEST_SIDE for side in sides)
 
 
-def _size(values: dict, place: str) -> tuple[int, int] | None:
+def _size(values: Entry, place: str) -> tuple[int, int] | None:
     """What is noted as ``image_size``, or as ``width`` and ``height``."""
     name, size = "image_size", values.get("image_size")
     if size is None and ("width" in values or "height" in values):
@@ -136,7 +138,7 @@ class FolderCache:
         self.path = Path(folder) / CACHE_NAME
         self._entries = self._load()
 
-    def _load(self) -> dict:
+    def _load(self) -> Entry:
         try:
             if self.path.stat().st_size > _LARGEST_CACHE:
                 raise ValueError("it is far too large")
@@ -165,7 +167,7 @@ class FolderCache:
         had_file = isinstance(stamp, list) and stamp[-1:] != [NO_FILE]
         return "" if had_file else entry["caption"]
 
-    def save(self, entries: dict[str, dict]) -> None:
+    def save(self, entries: dict[str, Entry]) -> None:
         """Write the cache if it changed, in one piece: a run that is stopped leaves the old file or the new one."""
         if entries == self._entries:
             return

@@ -58,9 +58,9 @@ def show_dataset(data: TrainingData, output_dir: str | None = None, max_steps: i
 def show_batches(batches: Iterable[Batch], prompts: PromptTokenizer) -> None:
     """Print the samples of the first batches that a dataset of the user's own gives."""
     for number, batch in enumerate(itertools.islice(batches, _SHOWN_BATCHES), start=1):
-        pictures = batch.images if batch.latents is None else batch.latents
-        kind = "pixels" if batch.latents is None else "latents"
-        print(f"Batch {number}: {kind} {list(pictures.shape)}, loss weights {batch.loss_weights.tolist()}")
+        kind, pictures = ("pixels", batch.images) if batch.latents is None else ("latents", batch.latents)
+        shape = [] if pictures is None else list(pictures.shape)
+        print(f"Batch {number}: {kind} {shape}, loss weights {batch.loss_weights.tolist()}")
         for row, key in enumerate(batch.keys):
             print(f"  {key}: {batch.captions[row] or '(no caption given)'}")
             for encoder, ids in enumerate(batch.input_ids):
@@ -115,7 +115,7 @@ def sample_text(entry: ImageEntry, prompts: PromptTokenizer, sample: Sample) -> 
     )
 
 
-def _ids_text(prompts: PromptTokenizer, number: int, ids) -> str:
+def _ids_text(prompts: PromptTokenizer, number: int, ids: torch.Tensor) -> str:
     """The ids of one tokenizer up to the padding, new ones in brackets."""
     first_new = prompts.first_new_id(number)
     end, pad = prompts.tokenizers[number].eos_token_id, prompts.tokenizers[number].pad_token_id
@@ -149,6 +149,8 @@ def contact_sheet(samples: list[Sample]) -> Image.Image:
 
 
 def _seen(sample: Sample) -> Image.Image:
+    if sample.image is None:
+        raise ValueError("a sample of latents cannot be seen")
     pixels = sample.image.permute(1, 2, 0).float()
     if sample.mask is not None:
         pixels = pixels * (0.25 + 0.75 * sample.mask.unsqueeze(-1))

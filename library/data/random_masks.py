@@ -75,15 +75,17 @@ def rectangle(size: Size, rng: random.Random) -> np.ndarray:
 def ellipse(size: Size, rng: random.Random) -> np.ndarray:
     """An upright ellipse around a place anywhere in the image."""
     across, down = _distances(size, _place(size, rng), _half_sides(size, rng))
-    return across**2 + down**2 <= 1
+    inside: np.ndarray = across**2 + down**2 <= 1
+    return inside
 
 
 def preview_mask(size: Size, rng: random.Random) -> np.ndarray:
     """An ellipse of about a fifth of the image, well inside: what a sample prompt without a mask hides."""
-    middle = tuple(side * rng.uniform(0.35, 0.65) for side in size)
-    half_sides = tuple(side * rng.uniform(0.2, 0.3) for side in size)
+    middle = (size[0] * rng.uniform(0.35, 0.65), size[1] * rng.uniform(0.35, 0.65))
+    half_sides = (size[0] * rng.uniform(0.2, 0.3), size[1] * rng.uniform(0.2, 0.3))
     across, down = _distances(size, middle, half_sides)
-    return across**2 + down**2 <= 1
+    inside: np.ndarray = across**2 + down**2 <= 1
+    return inside
 
 
 def _place(size: Size, rng: random.Random) -> tuple[float, float]:

@@ -5,6 +5,7 @@ when shrinking, and resample RGBA with premultiplied alpha); all others are Open
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
@@ -22,6 +23,9 @@ _TORCH = {
 _MOST_FLOATS = 2**26
 _MOST_AREA_FLOATS = 2**24
 INTERPOLATIONS = (*_PILLOW, *_TORCH, "nearest", "area")
+
+# (line of the target, lines of the source, lines of the target) → first source line, and the share of each from there.
+Weights = Callable[[int, int, int], tuple[int, np.ndarray]]
 
 
 def resize(
@@ -55,7 +59,8 @@ def _resize_whole(image: np.ndarray, size: tuple[int, int], interpolation: str) 
     if interpolation in _TORCH:
         return _torch_resize(image, size, _TORCH[interpolation])
     if interpolation == "nearest":
-        return image[_nearest(height, size[1])][:, _nearest(width, size[0])]
+        nearest: np.ndarray = image[_nearest(height, size[1])][:, _nearest(width, size[0])]
+        return nearest
     raise UserError(
         f'resize_interpolation "{interpolation}" is unknown.{did_you_mean(interpolation, INTERPOLATIONS)} '
         f"Choose one of {', '.join(INTERPOLATIONS)}."
@@ -94,7 +99,7 @@ def _area_resize(image: np.ndarray, size: tuple[int, int], across: range, down: 
     return made
 
 
-def _weigh_lines(lines: np.ndarray, wanted: range, count: int, weights) -> np.ndarray:
+def _weigh_lines(lines: np.ndarray, wanted: range, count: int, weights: Weights) -> np.ndarray:
     """Make the ``wanted`` of ``count`` lines, float32 [wanted, m], each a weighted sum of a few neighbouring ``lines``.
 
     Line by line, so that a large photo costs no large float copy and no large, almost empty weight matrix.

@@ -31,7 +31,7 @@ def sample_seeds(seed: int, epoch: int, position: int) -> tuple[int, int, int]:
     return pixels, caption, noise
 
 
-class SampleSource(Dataset):
+class SampleSource(Dataset[Batch]):
     """Makes a :class:`Batch` of each :class:`BatchRef`; worker processes hold a copy."""
 
     def __init__(

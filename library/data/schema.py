@@ -46,7 +46,7 @@ def _is_number(value: Any) -> bool:
     return _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
 
 
-def _whole(least: int, most: int) -> Key:
+def _whole(least: float, most: float) -> Key:
     return Key(f"a whole number from {least} to {most}", lambda value: _is_whole(value) and least <= value <= most)
 
 
@@ -92,8 +92,8 @@ def _tables(header: str) -> Key:
     )
 
 
-def _one_of(words: Sequence[str]) -> Key:
-    return Key("one of " + ", ".join(words), lambda value: value in words)
+def _one_of(words: Sequence[str | int]) -> Key:
+    return Key("one of " + ", ".join(map(str, words)), lambda value: value in words)
 
 
 def _key_of(option: Option) -> Key:
@@ -102,6 +102,8 @@ def _key_of(option: Option) -> Key:
         return _one_of(option.choices)
     if option.read in _KEYS:
         return _KEYS[option.read]
+    if option.at_least is None:
+        raise ValueError("the option has no least number")
     between = _whole if option.read is option_types.whole_number else _number
     return between(option.at_least, LARGEST_NUMBER if option.at_most is None else option.at_most)
 
@@ -125,7 +127,7 @@ def _repeats(option: Option) -> Key:
 
 _OPTIONS = dict(declared_options())
 FILE_KEYS = {"general": _TABLE, "datasets": _tables(DATASET)}
-_INTERPOLATION = _one_of((*_OPTIONS["resize_interpolation"].choices, "box"))
+_INTERPOLATION = _one_of((*(_OPTIONS["resize_interpolation"].choices or ()), "box"))
 
 DATASET_KEYS = _keys(DATASETS) | {
     "validation_seed": Key("a whole number", _is_whole),

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from library.data.schema import DREAMBOOTH, FILE, GENERAL, check_table
-from library.options.options import DatasetOptions
+from library.options.data import DatasetOptions
+from library.options.declaration import required
 from library.support.errors import UserError
 from library.support.shipped_files import shipped
 from library.support.text_files import parse_json, parse_toml, read_text
@@ -95,7 +96,7 @@ def _from_metadata_flag(options: DatasetOptions) -> Source:
 
 
 def _from_folders(options: DatasetOptions) -> Source:
-    subsets = _folder_tables("train_data_dir", options.train_data_dir)
+    subsets = _folder_tables("train_data_dir", required(options.train_data_dir, "train_data_dir"))
     if options.reg_data_dir:
         tables = _folder_tables("reg_data_dir", options.reg_data_dir)
         subsets += [replace(table, values=table.values | {"is_reg": True}) for table in tables]

@@ -11,7 +11,8 @@ import numpy as np
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from accelerate.utils import gather_object
 
-from library.options.options import LoggingOptions, Options, as_dict, declared_options
+from library.options.options import Options, as_dict, declared_options
+from library.options.output import LoggingOptions
 from library.support.errors import UserError, survived
 from library.support.text_files import parse_toml, read_text
 from library.training.callbacks import Callback, StepResult

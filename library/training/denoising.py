@@ -10,7 +10,7 @@ from library.embedding.prompt_encoder import PromptEncoder
 from library.model.family import ModelFamily
 from library.model.inpainting import surroundings
 from library.model.vae import FrozenVae
-from library.options.options import LossOptions, NoiseOptions
+from library.options.training import LossOptions, NoiseOptions
 from library.training.diffusion import NoiseSchedule, draw_noise, per_sample_loss
 from library.training.loss_bands import LossBands
 

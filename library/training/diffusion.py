@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from library.options.options import LossOptions, NoiseOptions
+from library.options.training import LossOptions, NoiseOptions
 from library.support.transfers import sent
 
 NUM_TIMESTEPS = 1000

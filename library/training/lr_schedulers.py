@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from transformers import optimization
 
-from library.options.options import ScheduleOptions
+from library.options.training import ScheduleOptions
 from library.support.errors import UserError, did_you_mean
 from library.support.user_classes import construct, literal_arguments, load_class
 from library.training.optimizers import OptimizerChoice, Stages

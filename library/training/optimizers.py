@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from transformers.optimization import Adafactor
 
 from library.options.checks import chosen_optimizer
-from library.options.options import OptimizerOptions
+from library.options.training import OptimizerOptions
 from library.support.errors import UserError, did_you_mean
 from library.support.user_classes import construct, literal_arguments, load_class
 

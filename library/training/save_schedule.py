@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from library.options.options import SampleOptions, SaveOptions, TrainingOptions
+from library.options.output import SampleOptions, SaveOptions
+from library.options.training import TrainingOptions
 from library.support.atomic_files import remove_folder
 from library.support.errors import counted
 
