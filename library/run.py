@@ -22,6 +22,7 @@ from library.model.distillation import distillation_warning
 from library.model.family import FAMILIES
 from library.model.hub import download_state
 from library.model.objective import followed
+from library.options.declaration import required
 from library.options.launcher import with_launcher
 from library.options.notices import notices
 from library.options.options import Options, TokenOptions
@@ -93,7 +94,7 @@ def find_state(options: Options) -> TrainingState | None:
     folder = Path(options.save.resume)
     if options.save.resume == "latest" and not options.hub.resume_from_huggingface:
         names = CheckpointNames(options.save.output_name, options.save.save_model_as)
-        folder = TrainingState.latest(Path(options.save.output_dir), names)
+        folder = TrainingState.latest(Path(required(options.save.output_dir, "output_dir")), names)
         logger.info("--resume=latest: the state in %s.", folder)
     if options.hub.resume_from_huggingface:
         folder = download_state(options.save.resume, STATE_FILE, options.hub.huggingface_token)

@@ -6,13 +6,15 @@ from dataclasses import dataclass
 
 import accelerate
 import torch
+from diffusers.models import UNet2DConditionModel
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from library.data.batched_data import BatchedData
 from library.data.latent_cache import LatentCache
 from library.embedding.initialization import NewWord, initial_rows
 from library.embedding.prompt_encoder import PromptEncoder
-from library.embedding.tokenizer import TrainableRows, table_spread, typical_norm
+from library.embedding.tokenizer import TrainableRows, table_spread, token_table, typical_norm
 from library.model import device_settings, runtime
 from library.model.base_model import BaseModel
 from library.model.family import ModelFamily
@@ -91,7 +93,8 @@ class Job:
     @property
     def device(self) -> torch.device:
         """Where this process computes."""
-        return self.machine.accelerator.device
+        device: torch.device = self.machine.accelerator.device
+        return device
 
     @property
     def reports(self) -> bool:
@@ -136,7 +139,7 @@ class Setup:
 def set_up(job: Job) -> Setup:
     """Load, build and cache everything. Raises UserError."""
     text_encoders = load_text_encoders(job)
-    tables = [encoder.get_input_embeddings() for encoder in text_encoders]
+    tables = [token_table(encoder) for encoder in text_encoders]
     starts = first_rows(job, tables)
     learner = build_learner(job, TrainableRows(starts), tables)
     prompt_encoder = build_prompt_encoder(job, text_encoders, learner)
@@ -146,7 +149,7 @@ def set_up(job: Job) -> Setup:
     results = job.results.as_another_run() if differs else job.results
     unet = load_unet(job)
     task = build_task(job, unet, prompt_encoder, vae)
-    runtime.set_attention(job.options.runtime, unet, vae and vae.vae)
+    runtime.set_attention(job.options.runtime, unet, vae.vae if vae else None)
     runtime.compile_modules(job.options.runtime, [unet, *text_encoders])
     if job.options.cache.cache_text_encoder_outputs:
         cache_prompts(job.data, prompt_encoder)
@@ -154,7 +157,7 @@ def set_up(job: Job) -> Setup:
     return Setup(learner, [start.cpu() for start in starts], prompt_encoder, vae, task, pipeline, contents, results)
 
 
-def load_text_encoders(job: Job) -> list[torch.nn.Module]:
+def load_text_encoders(job: Job) -> list[PreTrainedModel]:
     """The frozen text encoders in the run's precision, on the device."""
     logger.info("Loading the text encoder%s.", "s" if len(job.model.architecture.text_encoders) > 1 else "")
     encoders = job.model.text_encoders(job.machine.precision.dtype, job.device)
@@ -205,7 +208,7 @@ def build_learner(job: Job, rows: TrainableRows, tables: Sequence[torch.nn.Embed
     return learner
 
 
-def build_prompt_encoder(job: Job, text_encoders: list[torch.nn.Module], learner: Learner) -> PromptEncoder:
+def build_prompt_encoder(job: Job, text_encoders: list[PreTrainedModel], learner: Learner) -> PromptEncoder:
     """The text encoders with the learner's rows in them."""
     prompt_encoder = PromptEncoder(
         job.family, text_encoders, job.word.prompts, learner.prepared_rows, job.options.model.clip_skip
@@ -255,29 +258,33 @@ def prepare_latents(job: Job) -> FrozenVae | None:
     return vae
 
 
-def load_unet(job: Job) -> torch.nn.Module:
+def load_unet(job: Job) -> UNet2DConditionModel:
     """The frozen U-Net in the run's precision (or float8), on the device, in eval mode."""
     logger.info("Loading the U-Net.")
     dtype, options = job.machine.precision.dtype, job.options
     unet = job.model.unet(
         dtype, job.device, float8=options.runtime.fp8_base, inpainting=options.dataset.train_inpainting
     )
-    unet.to(memory_format=device_settings.fastest_format(job.device, dtype))
+    unet.to(  # type: ignore[call-arg]  # diffusers wraps it as if it were a function
+        memory_format=device_settings.fastest_format(job.device, dtype)
+    )
     if options.training.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     return unet
 
 
-def build_task(job: Job, unet: torch.nn.Module, prompt_encoder: PromptEncoder, vae: FrozenVae | None) -> DenoisingTask:
+def build_task(
+    job: Job, unet: UNet2DConditionModel, prompt_encoder: PromptEncoder, vae: FrozenVae | None
+) -> DenoisingTask:
     """What every batch goes through."""
     return DenoisingTask(
         family=job.family,
         unet=unet,
         prompt_encoder=prompt_encoder,
-        schedule=NoiseSchedule.create(zero_terminal_snr=job.options.noise.zero_terminal_snr).to(job.device),
+        schedule=NoiseSchedule.create(zero_terminal_snr=bool(job.options.noise.zero_terminal_snr)).to(job.device),
         noise=job.options.noise,
         loss=job.options.loss,
-        v_prediction=job.options.model.v_parameterization,
+        v_prediction=bool(job.options.model.v_parameterization),
         vae_scale_factor=job.model.vae_scale_factor,
         vae=vae,
         bands=LossBands() if job.reports else None,
@@ -305,6 +312,6 @@ def build_pipeline(job: Job, task: DenoisingTask, vae: FrozenVae) -> SamplingPip
         vae_scale_factor=job.model.vae_scale_factor,
         device=job.device,
         sampler=job.options.sample.sample_sampler,
-        v_prediction=job.options.model.v_parameterization,
-        zero_terminal_snr=job.options.noise.zero_terminal_snr,
+        v_prediction=bool(job.options.model.v_parameterization),
+        zero_terminal_snr=bool(job.options.noise.zero_terminal_snr),
     )

@@ -134,9 +134,8 @@ class ImageTable:
     def image_sizes(self) -> np.ndarray:
         """(width, height) of each file as shown, int32 [n, 2]."""
         starts = np.cumsum([0, *(len(found) for found in self.sets)])[:-1]
-        sizes: np.ndarray = np.concatenate([found.sizes for found in self.sets])[
-            starts[self._columns.set] + self._columns.row
-        ]
+        rows = starts[self._columns.set] + self._columns.row
+        sizes: np.ndarray = np.concatenate([found.sizes for found in self.sets])[rows]
         return sizes
 
     def bucket_sizes(self) -> np.ndarray:

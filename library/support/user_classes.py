@@ -10,13 +10,14 @@ import inspect
 import keyword
 import logging
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 from library.support.errors import UserError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
 # Packages whose name on PyPI is not the one that is imported.
+_T = TypeVar("_T")
 PIP_NAMES = {"lion_pytorch": "lion-pytorch"}
 
 
@@ -65,8 +66,8 @@ def load_class(option: str, module: str, name: str) -> type:
 
 
 def construct(
-    option: str, make: Callable[..., Any], *positional: Any, fixed: dict[str, Any], given: dict[str, Any]
-) -> Any:
+    option: str, make: Callable[..., _T], *positional: Any, fixed: dict[str, Any], given: dict[str, Any]
+) -> _T:
     """Call ``make(*positional, **fixed, **given)``, a class or a function; its refusal becomes a UserError.
 
     ``given`` are the user's arguments from ``option``; ``fixed`` (the learning rate, …) have options of their own and

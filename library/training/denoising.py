@@ -1,6 +1,7 @@
 """One batch through the frozen networks: from latents and prompts to a loss for every sample."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -14,6 +15,11 @@ from library.options.training import LossOptions, NoiseOptions
 from library.training.diffusion import NoiseSchedule, draw_noise, per_sample_loss
 from library.training.loss_bands import LossBands
 
+if TYPE_CHECKING:
+    from diffusers.models import UNet2DConditionModel
+
+_T = TypeVar("_T")
+
 
 @dataclass(frozen=True)
 class DenoisingTask:
@@ -24,7 +30,7 @@ class DenoisingTask:
     """
 
     family: ModelFamily
-    unet: torch.nn.Module
+    unet: "UNet2DConditionModel"
     prompt_encoder: PromptEncoder
     schedule: NoiseSchedule
     noise: NoiseOptions
@@ -64,14 +70,21 @@ class DenoisingTask:
     def _latents(self, batch: Batch, pixels: torch.Tensor | None, check: bool) -> torch.Tensor:
         latents = batch.latents
         if latents is None:
-            latents = self.vae.encode(pixels, _generators(batch, 1 << 62), batch.keys, check=check)
+            latents = _there(self.vae).encode(_there(pixels), _generators(batch, 1 << 62), batch.keys, check=check)
         return latents.float() * self.vae_scale_factor
 
-    def _surroundings(self, batch: Batch, pixels: torch.Tensor, check: bool) -> torch.Tensor:
+    def _surroundings(self, batch: Batch, pixels: torch.Tensor | None, check: bool) -> torch.Tensor:
         """The channels that an inpainting U-Net sees besides the noisy latents, float32 [B, 5, h, w]."""
+        vae, images, holes = _there(self.vae), _there(pixels), _there(batch.holes)
         generators = _generators(batch, 1 << 61)
-        scale = self.vae_scale_factor
-        return surroundings(self.vae, scale, pixels, batch.holes, generators, batch.keys, check=check)
+        return surroundings(vae, self.vae_scale_factor, images, holes, generators, batch.keys, check=check)
+
+
+def _there(part: _T | None) -> _T:
+    """What only batches of images bring, or the VAE that they need. Raises ValueError where it is missing."""
+    if part is None:
+        raise ValueError("images are encoded without a VAE, or there are none")
+    return part
 
 
 def _pixels(batch: Batch) -> torch.Tensor | None:

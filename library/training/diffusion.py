@@ -13,7 +13,7 @@ from functools import cached_property
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor
 
 from library.options.training import LossOptions, NoiseOptions
@@ -102,7 +102,13 @@ class NoiseDraw:
     timesteps: Tensor
 
 
-def offset_noise(noise: Tensor, latents: Tensor, strength: float | Tensor, adaptive_scale: float | None, generator):
+def offset_noise(
+    noise: Tensor,
+    latents: Tensor,
+    strength: float | Tensor,
+    adaptive_scale: float | None,
+    generator: torch.Generator,
+) -> Tensor:
     """Add one random number per sample and channel to ``noise`` [B,C,h,w], scaled by ``strength``.
 
     With ``adaptive_scale`` the strength grows (or shrinks, never below 0) with the latents' mean brightness.
@@ -114,7 +120,9 @@ def offset_noise(noise: Tensor, latents: Tensor, strength: float | Tensor, adapt
     return noise + strength * torch.randn((*latents.shape[:2], 1, 1), generator=generator)
 
 
-def pyramid_noise(noise: Tensor, iterations: int, discount: float, generator, rng: random.Random) -> Tensor:
+def pyramid_noise(
+    noise: Tensor, iterations: int, discount: float, generator: torch.Generator, rng: random.Random
+) -> Tensor:
     """Add coarser and coarser noise, enlarged, to ``noise`` [B,C,h,w], and bring the sum back to a spread of 1.
 
     Source: https://wandb.ai/johnowhitaker/multires_noise; the first round adds full-size noise with weight 1.

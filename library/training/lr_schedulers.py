@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from diffusers.optimization import get_piecewise_constant_schedule
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from transformers import optimization
@@ -27,7 +28,7 @@ ARGUMENTS_OPTION = "--lr_scheduler_args"
 class UnchangedRate(LRScheduler):
     """Leaves the learning rate to the optimizer, for those that need no schedule."""
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         """The rates as they are."""
         return [group["lr"] for group in self.optimizer.param_groups]
 
@@ -43,7 +44,7 @@ class StagedRate(LRScheduler):
         self.warmup_steps = warmup_steps
         super().__init__(optimizer)
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         """The current stage's rate, for every parameter group."""
         step = self.last_epoch
         rate = next((rate for rate, until in self.stages if until is None or step < until), self.stages[-1][0])
@@ -132,7 +133,8 @@ def _adafactor_schedule(options: ScheduleOptions, choice: OptimizerChoice, warmu
             name,
             getattr(options, name),
         )
-    return optimization.get_adafactor_schedule(choice.optimizer, choice.shown_rate)
+    schedule: LRScheduler = optimization.get_adafactor_schedule(choice.optimizer, choice.shown_rate)
+    return schedule
 
 
 def _staged_rate(options: ScheduleOptions, choice: OptimizerChoice, warmup: int) -> LRScheduler:
@@ -144,7 +146,7 @@ def _staged_rate(options: ScheduleOptions, choice: OptimizerChoice, warmup: int)
         )
     if options.lr_scheduler == "constant":
         _refuse_warmup(warmup, "the constant schedule", "Use --lr_scheduler=constant_with_warmup.")
-    return StagedRate(choice.optimizer, choice.stages, warmup)
+    return StagedRate(choice.optimizer, choice.stages or (), warmup)
 
 
 def _no_schedule(options: ScheduleOptions, choice: OptimizerChoice, warmup: int) -> LRScheduler:
@@ -257,7 +259,7 @@ def _shape_arguments(name: str, options: ScheduleOptions) -> dict[str, Any]:
     """
     half_waves = options.lr_scheduler_num_cycles / 2
     floor = options.lr_scheduler_min_lr_ratio
-    shapes = {
+    shapes: dict[str, dict[str, Any]] = {
         "cosine_with_restarts": {"num_cycles": options.lr_scheduler_num_cycles},
         "polynomial": {"power": options.lr_scheduler_power},
         "inverse_sqrt": {"timescale": options.lr_scheduler_timescale},

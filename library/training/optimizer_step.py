@@ -72,7 +72,7 @@ class Learner:
         with in_one_piece():
             if mean is not None:
                 self._update_rows(finite)
-            if finite:
+            if finite and mean is not None:
                 self.schedule.step(mean)
             self.progress.step_done(sum(1 for _ in counted))
         self.optimizer.zero_grad()
@@ -178,9 +178,8 @@ class Learner:
         """The loss of each sample [B], or one zero that depends on the rows where nothing in it can teach them."""
         if not batch.has_token.any():
             # The networks are skipped, but the rows stay in the graph: other processes may wait for their gradient.
-            return sum(rows.sum() for rows in task.prompt_encoder.rows(None)) * torch.zeros(
-                1, device=self.accelerator.device
-            )
+            total: Tensor = sum(rows.sum() for rows in task.prompt_encoder.rows(None))
+            return total * torch.zeros(1, device=self.accelerator.device)
         return task.losses(batch.to(self.accelerator.device), check=check)
 
     def _update_rows(self, finite: bool) -> None:

@@ -58,7 +58,7 @@ def _known_optimizers() -> dict[str, KnownOptimizer]:
         "schedulefree": ("RAdamScheduleFree", "AdamWScheduleFree", "SGDScheduleFree"),
     }
     known = {name: KnownOptimizer(module, name) for module, names in modules.items() for name in names}
-    nesterov = {"fixed": {"nesterov": True}, "usual": {"momentum": 0.9}}
+    nesterov: dict[str, dict[str, Any]] = {"fixed": {"nesterov": True}, "usual": {"momentum": 0.9}}
     return known | {
         "SGDNesterov": KnownOptimizer("torch.optim", "SGD", **nesterov),
         "SGDNesterov8bit": KnownOptimizer("bitsandbytes.optim", "SGD8bit", **nesterov),
@@ -164,8 +164,8 @@ def build_optimizer(options: OptimizerOptions, parameters: Iterable[nn.Parameter
     given = known.usual | literal_arguments("--optimizer_args", options.optimizer_args)
     kind = load_class("--optimizer_type", known.module, known.name)
     _check_kind(kind)
-    stages = options.learning_rate if isinstance(options.learning_rate, tuple) else None
-    rate = stages[0][0] if stages else options.learning_rate
+    asked = options.learning_rate
+    stages, rate = (asked, asked[0][0]) if isinstance(asked, tuple) else (None, asked)
     if kind is Adafactor and _adafactor_is_relative(given):
         return _build_relative_adafactor(parameters, given, rate, stages)
     if rate is None:
@@ -251,7 +251,7 @@ def _widen_states(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> N
     Only parameters of 4096 numbers or more have 8-bit states at all.
     """
     settings = getattr(optimizer, "args", None)
-    if parameters[0].device.type != "mps" or not hasattr(settings, "min_8bit_size"):
+    if settings is None or parameters[0].device.type != "mps" or not hasattr(settings, "min_8bit_size"):
         return
     numbers = [parameter.numel() for parameter in parameters]
     if max(numbers) >= settings.min_8bit_size:
@@ -269,7 +269,7 @@ def slow_learning_warning(choice: OptimizerChoice, total_steps: int, spread: flo
     bounded = any(part in name.lower() for part in ("adam", "lion")) and default_learning_rate(name) < 1.0
     if not bounded or choice.relative_step or largest_rate(choice) >= SLOW_LEARNING_RATE:
         return None
-    reach = farthest_movement(choice.stages or ((choice.learning_rate, None),), total_steps)
+    reach = farthest_movement(choice.stages or ((largest_rate(choice), None),), total_steps)
     return (
         f"--learning_rate={largest_rate(choice):g} is very low for {name}: in {total_steps} steps no coordinate can "
         f"move by more than {reach:.2g} (rate × steps), and coordinates of usual words spread by {spread:.2g}, so the "
@@ -306,8 +306,7 @@ def farthest_movement(stages: Stages, total_steps: int) -> float:
     """The sum of the rates over ``total_steps``: how far a coordinate can get if every step goes the same way."""
     reach, done = 0.0, 0
     for place, (rate, until) in enumerate(stages):
-        last = until is None or place == len(stages) - 1
-        end = total_steps if last else min(until, total_steps)
+        end = total_steps if until is None or place == len(stages) - 1 else min(until, total_steps)
         reach += rate * max(0, end - done)
         done = max(done, end)
     return reach

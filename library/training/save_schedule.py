@@ -231,11 +231,15 @@ class SampleSchedule:
 
     def after_step(self, step: int) -> bool:
         """Whether they are due after optimizer step ``step`` (from 1)."""
-        return bool(self.every_n_steps) and step % self.every_n_steps == 0
+        return _is_due(step, self.every_n_steps)
 
     def after_epoch(self, epoch: int) -> bool:
         """Whether they are due at the end of ``epoch`` (from 1)."""
-        return bool(self.every_n_epochs) and epoch % self.every_n_epochs == 0
+        return _is_due(epoch, self.every_n_epochs)
+
+
+def _is_due(number: int, every: int | None) -> bool:
+    return bool(every and number % every == 0)
 
 
 def remove_checkpoint(path: Path) -> bool:

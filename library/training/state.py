@@ -301,7 +301,8 @@ def _depends_on_length(schedule: ScheduleOptions) -> bool:
 
 def recorded(options: Options) -> dict[str, Any]:
     """The options as they are kept in a state: no secrets, and only what JSON knows."""
-    return json.loads(json.dumps(as_dict(options), default=str))
+    content: dict[str, Any] = json.loads(json.dumps(as_dict(options), default=str))
+    return content
 
 
 def note_contents(data: BatchedData, options: Options, state: TrainingState | None) -> str:
@@ -331,7 +332,11 @@ def _no_state(folder: Path) -> str:
 def random_states() -> dict[str, Any]:
     """This process's global random generators, which only datasets and optimizers of the user's own draw from."""
     kind, keys, *rest = np.random.get_state()
-    states = {"python": random.getstate(), "numpy": (kind, keys.tolist(), *rest), "torch": torch.get_rng_state()}
+    states = {
+        "python": random.getstate(),
+        "numpy": (kind, np.asarray(keys).tolist(), *rest),
+        "torch": torch.get_rng_state(),
+    }
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     return states
