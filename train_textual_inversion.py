@@ -1,16 +1,15 @@
 """Teach Stable Diffusion 1.x or 2.x a new word from a few captioned pictures. See README.md, or run with --help."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from library.command_line import run
-from library.options.parser import build_parser
+from library.options.parser import OptionParser, build_parser
 
 FAMILY = "sd"
 
 
-def setup_parser() -> argparse.ArgumentParser:
+def setup_parser() -> OptionParser:
     """The command line's parser, without importing torch."""
     return build_parser(__doc__, FAMILY)
 

@@ -1,12 +1,11 @@
 """What both scripts do around a training: parse, run, and turn a user's mistake into one sentence and an exit code."""
 
-import argparse
 import logging
 import sys
 from collections.abc import Sequence
 
 from library.options.console import hold_back, keep_talking, release, set_up_logging
-from library.options.parser import parse
+from library.options.parser import OptionParser, parse
 from library.support.errors import UserError
 from library.support.processes import ended_at_once
 from library.support.signals import EXIT_CODE, ended_gently, signals_handled
@@ -14,7 +13,7 @@ from library.support.signals import EXIT_CODE, ended_gently, signals_handled
 logger = logging.getLogger(__name__)
 
 
-def run(parser: argparse.ArgumentParser, family: str, arguments: Sequence[str] | None = None) -> int:
+def run(parser: OptionParser, family: str, arguments: Sequence[str] | None = None) -> int:
     """Parse the arguments and train; return 0, 1 for a user's mistake, or 130 when interrupted (see signals).
 
     Everything heavy is imported after the arguments are known to be good, so that ``--help`` and mistakes answer at
@@ -26,7 +25,7 @@ def run(parser: argparse.ArgumentParser, family: str, arguments: Sequence[str] |
         return ended_at_once(lambda: _run(parser, family, arguments))
 
 
-def _run(parser: argparse.ArgumentParser, family: str, arguments: Sequence[str] | None) -> int:
+def _run(parser: OptionParser, family: str, arguments: Sequence[str] | None) -> int:
     hold_back()
     try:
         options = parse(parser, arguments)

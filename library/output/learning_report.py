@@ -84,7 +84,7 @@ class LearningReport:
         )
 
     @property
-    def numbers(self) -> dict:
+    def numbers(self) -> dict[str, object]:
         """The same for programs, as it goes into the JSON file."""
         measured = {
             name: {"prompt_word": one.label, "loss": one.loss, "distance": one.distance}

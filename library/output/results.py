@@ -20,6 +20,7 @@ from library.model.architectures import SD2
 from library.model.base_model import BaseModel
 from library.model.family import ModelFamily
 from library.model.runtime import decided_by_main
+from library.options.declaration import required
 from library.options.options import Options
 from library.output.report import movement_table, movement_warning, movements, usage_card
 from library.output.ss_metadata import ss_metadata
@@ -92,7 +93,8 @@ class Results:
         metadata |= ss_metadata(options, family, model, data)
         if options.save.save_model_as == "safetensors":
             check_length(metadata)
-        return cls(Path(options.save.output_dir), options, family, model, word, data.seed, metadata, _new_run())
+        folder = Path(required(options.save.output_dir, "output_dir"))
+        return cls(folder, options, family, model, word, data.seed, metadata, _new_run())
 
     def continuing(self, state: TrainingState, plan: RunPlan, data: str, processes: int) -> "Results":
         """The same for a run that goes on from a state; what makes it another run than it was is said.
@@ -176,7 +178,7 @@ class Results:
             path,
             dict(zip(self.family.embedding_keys, rows, strict=True)),
             record,
-            dtype=SAVE_DTYPES.get(self.options.save.save_precision),
+            dtype=SAVE_DTYPES.get(self.options.save.save_precision or ""),
             metadata=self.metadata,
             keep_old=not self.owns(path),
         )

@@ -13,6 +13,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from library.embedding.tokenizer import PromptTokenizer
+from library.options.declaration import required
 from library.options.options import Options
 from library.output.sample_prompts import SamplePrompt, read_sample_prompts
 from library.output.sample_scene import check_scene
@@ -50,13 +51,16 @@ class SampleAlbum:
         """
         if options.sample.draws_pictures:
             check_sampler(options.sample.sample_sampler)
-        wanted = read_sample_prompts(options.sample.sample_prompts) if options.sample.draws_during_training else []
+        wanted: Sequence[SamplePrompt] = ()
+        if options.sample.draws_during_training:
+            wanted = read_sample_prompts(required(options.sample.sample_prompts, "sample_prompts"))
         _warn_of_weak_prompts(wanted, tokenizer)
-        wanted = _with_scenes(wanted) if options.dataset.train_inpainting else _without_scenes(wanted)
-        folder = Path(options.save.output_dir) / FOLDER
-        if wanted and folder.exists() and not folder.is_dir():
+        drawn = _with_scenes(wanted) if options.dataset.train_inpainting else _without_scenes(wanted)
+        folder = Path(required(options.save.output_dir, "output_dir")) / FOLDER
+        if drawn and folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file, but sample pictures go into a folder of this name. Move the file.")
-        return cls(tuple(wanted), SampleSchedule.create(options.sample), folder, options.save.output_name)
+        name = required(options.save.output_name, "output_name")
+        return cls(tuple(drawn), SampleSchedule.create(options.sample), folder, name)
 
     def draw(
         self,
@@ -74,19 +78,20 @@ class SampleAlbum:
 
         ``mark`` tells in the files' names when it was: see :func:`epoch_mark` and :func:`step_mark`.
         """
-        numbers = [number for number, prompt in enumerate(self.prompts) if prompt][process_index::num_processes]
+        wanted = [(number, prompt) for number, prompt in enumerate(self.prompts) if prompt]
+        mine = wanted[process_index::num_processes]
         if missing:
             begin = f"{glob.escape(self.output_name)}_{mark}"
-            numbers = [number for number in numbers if not any(self.folder.glob(f"{begin}_{number:02d}_*.png"))]
+            mine = [one for one in mine if not any(self.folder.glob(f"{begin}_{one[0]:02d}_*.png"))]
         moment = datetime.now().strftime("%Y%m%d%H%M%S")
         pictures = {}
-        bar = progress_bar("Drawing samples", len(numbers), "image", silent=process_index > 0)
+        bar = progress_bar("Drawing samples", len(mine), "image", silent=process_index > 0)
         with survived(_LOST), pipeline.vae.on(pipeline.device), bar:
-            for number in numbers:
+            for number, prompt in mine:
                 with survived(_LOST):
-                    (picture,) = pipeline.draw([self.prompts[number]])
+                    (picture,) = pipeline.draw([prompt])
                     pictures[number] = picture
-                    self._write(number, picture, f"{mark}_{number:02d}_{moment}")
+                    self._write(prompt, picture, f"{mark}_{number:02d}_{moment}")
                 bar.update()
         return pictures
 
@@ -96,8 +101,7 @@ class SampleAlbum:
         found = [file for file in self.folder.glob("*.png") if name.fullmatch(file.name)]
         return max(found, key=lambda file: file.stat().st_mtime_ns).name if found else None
 
-    def _write(self, number: int, picture: np.ndarray, mark: str) -> None:
-        prompt = self.prompts[number]
+    def _write(self, prompt: SamplePrompt, picture: np.ndarray, mark: str) -> None:
         seed = "" if prompt.seed is None else f"_{prompt.seed}"
         notes = PngInfo()
         notes.add_itxt("parameters", prompt.prompt)  # where other programs look for the prompt
@@ -139,7 +143,7 @@ class Sampling(Callback):
         self.callbacks.after_samples(progress, images)
 
 
-def _with_scenes(wanted: Sequence[SamplePrompt]) -> list[SamplePrompt | None]:
+def _with_scenes(wanted: Sequence[SamplePrompt]) -> Sequence[SamplePrompt | None]:
     """The prompts that an inpainting model can draw. Raises UserError for an image or a mask that cannot be used."""
     for number, prompt in enumerate(wanted, start=1):
         if prompt.image is not None:
@@ -153,7 +157,7 @@ def _with_scenes(wanted: Sequence[SamplePrompt]) -> list[SamplePrompt | None]:
     return [prompt if prompt.image is not None else None for prompt in wanted]
 
 
-def _without_scenes(wanted: Sequence[SamplePrompt]) -> Sequence[SamplePrompt]:
+def _without_scenes(wanted: Sequence[SamplePrompt]) -> Sequence[SamplePrompt | None]:
     """The prompts as they are, with a warning where images in them do nothing."""
     if any(prompt.image or prompt.mask_image for prompt in wanted):
         logger.warning("--sample_prompts: images (--i) and masks (--m) have no effect without --train_inpainting.")

@@ -55,11 +55,11 @@ class _Flag:
     def read(self, text: str) -> tuple[Any, bool] | None:
         """The value that ``text`` begins with and whether that is all of it, or None if it begins with no value."""
         found = re.match(self.pattern, text)
+        if found is None:
+            return None
         try:
-            value = self.convert(found[0]) if found else None
+            value = self.convert(found[0])
         except ValueError:
-            value = None
-        if value is None:
             return None
         kept = min(max(value, 1), _MOST_STEPS) if self.key == "sample_steps" else value
         return kept, kept == value and not text[found.end() :].strip()
@@ -240,7 +240,7 @@ def _sample_prompt(values: _Values, place: str) -> SamplePrompt:
 
 
 def _usable_size(values: _Values, key: str, place: str) -> int:
-    side = values.get(key, getattr(SamplePrompt, key))
+    side: int = values.get(key, getattr(SamplePrompt, key))
     if side > _MOST_SIZE:
         raise UserError(f"{place}: {key} (--{key[0]}) {side} is too large; the most is {_MOST_SIZE} pixels.")
     return max(side - side % _SIZE_STEP, _LEAST_SIZE)
@@ -261,7 +261,7 @@ def _usable_seed(values: _Values, place: str) -> int | None:
 
 
 def _known_sampler(values: _Values, place: str) -> str | None:
-    sampler = values.get("sample_sampler", "").strip()
+    sampler: str = values.get("sample_sampler", "").strip()
     if not sampler:
         return None
     try:

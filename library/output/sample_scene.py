@@ -22,7 +22,7 @@ def scene(prompt: SamplePrompt) -> tuple[Tensor, Tensor]:
     if prompt.image is None:
         return torch.zeros(3, *size[::-1]), torch.ones(1, *size[::-1])
     given = image_size(prompt.image)
-    framing = _framing(prompt, given)
+    framing = _framing(prompt, prompt.image, given)
     pixels = frame_image(prompt.image, framing).pixels
     if prompt.mask_image is not None:
         hole = frame_mask(prompt.mask_image, given, framing, image_path=prompt.image) >= 0.5
@@ -33,18 +33,20 @@ def scene(prompt: SamplePrompt) -> tuple[Tensor, Tensor]:
 
 def check_scene(prompt: SamplePrompt) -> None:
     """Raise UserError, naming the prompt, where its image or its mask cannot be used; it reads headers only."""
+    if prompt.image is None:
+        return
     try:
         size = image_size(prompt.image)
-        _framing(prompt, size)
+        _framing(prompt, prompt.image, size)
         if prompt.mask_image is not None:
             check_mask_size(image_size(prompt.mask_image), prompt.mask_image, size, prompt.image)
     except UserError as error:
         raise UserError(f'The sample prompt "{prompt.prompt:.60}": {error}') from error
 
 
-def _framing(prompt: SamplePrompt, given: Size) -> Framing:
+def _framing(prompt: SamplePrompt, image: str, given: Size) -> Framing:
     """How an image of the size ``given`` is resized and cropped. Raises UserError if it would grow beyond measure."""
     size = prompt.width, prompt.height
     resized = covering_size(given, size)
-    check_resized(prompt.image, given, resized, size)
+    check_resized(image, given, resized, size)
     return Framing(resized, size)

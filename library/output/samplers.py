@@ -3,16 +3,41 @@
 import importlib.util
 import inspect
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import diffusers
 import torch
-from diffusers import SchedulerMixin
+from torch import Tensor
 
 from library.support.errors import UserError, did_you_mean
 from library.training.diffusion import BETAS, NoiseSchedule
 
 _Settings = dict[str, Any]
+
+
+class Step(Protocol):
+    """What one step of a sampler gives: latents with less noise."""
+
+    prev_sample: Tensor
+
+
+class Sampler(Protocol):
+    """What is asked of diffusers' schedulers; ``step`` may also take generators, for noise of its own."""
+
+    timesteps: Tensor
+    init_noise_sigma: float | Tensor
+
+    def set_timesteps(self, num_inference_steps: int, *, device: torch.device) -> None:
+        """Choose the ``timesteps``."""
+
+    def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        """The latents as the U-Net expects them at a timestep."""
+
+    @property
+    def step(self) -> Callable[..., Step]:
+        """From the U-Net's prediction, the timestep and the latents to the next latents."""
+
 
 # diffusers' class, and what its usual settings would get wrong.
 _SAMPLERS: dict[str, tuple[str, _Settings]] = {
@@ -55,7 +80,7 @@ def check_sampler(name: str) -> None:
         raise UserError(f'The sampler "{name}" needs the package scipy: pip install scipy. Or choose another sampler.')
 
 
-def make_sampler(name: str, *, v_prediction: bool, zero_terminal_snr: bool) -> SchedulerMixin:
+def make_sampler(name: str, *, v_prediction: bool, zero_terminal_snr: bool) -> Sampler:
     """A fresh sampler for a model that predicts the noise, or with ``v_prediction`` the velocity.
 
     With ``zero_terminal_snr`` the sampler follows the schedule that ends in pure noise, and begins there. Raises
@@ -70,16 +95,17 @@ def make_sampler(name: str, *, v_prediction: bool, zero_terminal_snr: bool) -> S
     with warnings.catch_warnings():
         # diffusers advises against "dpmsolver"; who asks for it by name shall have it.
         warnings.simplefilter("ignore", FutureWarning)
-        return scheduler_class(**settings)
+        sampler: Sampler = scheduler_class(**settings)
+    return sampler
 
 
-def most_steps(sampler: SchedulerMixin) -> int:
+def most_steps(sampler: Sampler) -> int:
     """How many steps a sampler can take; up to 1000, the number of timesteps."""
     return _MOST_STEPS.get(type(sampler).__name__, 1000)
 
 
 def _zero_terminal_settings(scheduler_class: type, *, v_prediction: bool) -> _Settings:
-    known = inspect.signature(scheduler_class.__init__).parameters
+    known = inspect.signature(scheduler_class).parameters
     # The one spacing of timesteps in common that begins with the last one; a class without the choice does so anyway.
     settings: _Settings = {"timestep_spacing": "trailing"} if "timestep_spacing" in known else {}
     # Some classes that rescale by themselves keep a last ᾱ of 0, which only velocities can do with.
@@ -93,4 +119,5 @@ def _zero_terminal_betas() -> list[float]:
     alphas = NoiseSchedule.create(zero_terminal_snr=True).alphas_cumprod.double()
     alphas[-1] = _LAST_ALPHA
     before = torch.cat([alphas.new_ones(1), alphas[:-1]])
-    return (1 - alphas / before).tolist()
+    betas: list[float] = (1 - alphas / before).tolist()
+    return betas

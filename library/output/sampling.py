@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from diffusers import SchedulerMixin
+from diffusers.models import UNet2DConditionModel
 from torch import Tensor
 
 from library.data.latent_cache import PIXELS_PER_LATENT
@@ -19,7 +19,7 @@ from library.model.inpainting import surroundings
 from library.model.vae import FrozenVae
 from library.output.sample_prompts import SamplePrompt
 from library.output.sample_scene import scene
-from library.output.samplers import make_sampler, most_steps
+from library.output.samplers import Sampler, make_sampler, most_steps
 from library.support.errors import UserError
 from library.support.progress_bar import progress_bar
 
@@ -37,7 +37,7 @@ class SamplingPipeline:
     """
 
     family: ModelFamily
-    unet: torch.nn.Module
+    unet: UNet2DConditionModel
     prompt_encoder: PromptEncoder
     prompts: PromptTokenizer
     vae: FrozenVae
@@ -98,7 +98,7 @@ class SamplingPipeline:
 
     def _surroundings(self, batch: Sequence[SamplePrompt]) -> list[Tensor]:
         """For an inpainting U-Net, in a list, what it sees besides the noisy latents: [B, 5, h, w]."""
-        if self.unet.config.in_channels == _LATENT_CHANNELS:
+        if self.unet.config["in_channels"] == _LATENT_CHANNELS:
             return []
         images, holes = (torch.stack(each).to(self.device) for each in zip(*map(scene, batch), strict=True))
         generators = [torch.Generator().manual_seed(_seed(prompt) ^ _SCENE) for prompt in batch]
@@ -121,7 +121,7 @@ class SamplingPipeline:
 
 
 def _batches(wanted: Sequence[SamplePrompt], size: int) -> Iterator[list[SamplePrompt]]:
-    def alike(prompt: SamplePrompt) -> tuple:
+    def alike(prompt: SamplePrompt) -> tuple[object, ...]:
         return prompt.width, prompt.height, prompt.steps, prompt.scale, prompt.sampler
 
     for _, group in itertools.groupby(wanted, key=alike):
@@ -133,7 +133,7 @@ def _seed(prompt: SamplePrompt) -> int:
     return random.SystemRandom().getrandbits(32) if prompt.seed is None else prompt.seed
 
 
-def _takes_generator(sampler: SchedulerMixin) -> bool:
+def _takes_generator(sampler: Sampler) -> bool:
     """Whether a sampler adds noise of its own, which must come from the picture's generator."""
     return "generator" in inspect.signature(sampler.step).parameters
 

@@ -49,7 +49,7 @@ def tag_frequency(table: ImageTable) -> dict[str, dict[str, int]]:
     Tags are what stands between commas, in lower case. A folder that several datasets name counts once; of very many
     tags the most frequent are kept.
     """
-    frequency: dict[str, Counter] = {}
+    frequency: dict[str, Counter[str]] = {}
     dataset_of: dict[str, int] = {}
     for part in table.subsets():
         name = _short_name(part.found.subset)
@@ -62,7 +62,8 @@ def tag_frequency(table: ImageTable) -> dict[str, dict[str, int]]:
 
 
 def _image_keys(table: ImageTable) -> dict[str, Any]:
-    counts, folders = Counter(), {}
+    counts: Counter[bool] = Counter()
+    folders: dict[str, dict[str, int]] = {}
     for found in table.sets:
         subset = found.subset
         counts[subset.is_reg] += len(found) * subset.num_repeats
@@ -77,7 +78,7 @@ def _image_keys(table: ImageTable) -> dict[str, Any]:
 
 
 def _short_name(subset: SubsetConfig) -> str:
-    return PurePath(subset.metadata_file or subset.image_dir).name
+    return PurePath(subset.source).name
 
 
 def _free_name(name: str, taken: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from accelerate.utils import gather_object
 
+from library.options.declaration import required
 from library.options.options import Options, as_dict, declared_options
 from library.options.output import LoggingOptions
 from library.support.errors import UserError, survived
@@ -132,7 +133,9 @@ class RunLog(Callback):
 
 def _log_folder(options: LoggingOptions) -> Path:
     """A folder of this run's own in --logging_dir."""
-    return Path(options.logging_dir) / f"{options.log_prefix or ''}{datetime.now():%Y%m%d%H%M%S}"
+    return (
+        Path(required(options.logging_dir, "logging_dir")) / f"{options.log_prefix or ''}{datetime.now():%Y%m%d%H%M%S}"
+    )
 
 
 def _prepare_wandb(options: LoggingOptions) -> None:
