@@ -32,7 +32,7 @@ class Rescue:
         process: int,
         watch: bool,
         patience: float | None,
-    ):
+    ) -> None:
         """``process`` is the number of this one, from 0; for ``watch`` and ``patience`` see :class:`Lookout`."""
         self.learner, self.results, self.names, self.process = learner, results, names, process
         self.lookout = Lookout(self.keep, watch=watch, patience=patience)

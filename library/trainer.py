@@ -113,7 +113,7 @@ def current_state(job: Job, setup: Setup, log: RunLog) -> TrainingState:
 class Trainer:
     """The loop. Only the rows of the setup's learner change in it; all else is what the callbacks do."""
 
-    def __init__(self, job: Job, setup: Setup, callbacks: Callbacks, saving: Saving):
+    def __init__(self, job: Job, setup: Setup, callbacks: Callbacks, saving: Saving) -> None:
         """``saving``, one of the callbacks, also writes the result."""
         self.job, self.setup, self.callbacks, self.saving = job, setup, callbacks, saving
         self.progress, self.learner = setup.progress, setup.learner

@@ -29,7 +29,7 @@ class BatchRef:
 class EpochOrder:
     """All samples of an epoch in batches: within buckets, buckets of all datasets mixed."""
 
-    def __init__(self, bucket_of: np.ndarray, repeats: np.ndarray, batch_sizes: np.ndarray, seed: int):
+    def __init__(self, bucket_of: np.ndarray, repeats: np.ndarray, batch_sizes: np.ndarray, seed: int) -> None:
         """``bucket_of`` int [n] and ``repeats`` int [n] by picture; ``batch_sizes`` int [buckets]; any integer seed."""
         self.seed = seed & 0xFFFF_FFFF_FFFF_FFFF
         pictures = np.argsort(bucket_of, kind="stable")
@@ -90,7 +90,7 @@ class BatchSampler:
         num_processes: int = 1,
         accumulation: int = 1,
         shuffle: bool = True,
-    ):
+    ) -> None:
         self.order = order
         self.process_index = process_index
         self.num_processes = num_processes

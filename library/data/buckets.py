@@ -71,7 +71,7 @@ def adjusted_limits(rules: BucketRules) -> Size:
 class BucketChooser:
     """Finds the bucket of each picture; equal sizes are worked out once."""
 
-    def __init__(self, rules: BucketRules):
+    def __init__(self, rules: BucketRules) -> None:
         self.rules = rules
         self._known: dict[Size, Placement] = {}
         resolutions = rules.resolutions()

@@ -51,7 +51,7 @@ class CustomData:
         max_token_length: int | None = None,
         templates: Sequence[str] | None = None,
         seed: int = 0,
-    ):
+    ) -> None:
         """Make the user's dataset and tell it the seed and the word's replacements, as far as it takes them."""
         self.name = required(options.dataset_class, "dataset_class")
         self.prompts = prompts
@@ -130,7 +130,7 @@ def _tell(dataset: Any, method: str, *values: object) -> None:
 class CustomSource(Dataset[Batch]):
     """Turns the user's dictionaries into batches, in whatever process the loader runs."""
 
-    def __init__(self, data: CustomData):
+    def __init__(self, data: CustomData) -> None:
         self.data = data
 
     def __getitem__(self, ref: BatchRef) -> Batch:
@@ -152,7 +152,7 @@ class CustomSource(Dataset[Batch]):
 class _Reader:
     """Reads one dictionary, with errors that name the class and the key."""
 
-    def __init__(self, data: CustomData, ref: BatchRef):
+    def __init__(self, data: CustomData, ref: BatchRef) -> None:
         self.data = data
         self.ref = ref
 

@@ -133,7 +133,7 @@ class LatentCache:
         skip_check: bool = False,
         highvram: bool = False,
         precision: torch.dtype | None = None,
-    ):
+    ) -> None:
         """Caches on disk that made in a coarser ``precision`` (None: the VAE's) are made anew; finer ones will do."""
         self.precision = precision
         self.suffix, self.to_disk, self.seed = suffix, to_disk, seed

@@ -25,7 +25,7 @@ class BatchLoader:
         workers: int = 0,
         persistent: bool = False,
         pin_memory: bool = False,
-    ):
+    ) -> None:
         """``workers`` processes at most, which live on between epochs if ``persistent``; see torch's ``DataLoader``."""
         self.sampler = sampler
         # torch draws a base seed for its workers; from its global generator that would disturb the training.
@@ -62,7 +62,7 @@ class BatchLoader:
 class _Handing(Dataset[Batch | UserError]):
     """Hands a user's mistake over as a value: torch would put the worker's traceback into its text."""
 
-    def __init__(self, source: Dataset[Batch]):
+    def __init__(self, source: Dataset[Batch]) -> None:
         self.source = source
 
     def __getitem__(self, ref: BatchRef) -> Batch | UserError:

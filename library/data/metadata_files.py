@@ -134,7 +134,7 @@ class FolderCache:
     costs time only, so it is a warning.
     """
 
-    def __init__(self, folder: str):
+    def __init__(self, folder: str) -> None:
         self.path = Path(folder) / CACHE_NAME
         self._entries = self._load()
 

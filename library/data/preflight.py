@@ -223,7 +223,7 @@ def _with_affixes(caption: str, rules: CaptionRules) -> str:
 class _Measure:
     """Counts the tokens of texts: words between spaces are tokenized once each and added up."""
 
-    def __init__(self, prompts: PromptTokenizer):
+    def __init__(self, prompts: PromptTokenizer) -> None:
         self._prompts = prompts
         self._of_word: dict[str, int] = {}
 

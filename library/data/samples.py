@@ -43,7 +43,7 @@ class SampleSource(Dataset[Batch]):
         seed: int = 0,
         max_steps: int = 0,
         cache: LatentCache | None = None,
-    ):
+    ) -> None:
         """``templates`` replace all captions; ``cache`` (filled) gives latents in place of pixels."""
         self.table = table
         self.prompts = prompts

@@ -37,7 +37,7 @@ class TrainingData:
         templates: Sequence[str] | None = None,
         seed: int = 0,
         sets: Sequence[list[ImageSet]] | None = None,
-    ):
+    ) -> None:
         """Find all pictures and captions, unless ``sets`` holds them by dataset. Raises UserError for what is amiss."""
         self.configs = tuple(configs)
         self.prompts = prompts

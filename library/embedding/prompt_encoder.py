@@ -24,7 +24,7 @@ class PromptEncoder:
         prompts: PromptTokenizer,
         rows: nn.Module,
         clip_skip: int | None = None,
-    ):
+    ) -> None:
         """Puts a ``MergedEmbedding`` into every encoder.
 
         ``rows`` is a ``TrainableRows`` or what accelerate made of it; called with None it gives one [N, D] per encoder.

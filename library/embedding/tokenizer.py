@@ -35,7 +35,7 @@ class PromptTokenizer:
 
     def __init__(
         self, tokenizers: "Sequence[CLIPTokenizer]", placeholder: Placeholder, max_token_length: int | None = None
-    ):
+    ) -> None:
         """``max_token_length`` is 75 (or None), 150 or 225 body tokens; longer texts are cut."""
         self.tokenizers = list(tokenizers)
         self.placeholder = placeholder
@@ -250,7 +250,7 @@ class TrainableRows(nn.Module):
     a device of its own, DistributedDataParallel moves the first input there and fails where there is none.
     """
 
-    def __init__(self, starts: Sequence[torch.Tensor]):
+    def __init__(self, starts: Sequence[torch.Tensor]) -> None:
         super().__init__()
         self.rows = nn.ParameterList(nn.Parameter(start.detach().float().clone()) for start in starts)
 
@@ -295,7 +295,7 @@ class MergedEmbedding(nn.Module):
     more rows is ever built, and the rows are in the graph even if no new id occurs (their gradient is then zero).
     """
 
-    def __init__(self, table: nn.Embedding, first_new_id: int):
+    def __init__(self, table: nn.Embedding, first_new_id: int) -> None:
         super().__init__()
         self.table = table.requires_grad_(False)
         self.first_new_id = first_new_id

@@ -4,11 +4,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from library.embedding.tokenizer import typical_norm
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
 
 _NO_WORD = -2.0  # in place of a cosine
 _AT_ONCE = 4096  # words whose vectors are widened to float32 together, so that no second table is ever made
@@ -28,7 +32,7 @@ class Neighbour:
 class Vocabulary:
     """The frozen token embedding [V, D] of one text encoder, with the words of its tokenizer."""
 
-    def __init__(self, embedding: nn.Embedding, tokenizer):
+    def __init__(self, embedding: nn.Embedding, tokenizer: "CLIPTokenizer") -> None:
         self.embedding, self.tokenizer = embedding, tokenizer
         self.typical_norm = typical_norm(embedding.weight)
 
@@ -56,10 +60,10 @@ class Vocabulary:
     @cached_property
     def _is_word(self) -> Tensor:
         """Whether each row of the table [V] is a whole word."""
-        tokens = self.tokenizer.convert_ids_to_tokens(range(min(len(self.table), len(self.tokenizer))))
+        tokens = self.tokenizer.convert_ids_to_tokens(list(range(min(len(self.table), len(self.tokenizer)))))
         found = [token.endswith(_WORD_END) and _LETTER.search(token[: -len(_WORD_END)]) is not None for token in tokens]
         return torch.tensor(found + [False] * (len(self.table) - len(found)))
 
     def _named(self, ids: Sequence[int], cosines: Sequence[float]) -> list[Neighbour]:
         named = [(i, cosine) for i, cosine in zip(ids, cosines, strict=True) if cosine > _NO_WORD]
-        return [Neighbour(self.tokenizer.decode([i]).strip(), cosine) for i, cosine in named]
+        return [Neighbour(str(self.tokenizer.decode([i])).strip(), cosine) for i, cosine in named]

@@ -56,7 +56,9 @@ class BaseModel:
     of an ``inpainting`` model takes nine channels.
     """
 
-    def __init__(self, source: SingleFile | ModelFolder, options: ModelOptions, name: str, inpainting: bool = False):
+    def __init__(
+        self, source: SingleFile | ModelFolder, options: ModelOptions, name: str, inpainting: bool = False
+    ) -> None:
         self.source = source
         self.options = options
         self.name = name

@@ -98,7 +98,7 @@ class FrozenLayer(nn.Module):
     weight: Tensor
     scale: Tensor | None
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, float8: bool):
+    def __init__(self, layer: nn.Linear | nn.Conv2d, float8: bool) -> None:
         super().__init__()
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach(), requires_grad=False)
         if float8:
@@ -131,7 +131,7 @@ class FrozenLinear(FrozenLayer):
 class FrozenConv2d(FrozenLayer):
     """A frozen ``nn.Conv2d`` with zero padding: [B, inputs, H, W] → [B, outputs, H', W']."""
 
-    def __init__(self, layer: nn.Conv2d, float8: bool):
+    def __init__(self, layer: nn.Conv2d, float8: bool) -> None:
         super().__init__(layer, float8)
         if isinstance(layer.padding, str):
             raise ValueError(f"a convolution whose padding is {layer.padding!r}, not numbers")

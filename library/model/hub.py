@@ -22,7 +22,7 @@ _STATE = re.compile(r"(?P<repo>[^/:]+/[^/:]+)/(?P<path>[^:]+?)/?(?::(?P<revision
 class HubUpload:
     """Uploads to one repository, each file in a commit of its own."""
 
-    def __init__(self, api: HfApi, repo_id: str, options: HubOptions):
+    def __init__(self, api: HfApi, repo_id: str, options: HubOptions) -> None:
         self.api, self.repo_id = api, repo_id
         self.repo_type = options.huggingface_repo_type or "model"
         self.folder = (options.huggingface_path_in_repo or "").strip("/")

@@ -226,7 +226,7 @@ def head_width(widths: Iterable[int]) -> int:
 class _Shapes:
     """Sizes of tensors by name, with a fallback: what is missing is reported once all names are compared."""
 
-    def __init__(self, tensors: UnreadTensors):
+    def __init__(self, tensors: UnreadTensors) -> None:
         self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
     def __call__(self, name: str, axis: int, fallback: int) -> int:

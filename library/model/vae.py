@@ -33,7 +33,7 @@ class FrozenVae:
         device: torch.device | str,
         dtype: torch.dtype,
         load: "Callable[[torch.dtype], AutoencoderKL] | None" = None,
-    ):
+    ) -> None:
         """``load`` reads the VAE anew: weights that were rounded do not come back by widening them."""
         self.device, self.dtype, self.decoding_dtype = torch.device(device), dtype, dtype
         self.load = load

@@ -58,7 +58,7 @@ class ToughStream:
     What cannot be written is lost without an error: no message is worth a training. All else is the stream's own.
     """
 
-    def __init__(self, stream: TextIO):
+    def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:

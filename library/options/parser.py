@@ -35,7 +35,7 @@ _LONGEST_MESSAGE = 400
 class OptionParser(argparse.ArgumentParser):
     """An argument parser whose errors are UserErrors, and which knows the model family it serves."""
 
-    def __init__(self, family: str, **details: Any):
+    def __init__(self, family: str, **details: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **details)
         self.family = family
 

@@ -124,7 +124,7 @@ class LearningMeasure:
 
     def __init__(
         self, pipeline: SamplingPipeline, task: DenoisingTask, concept: Concept, word: NewWord, rows: TrainableRows
-    ):
+    ) -> None:
         self.pipeline, self.task, self.concept, self.word, self.rows = pipeline, task, concept, word, rows
         self.pictures = concept.pictures(_CONCEPT_PICTURES)
         self.captions = concept.captions(PICTURES)
@@ -182,7 +182,7 @@ class LearningMeasure:
 class LearningReporting(Callback):
     """At the end: measures what the word learned, and says it; with a verdict it is written by the run's report."""
 
-    def __init__(self, measure: Callable[[], LearningReport]):
+    def __init__(self, measure: Callable[[], LearningReport]) -> None:
         """All processes take part in ``measure``."""
         self.measure = measure
         self.report: LearningReport | None = None

@@ -21,7 +21,7 @@ _OF_AN_EPOCH, _OF_THE_END = {"loss/validation"}, {"result", "verdict"}
 class MetricsFile:
     """Appends lines to a file that may be read at any time; each goes out whole, and at once."""
 
-    def __init__(self, path: Path, run: str):
+    def __init__(self, path: Path, run: str) -> None:
         """Go on with the file at ``path``, which :func:`begin` has written for ``run``."""
         self.path, self.run = path, run
         self._torn = False

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from html import escape
 from itertools import count
 from pathlib import Path
+from typing import TypeVar
 
 from library.output.charts import Point, Series, line_chart, shown, smoothed
 from library.output.learning_report import LearningReport
@@ -15,6 +16,7 @@ from library.output.thumbnails import Thumbnails
 from library.support.errors import counted
 from library.training.loss_bands import BANDS, band_name
 
+_T = TypeVar("_T")
 MOST_VECTORS = 8  # that are drawn and named one by one
 MOST_ROWS = 24  # of a table that grows with the run
 _PHOTO, _SAMPLE, _SHEET = 320, 320, 1600  # sides in pixels: twice what they have on the page, for sharp screens
@@ -33,7 +35,7 @@ class Section:
 class Snippets:
     """Texts with a button that copies them; every one has an id of its own."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._numbers = count(1)
 
     def block(self, text: str) -> str:
@@ -118,7 +120,7 @@ def _nearest_table(lines: Sequence[Line], labels: Sequence[str]) -> str:
     )
 
 
-def _words(neighbours: Iterable) -> str:
+def _words(neighbours: Iterable[tuple[str, float]]) -> str:
     return "<br>".join(f"{escape(str(word))} <small>{cosine:.2f}</small>" for word, cosine in neighbours)
 
 
@@ -243,7 +245,7 @@ def _charts(charts: Iterable[str]) -> str:
     return f'<div class="charts{shape}">{"".join(drawn)}</div>' if drawn else ""
 
 
-def _spread(items: Sequence) -> list:
+def _spread(items: Sequence[_T]) -> list[_T]:
     """At most so many of the items, from all over them, the first and the last among them."""
     if len(items) <= MOST_ROWS:
         return list(items)

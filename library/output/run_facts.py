@@ -9,7 +9,8 @@ from typing import Any
 from accelerate import Accelerator
 
 from library.data.batched_data import BatchedData
-from library.data.image_table import ImageEntry, ImageTable
+from library.data.image_entry import ImageEntry
+from library.data.image_table import ImageTable
 from library.embedding.clients import Usage, diffusers_token, usages
 from library.model.device_report import describe_device
 from library.options.config_file import as_toml

@@ -77,7 +77,7 @@ class RunReport(Callback):
     written, and vectors that go astray and the verdict are still said.
     """
 
-    def __init__(self, watched: Watched, gather: Callable[[], RunFacts]):
+    def __init__(self, watched: Watched, gather: Callable[[], RunFacts]) -> None:
         """``gather`` collects what the page tells besides measurements."""
         self.watched, self.gather = watched, gather
         self.learner, self.meter = watched.learner, watched.meter
@@ -281,7 +281,7 @@ class _Pending:
 class _Clock:
     """Time since the training began, pauses included, and how fast the steps were, pauses left out."""
 
-    def __init__(self, before: float = 0.0):
+    def __init__(self, before: float = 0.0) -> None:
         """``before``: seconds that the run took before it was resumed."""
         self.began = self.mark = time.monotonic()
         self.before, self.steps, self.stepping = before, 0, 0.0

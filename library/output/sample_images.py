@@ -111,7 +111,7 @@ class SampleAlbum:
 class Sampling(Callback):
     """Draws the album when it is due, with the rows as they would be saved; the others hear of the images."""
 
-    def __init__(self, album: SampleAlbum, pipeline: SamplingPipeline, learner: Learner, callbacks: Callbacks):
+    def __init__(self, album: SampleAlbum, pipeline: SamplingPipeline, learner: Learner, callbacks: Callbacks) -> None:
         self.album, self.pipeline, self.learner, self.callbacks = album, pipeline, learner, callbacks
 
     def on_start(self, progress: Progress, state: TrainingState | None) -> None:

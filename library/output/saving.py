@@ -27,7 +27,7 @@ class Saving(Callback):
         starts: Sequence[Tensor],
         current_state: Callable[[], TrainingState],
         callbacks: Callbacks,
-    ):
+    ) -> None:
         """``starts`` [N, D] per text encoder are the rows that the training began with.
 
         ``current_state`` is called in all processes.
@@ -97,7 +97,7 @@ class Saving(Callback):
 class Uploads(Callback):
     """Brings what is saved to the hub; only the main process has it."""
 
-    def __init__(self, hub: HubUpload, results: Results, *, states: bool):
+    def __init__(self, hub: HubUpload, results: Results, *, states: bool) -> None:
         """``states``: with ``--save_state_to_huggingface``."""
         self.hub, self.results, self.states = hub, results, states
 

@@ -20,7 +20,7 @@ def data_uri(image: Image.Image) -> str:
 class Thumbnails:
     """Makes thumbnails of files, each once: they are expected not to change."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._made: dict[tuple[Path, int], str | None] = {}
 
     def of(self, path: Path, side: int, kept: Box | None = None) -> str | None:

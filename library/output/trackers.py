@@ -51,7 +51,7 @@ def _settings(options: LoggingOptions) -> dict[str, dict[str, Any]]:
 class RunLog(Callback):
     """What one run tells its trackers. All steps are optimizer steps; only the main process writes."""
 
-    def __init__(self, trackers: Sequence[GeneralTracker], options: LoggingOptions):
+    def __init__(self, trackers: Sequence[GeneralTracker], options: LoggingOptions) -> None:
         self.trackers, self.every = list(trackers), options.log_every_n_steps
         # The report waits for all processes' images too: it takes them from the folder.
         self.used = bool(trackers) or not options.no_report

@@ -21,7 +21,7 @@ def legacy_hash(content: BinaryIO) -> str:
 class FileHash:
     """The SHA-256 of a file; reading it takes one or two seconds per GB, and much more from a slow disk."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         """Nothing is read before :meth:`begin` or :meth:`get`."""
         self.path = path
         self._found: Future[str | None] = Future()

@@ -46,7 +46,7 @@ class Lookout:
         watch: bool,
         patience: float | None = None,
         end: Callable[[int], None] = leave,
-    ):
+    ) -> None:
         """``keep`` writes vectors to a file and says so, touching no device; it is called in another thread.
 
         ``watch``: there are other processes to be lost. ``patience``: seconds that a batch may take, None without end.

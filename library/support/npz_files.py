@@ -24,7 +24,7 @@ class ArchiveError(Exception):
 class Archive:
     """Arrays by key, and ``sum(key)``, the checksum of each."""
 
-    def __init__(self, file: zipfile.ZipFile):
+    def __init__(self, file: zipfile.ZipFile) -> None:
         self._file = file
         self._members = {info.filename.removesuffix(".npy"): info for info in file.infolist()}
 

@@ -6,9 +6,10 @@ from typing import Any
 from tqdm import tqdm
 
 
-class _Lines(tqdm):
+class _Lines(tqdm):  # type: ignore[misc]  # tqdm has no types
     """tqdm's numbers as whole lines, without the carriage returns by which a bar is drawn over itself."""
 
+    disable: bool
     _tenths = 0
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:

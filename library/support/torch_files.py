@@ -149,7 +149,7 @@ def _old_content(file: OpenFile, length: int) -> Any:
 class _Filler:
     """Puts the tensors of a file in their places within its content."""
 
-    def __init__(self, file: OpenFile):
+    def __init__(self, file: OpenFile) -> None:
         self.file = file
         self.left = _MOST_SHARED * _length(file)
         self.done: dict[int, Any] = {}

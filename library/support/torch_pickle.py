@@ -75,7 +75,7 @@ class _Parameters(dict[Any, Any]):
 class _Unneeded:
     """What stands for a value of numpy's that trainers keep beside the weights; it is read past, never made."""
 
-    def __init__(self, *_: Any):
+    def __init__(self, *_: Any) -> None:
         pass
 
 
@@ -111,7 +111,7 @@ def read_pickle(file: BinaryIO, storages: dict[str, Storage]) -> Any:
 class _Machine:
     """The stack, the marks on it and the memo, on which a pickle's instructions work."""
 
-    def __init__(self, storages: dict[str, Storage]):
+    def __init__(self, storages: dict[str, Storage]) -> None:
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []
         self.memo: dict[int, Any] = {}

@@ -19,7 +19,7 @@ MAX_SILENT_STEPS = 10
 class LearningWatch:
     """Looks at every step of one run. ``taught`` tells whether the rows have ever received a gradient."""
 
-    def __init__(self, names: Sequence[str], total_steps: int, *, scales_loss: bool):
+    def __init__(self, names: Sequence[str], total_steps: int, *, scales_loss: bool) -> None:
         """``names`` of the N vectors; ``scales_loss``: fp16, whose scaler overflows now and then and recovers."""
         self.names = names
         self.patience = min(MAX_SILENT_STEPS, total_steps)

@@ -15,7 +15,7 @@ class LossBands:
     Of several processes each collects its own samples.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._seen: list[tuple[Tensor, Tensor]] = []
 
     def see(self, timesteps: Tensor, losses: Tensor) -> None:

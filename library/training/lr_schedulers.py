@@ -39,7 +39,7 @@ class StagedRate(LRScheduler):
     A rate holds for the steps before its number; the last one holds to the end of the run.
     """
 
-    def __init__(self, optimizer: Optimizer, stages: Stages, warmup_steps: int = 0):
+    def __init__(self, optimizer: Optimizer, stages: Stages, warmup_steps: int = 0) -> None:
         self.stages = stages
         self.warmup_steps = warmup_steps
         super().__init__(optimizer)
@@ -56,7 +56,7 @@ class StagedRate(LRScheduler):
 class LearningRateSchedule:
     """A torch scheduler that is always stepped with the loss, whether it looks at it or not."""
 
-    def __init__(self, scheduler: LRScheduler):
+    def __init__(self, scheduler: LRScheduler) -> None:
         self.scheduler = scheduler
 
     def step(self, loss: float) -> None:

@@ -47,7 +47,7 @@ class Learner:
         progress: Progress,
         max_grad_norm: float = 0.0,
         norms: Sequence[float] | None = None,
-    ):
+    ) -> None:
         """The rows and the optimizer become the accelerator's; ``prepared_rows`` is what the encoders must use."""
         self.accelerator, self.rows, self.choice, self.schedule, self.watch = accelerator, rows, choice, schedule, watch
         self.progress, self.max_grad_norm, self.norms = progress, max_grad_norm, norms

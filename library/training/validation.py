@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 class Validation(Callback):
     """Measures the loss over a loader that gives the same batches in every pass."""
 
-    def __init__(self, loader: BatchLoader, task: DenoisingTask, learner: Learner, callbacks: Callbacks):
+    def __init__(self, loader: BatchLoader, task: DenoisingTask, learner: Learner, callbacks: Callbacks) -> None:
         """The loss is told to the ``callbacks``."""
         self.loader, self.task, self.learner, self.callbacks = loader, task, learner, callbacks
 
