@@ -1,4 +1,4 @@
-"""Teach Stable Diffusion XL a new word from a few captioned pictures. See README.md, or run with --help."""
+"""Teach Stable Diffusion XL a new word from a few captioned images. See README.md, or run with --help."""
 
 import sys
 from collections.abc import Sequence

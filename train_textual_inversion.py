@@ -1,4 +1,4 @@
-"""Teach Stable Diffusion 1.x or 2.x a new word from a few captioned pictures. See README.md, or run with --help."""
+"""Teach Stable Diffusion 1.x or 2.x a new word from a few captioned images. See README.md, or run with --help."""
 
 import sys
 from collections.abc import Sequence

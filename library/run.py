@@ -104,7 +104,7 @@ def find_state(options: Options) -> TrainingState | None:
 
 
 def build_data(options: Options, word: NewWord, seed: int, found: FoundImages | None) -> BatchedData:
-    """Check the pictures and captions that were ``found``, or load a dataset class, and report on them."""
+    """Check the images and captions that were ``found``, or load a dataset class, and report on them."""
     data: BatchedData
     sentences = templates(options.token)
     if found is None:

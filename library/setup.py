@@ -21,12 +21,12 @@ from library.model.family import ModelFamily
 from library.model.vae import FrozenVae
 from library.options.options import Options
 from library.output.results import Results
-from library.output.sample_images import SampleAlbum
+from library.output.sample_images import SampleImages
 from library.output.sampling import SamplingPipeline
 from library.support.errors import UserError
 from library.training.denoising import DenoisingTask
 from library.training.diffusion import NoiseSchedule
-from library.training.learning_watch import LearningWatch
+from library.training.divergence_guard import DivergenceGuard
 from library.training.loss_bands import LossBands
 from library.training.lr_schedulers import LearningRateSchedule, build_lr_schedule
 from library.training.optimizer_step import Learner
@@ -60,7 +60,7 @@ class Job:
     plan: RunPlan
     saves: SaveSchedule
     results: Results
-    album: SampleAlbum
+    album: SampleImages
 
     @classmethod
     def create(
@@ -80,7 +80,7 @@ class Job:
         plan = RunPlan.create(options.training, data.order.num_batches, processes)
         saves = SaveSchedule.create(options.save, plan.epochs)
         results = Results.create(options, family, model, word, data)
-        album = SampleAlbum.create(options, word.prompts)
+        album = SampleImages.create(options, word.prompts)
         if state:
             results = results.continuing(state, plan, data.fingerprint, processes)
         return cls(options, family, machine, model, word, data, state, plan, saves, results, album)
@@ -191,7 +191,9 @@ def build_learner(job: Job, rows: TrainableRows, tables: Sequence[torch.nn.Embed
     state, accelerator = job.state, job.accelerator
     spread = max(table_spread(table.weight) for table in tables)
     choice, schedule = optimizer_and_rates(job, rows, spread)
-    watch = LearningWatch(job.word.placeholder.names, job.plan.total_steps, scales_loss=accelerator.scaler is not None)
+    watch = DivergenceGuard(
+        job.word.placeholder.names, job.plan.total_steps, scales_loss=accelerator.scaler is not None
+    )
     keeps_norm = job.options.token.preserve_embedding_norm
     learner = Learner(
         accelerator,
@@ -224,7 +226,7 @@ def check_text_encoders(job: Job, prompt_encoder: PromptEncoder) -> None:
         conditioning = prompt_encoder.encode([windows.unsqueeze(0) for windows in ids])
     if not torch.isfinite(conditioning.context).all():
         raise UserError(
-            f"The text encoder gives values that are not finite in {job.machine.precision.mixed_precision}. Use "
+            f"The text encoder gives NaN or infinite values in {job.machine.precision.mixed_precision}. Use "
             "--mixed_precision=bf16 or no; if that does not help, the model file is damaged."
         )
 
@@ -252,7 +254,7 @@ def prepare_latents(job: Job) -> FrozenVae | None:
     wait = job.accelerator.wait_for_everyone
     latents.fill(job.data.latent_entries(), vae, batch_size=cache.vae_batch_size, wait=wait, **job.share)
     job.data.use_cache(latents)
-    if not job.options.sample.draws_pictures:
+    if not job.options.sample.draws_images:
         return None
     vae.move("cpu")
     return vae
@@ -292,10 +294,10 @@ def build_task(
 
 
 def cache_prompts(data: BatchedData, prompt_encoder: PromptEncoder) -> None:
-    """Encode captions that lack the word once and for all, for ``--cache_text_encoder_outputs``."""
+    """Encode captions that lack the token once and for all, for ``--cache_text_encoder_outputs``."""
     cached, live = prompt_encoder.cache(data.first_prompts())
     logger.info(
-        "Text encoder outputs: %d captions without the word are cached, %d captions with it stay live "
+        "Text encoder outputs: %d captions without the token are cached, %d captions with it stay live "
         "(their output changes at every step).",
         *(cached, live),
     )

@@ -190,7 +190,7 @@ class Trainer:
         """Say where a resumed training goes on, and set what the state holds besides the rows and the optimizer."""
         state = self.job.state
         if state:
-            logger.info("Going on after step %d of %d (--resume).", self.progress.step, self.job.plan.total_steps)
+            logger.info("Resuming after step %d of %d (--resume).", self.progress.step, self.job.plan.total_steps)
             state.set_random_states(self.job.accelerator.process_index)
         self.callbacks.on_start(self.progress, state)
 

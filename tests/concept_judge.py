@@ -24,7 +24,7 @@ SEEDS = list(range(16))
 
 @dataclass(frozen=True)
 class Verdict:
-    """How 16 pictures compare with the concept: colour distance (0 is best) and overlap of outlines (1 is best)."""
+    """How 16 images compare with the concept: colour distance (0 is best) and overlap of outlines (1 is best)."""
 
     distance: float
     iou: float
@@ -39,7 +39,7 @@ def open_pipeline(family: str, embedding: Path | None = None) -> DiffusionPipeli
 
 
 def draw(pipeline: DiffusionPipeline, prompts: list[str], **more: int) -> list[np.ndarray]:
-    """One picture for each prompt, from the first seeds; ``more`` goes to ``generate``."""
+    """One image for each prompt, from the first seeds; ``more`` goes to ``generate``."""
     return check_miniatures.generate(pipeline, prompts, SEEDS[: len(prompts)], **more)
 
 
@@ -49,7 +49,7 @@ def captions_with(word: str) -> list[str]:
 
 
 def judge(pictures: list[np.ndarray]) -> Verdict:
-    """Compare pictures with the concept's."""
+    """Compare images with the concept's."""
     return Verdict(concept_distance(pictures, CONCEPT), measures.shape_iou(pictures, CONCEPT))
 
 
@@ -62,9 +62,9 @@ def known_words(pipeline: DiffusionPipeline) -> list[str]:
 
 
 def best_known_word(pipeline: DiffusionPipeline, finalists: int = 3) -> tuple[str, float]:
-    """The single known word whose pictures are nearest to the concept, and their distance.
+    """The single known word whose images are nearest to the concept, and their distance.
 
-    All words compete with four pictures each that are drawn in a few steps, the best of them with all sixteen in full.
+    All words compete with four images each that are drawn in a few steps, the best of them with all sixteen in full.
     """
     first = {word: judge(draw(pipeline, captions_with(word)[:4], steps=6)).distance for word in known_words(pipeline)}
     best = sorted(first, key=first.get)[:finalists]

@@ -13,7 +13,7 @@ MINIMAL = """
 [[datasets]]
 resolution = 512
   [[datasets.subsets]]
-  image_dir = "pictures"
+  image_dir = "images"
 """
 
 

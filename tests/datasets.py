@@ -1,4 +1,4 @@
-"""Small datasets for tests: pictures of given sizes, and the configuration that a dataset file would give."""
+"""Small datasets for tests: images of given sizes, and the configuration that a dataset file would give."""
 
 import json
 import random
@@ -29,8 +29,8 @@ def prompts(count: int = 1, *, word: str = "mychar", limit: int | None = None, e
     return PromptTokenizer(tokenizers, Placeholder(word, count), limit)
 
 
-def make_picture(file: Path, size: tuple[int, int] = (32, 32), caption: str | None = None, mode: str = "RGB") -> Path:
-    """Write a picture that is like no other of the same test run, and its caption beside it."""
+def make_image(file: Path, size: tuple[int, int] = (32, 32), caption: str | None = None, mode: str = "RGB") -> Path:
+    """Write an image that is like no other of the same test run, and its caption beside it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     bands = len(Image.new(mode, (1, 1)).getbands())
     coarse = Image.frombytes(mode, (3, 3), random.Random(file.as_posix()).randbytes(9 * bands))

@@ -124,7 +124,7 @@ def _config_file_is_converted(case: dict) -> bool:
     return any(name not in options or checked(options[name], value) != value for name, value in read.items())
 
 
-def _picture_is_read_in_our_way(case: dict) -> bool:
+def _image_is_read_in_our_way(case: dict) -> bool:
     """The file holds 16-bit greys, an EXIF orientation, or transparency that is not kept as alpha."""
     from PIL import ExifTags, Image
 
@@ -175,7 +175,7 @@ def _holds_what_we_refuse(case: dict) -> bool:
     return any(name in known and not known[name].accepts(table[name]) for table in tables for name in table)
 
 
-def _holds_no_pictures(case: dict) -> bool:
+def _holds_no_images(case: dict) -> bool:
     datasets = case["user_config"].get("datasets", [])
     repeats = [[subset.get("num_repeats", 1) for subset in dataset.get("subsets", [])] for dataset in datasets]
     return not datasets or any(all(count < 1 for count in counts) for counts in repeats)
@@ -257,7 +257,7 @@ DEPARTURES: list[Departure] = [
         "dataset_config",
         "D5",
         "refused: a file or dataset with nothing in it",
-        lambda case: "error" not in case and _holds_no_pictures(case),
+        lambda case: "error" not in case and _holds_no_images(case),
     ),
     Departure("dataset_config", "Q11", "refused: masked loss without masks", _has_no_masks),
     Departure("dataset_config", "D5", "dropout keys are accepted", lambda case: "dropout" in (case.get("where") or "")),
@@ -338,7 +338,7 @@ DEPARTURES: list[Departure] = [
     Departure("sai_metadata", "D1", "the version is ours; more keys where the user gave none", lambda case: True),
     Departure("saved_file", "D1", "torch files hold AUTOMATIC1111's fields too; more metadata keys", lambda case: True),
     Departure(
-        "load_image", "D6", "16 bits are scaled, EXIF turns, transparency lies on white", _picture_is_read_in_our_way
+        "load_image", "D6", "16 bits are scaled, EXIF turns, transparency lies on white", _image_is_read_in_our_way
     ),
     Departure(
         "dataset_item",
@@ -349,7 +349,7 @@ DEPARTURES: list[Departure] = [
     Departure(
         "dataset_item",
         "Q15",
-        "without buckets pictures are resized to cover and cropped",
+        "without buckets images are resized to cover and cropped",
         lambda case: not case["bucket"] and case["wh"] != case["resolution"],
     ),
     Departure(

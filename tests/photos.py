@@ -11,7 +11,7 @@ def make_photos(
 ) -> list[Path]:
     """Write ``photo_1.png`` … with ``photo_1.txt`` … (no caption files when ``caption`` is None); return the images.
 
-    Each picture is a coloured ground with an ellipse and a box, so pictures differ and have edges.
+    Each image is a coloured ground with an ellipse and a box, so images differ and have edges.
     """
     folder.mkdir(parents=True, exist_ok=True)
     return [_make_photo(folder / f"photo_{number}.png", number, size, caption) for number in range(1, count + 1)]

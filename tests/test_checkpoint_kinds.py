@@ -198,7 +198,7 @@ TABLE = {
     "no VAE": Row("sd1", file(without("first_stage_model")), "holds no VAE. Give one with --vae", code=1),
     "no text encoder": Row("sd1", file(without("cond_stage_model")), "is only a U-Net, without text encoder", code=1),
     "a tensor is missing": Row("sd1", file(without("input_blocks.5.1.norm.weight")), "is incomplete", code=1),
-    "not a number": Row("sd1", file(not_a_number), "The text encoder gives values that are not finite", code=1),
+    "not a number": Row("sd1", file(not_a_number), "The text encoder gives NaN or infinite values", code=1),
     # pickled
     "ckpt": Row("sd1", pickled(lambda t: {"state_dict": t, "global_step": 3}), "trained on photo.ckpt"),
     "ckpt with code": Row(

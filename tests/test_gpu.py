@@ -219,7 +219,7 @@ def test_a_step_waits_for_the_gpu_once(family, flags, bench, needs_gpu):
     assert [len(each) for each in counted[2:]] == [1] * 4, counted
 
 
-# ---- latents and pictures
+# ---- latents and images
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
@@ -241,7 +241,7 @@ def test_images_are_encoded_at_every_step(bench, on_the_cpu, on_gpu):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_pictures_are_those_of_the_cpu(family, bench, on_the_cpu, tmp_path):
+def test_images_are_those_of_the_cpu(family, bench, on_the_cpu, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(f"{TOKEN} --w 64 --h 64 --s 4 --d {seed} --ss {name}" for seed, name in DRAWN))
     flags = (f"--sample_prompts={prompts}", "--sample_at_first")

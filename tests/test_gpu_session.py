@@ -44,7 +44,7 @@ def test_other_sessions_leave_their_tests_out():
 
 
 def test_their_tests_can_be_tried_out_on_the_cpu():
-    chosen = "(computes_what and sd1) or mem_eff_attn-sd1 or pictures and sd1 or channels_last"
+    chosen = "(computes_what and sd1) or mem_eff_attn-sd1 or images and sd1 or channels_last"
     done = session("-m", "gpu", "--gpu-tests-on-cpu", "-n0", "-q", "tests/test_gpu.py", "-k", chosen)
     assert done.returncode == 0, done.stdout
     assert "8 passed, 3 skipped" in done.stdout

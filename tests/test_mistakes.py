@@ -116,8 +116,8 @@ def test_missing_image_folder(tmp_path, tiny_sd1, capsys):
 
 
 @pytest.mark.usefixtures("no_unet")
-@pytest.mark.parametrize("content", [b"", b"no picture", "truncated"])
-def test_broken_pictures(content, tmp_path, tiny_sd1, capsys):
+@pytest.mark.parametrize("content", [b"", b"no image", "truncated"])
+def test_broken_images(content, tmp_path, tiny_sd1, capsys):
     file = write_dataset(tmp_path)
     picture = tmp_path / "images" / "photo_2.png"
     picture.write_bytes(picture.read_bytes()[:400] if content == "truncated" else content)

@@ -1,4 +1,4 @@
-"""What each option about pictures, captions and caches does, through the real script; most need no model."""
+"""What each option about images, captions and caches does, through the real script; most need no model."""
 
 import itertools
 import json
@@ -17,13 +17,13 @@ from library.model.vae import FrozenVae
 
 
 class Scene:
-    """A folder of pictures of the test's own; :meth:`plan` runs the script on it up to the trainer."""
+    """A folder of images of the test's own; :meth:`plan` runs the script on it up to the trainer."""
 
     def __init__(self, folder, model):
         self.folder, self.model, self.images = folder, model, folder / "images"
 
     def picture(self, name, size=(64, 64), caption=TOKEN):
-        return make_picture(self.images / name, size, caption)
+        return make_image(self.images / name, size, caption)
 
     def arguments(self, *more, data=None):
         file = self.folder / "data.toml"
@@ -36,12 +36,12 @@ class Scene:
         return plan("sd1", self.arguments(*more, data=data), code=code)
 
     def image(self, *more):
-        """The first picture as the model sees it, uint8 [H, W, 3]."""
+        """The first image as the model sees it, uint8 [H, W, 3]."""
         return pixels(epoch_of(self.plan(*more))[0].images[0])
 
 
-def make_picture(file, size=(64, 64), caption=None):
-    """Write a coloured picture that depends on its name, and its caption beside it."""
+def make_image(file, size=(64, 64), caption=None):
+    """Write a coloured image that depends on its name, and its caption beside it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     coarse = Image.frombytes("RGB", (3, 3), random.Random(file.name).randbytes(27))
     coarse.resize(size, Image.Resampling.BILINEAR).save(file)
@@ -64,7 +64,7 @@ def bench(tmp_path_factory, tiny_sd1):
     return Bench({"sd1": tiny_sd1}, write_dataset(tmp_path_factory.mktemp("data"), count=2))
 
 
-# ---- where the pictures come from
+# ---- where the images come from
 
 
 @shows("dataset_config", "train_data_dir", "reg_data_dir", "prior_loss_weight", "in_json")
@@ -75,8 +75,8 @@ def test_sources(scene):
         ((scene.images / "a.png").as_posix(), TOKEN)
     ]
 
-    make_picture(scene.folder / "train" / f"3_{TOKEN} hat" / "b.png", (64, 64))
-    make_picture(scene.folder / "reg" / "1_hat" / "c.png", (64, 64))
+    make_image(scene.folder / "train" / f"3_{TOKEN} hat" / "b.png", (64, 64))
+    make_image(scene.folder / "reg" / "1_hat" / "c.png", (64, 64))
     folders = [f"--train_data_dir={scene.folder / 'train'}"]
     assert captions_of(scene.plan(data=folders)) == [f"{TOKEN} hat"] * 3
     with_regularisation = [*folders, f"--reg_data_dir={scene.folder / 'reg'}", "--prior_loss_weight=0.25"]
@@ -160,7 +160,7 @@ def test_captions(scene, option):
     assert captions_of(scene.plan(*flags)) == [read]
     without = [flag for flag in flags if not flag.startswith(f"--{option}")]
     if option == "caption_prefix":
-        scene.plan(code=1)  # no caption holds the word
+        scene.plan(code=1)  # no caption holds the token
     else:
         assert captions_of(scene.plan(*without)) != [read]
 
@@ -233,7 +233,7 @@ def test_sizes(scene):
 
 
 @shows("bucket_no_upscale")
-def test_small_pictures_are_not_enlarged(scene):
+def test_small_images_are_not_enlarged(scene):
     file = scene.picture("a.png", (100, 80))
     image = scene.image("--resolution=128", "--enable_bucket", "--min_bucket_reso=64", "--bucket_no_upscale")
     assert np.array_equal(image, np.asarray(Image.open(file))[8:72, 18:82])
@@ -350,7 +350,7 @@ def test_alpha_mask(scene):
 
 
 @shows("masked_loss", "conditioning_data_dir")
-def test_mask_pictures(scene):
+def test_mask_images(scene):
     half_transparent(scene)
     masks = scene.folder / "masks"
     masks.mkdir()
@@ -480,8 +480,8 @@ def test_latent_files(scene, bench, encoded):
 
 @shows("cache_text_encoder_outputs")
 def test_cached_prompts(tmp_path, bench):
-    make_picture(tmp_path / "images" / "a.png", (64, 64), f"a {TOKEN} with a hat")
-    make_picture(tmp_path / "reg" / "b.png", (64, 64), "a hat")
+    make_image(tmp_path / "images" / "a.png", (64, 64), f"a {TOKEN} with a hat")
+    make_image(tmp_path / "reg" / "b.png", (64, 64), "a hat")
     file = tmp_path / "data.toml"
     file.write_text(
         "[general]\ncaption_extension = '.txt'\n[[datasets]]\nresolution = 64\nbatch_size = 2\n"
@@ -491,7 +491,7 @@ def test_cached_prompts(tmp_path, bench):
     plain = bench(dataset=file, steps=3)
     cached = bench("--cache_text_encoder_outputs", dataset=file, steps=3)
     assert len(cached.batches[0][0]) == 2
-    assert "1 captions without the word are cached, 1 captions with it stay live" in cached.said
+    assert "1 captions without the token are cached, 1 captions with it stay live" in cached.said
     assert "cached, " not in plain.said
     for ours, theirs in zip(
         itertools.chain(cached.rows, [[torch.tensor(cached.losses)]]),

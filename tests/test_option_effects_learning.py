@@ -456,5 +456,5 @@ def test_length(bench, tmp_path):
 def test_validation_split_logs_a_loss(tmp_path, bench):
     data = write_dataset(tmp_path, dataset="validation_split = 0.25", count=4)
     outcome = bench(dataset=data, steps=4)
-    assert outcome.said.count("loss/validation") == 2  # three pictures, two batches an epoch
+    assert outcome.said.count("loss/validation") == 2  # three images, two batches an epoch
     assert "loss/validation" not in bench.plain().said

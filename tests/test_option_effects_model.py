@@ -21,7 +21,7 @@ from library.data.captions import OBJECT_TEMPLATES, STYLE_TEMPLATES
 from library.data.latent_cache import LatentCache
 from library.model import base_model, runtime, weight_files
 from library.model.base_model import BaseModel
-from library.model.frozen_layers import FrozenConv2d, FrozenLinear, fold, unfold
+from library.model.frozen_layers import FrozenConv2d, FrozenLinear, dequantize, quantize
 from library.model.vae import vae_fingerprint
 from library.options.options import RuntimeOptions
 
@@ -276,19 +276,19 @@ def test_fp16_beside_a_gpu_that_is_left_alone_becomes_bf16(monkeypatch):
 @shows("fp8_base")
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_eight_bit_base(bench, family):
-    plain, folded = bench.plain(family, steps=2), bench("--fp8_base", family=family, steps=2)
-    layers = [m for m in folded.setup.task.unet.modules() if isinstance(m, FrozenLinear | FrozenConv2d)]
+    plain, quantized = bench.plain(family, steps=2), bench("--fp8_base", family=family, steps=2)
+    layers = [m for m in quantized.setup.task.unet.modules() if isinstance(m, FrozenLinear | FrozenConv2d)]
     assert len(layers) > 50
     assert {layer.weight.dtype for layer in layers} == {torch.float8_e4m3fn}
-    assert folded.losses == pytest.approx(plain.losses, rel=0.02)
-    assert folded.losses != plain.losses
-    for start, one, two in zip(folded.setup.starts, *folded.rows, strict=True):
+    assert quantized.losses == pytest.approx(plain.losses, rel=0.02)
+    assert quantized.losses != plain.losses
+    for start, one, two in zip(quantized.setup.starts, *quantized.rows, strict=True):
         assert (one - start).norm() > 1e-3
         assert (two - one).norm() > 1e-3
     # The gradient of a random U-Net is of the size of the rounding: what it must equal is that of the rounded weights.
     rounded = bench(family=family, steps=2, patches=[patch.object(base_model, "freeze_layers", round_weights)])
-    assert folded.losses == pytest.approx(rounded.losses, rel=1e-5)
-    for ours, exact in zip(folded.rows[1], rounded.rows[1], strict=True):
+    assert quantized.losses == pytest.approx(rounded.losses, rel=1e-5)
+    for ours, exact in zip(quantized.rows[1], rounded.rows[1], strict=True):
         assert torch.allclose(ours, exact, atol=1e-4)
 
 
@@ -297,7 +297,7 @@ def round_weights(unet: torch.nn.Module, *, float8: bool, fill: Callable[[torch.
     for name, layer in unet.named_modules():
         fill(layer, f"{name}.")
         if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):
-            layer.weight.data = unfold(*fold(layer.weight), layer.weight.dtype)
+            layer.weight.data = dequantize(*quantize(layer.weight), layer.weight.dtype)
 
 
 # ---- memory

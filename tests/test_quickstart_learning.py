@@ -50,7 +50,7 @@ def of_the_new_word(model: str, embedding: Path) -> concept_judge.Verdict:
 
 
 def good_compositions(model: str, embedding: Path) -> int:
-    """Of 16 pictures, those whose background is green and whose concept is as near as it has to be."""
+    """Of 16 images, those whose background is green and whose concept is as near as it has to be."""
     pictures = draw(open_pipeline(model, embedding), [GREEN] * 16)
     near_enough = 0.5 * of_the_init_word(model).distance
     return sum(

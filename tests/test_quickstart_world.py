@@ -1,4 +1,4 @@
-"""The drawn world of the quickstart: same seed, same pictures; all words of the templates; measures that read it."""
+"""The drawn world of the quickstart: same seed, same images; all words of the templates; measures that read it."""
 
 import json
 import random
@@ -23,7 +23,7 @@ def drawn(count: int, seed: int) -> list[tuple[world.Scene, str]]:
     return [world.any_scene(rng) for _ in range(count)]
 
 
-def test_same_seed_gives_same_pictures_and_captions() -> None:
+def test_same_seed_gives_same_images_and_captions() -> None:
     first, second = drawn(20, 5), drawn(20, 5)
     assert [caption for _, caption in first] == [caption for _, caption in second]
     for (one, _), (two, _) in zip(first, second, strict=True):
@@ -31,7 +31,7 @@ def test_same_seed_gives_same_pictures_and_captions() -> None:
     assert drawn(20, 6) != first
 
 
-def test_pictures_are_64_pixels_of_full_range_colour() -> None:
+def test_images_are_64_pixels_of_full_range_colour() -> None:
     picture = world.draw(world.Scene(world.Fill(("white",)), (world.Part("square", "black", (32, 32), 20),)))
     assert picture.shape == (64, 64, 3)
     assert picture.dtype == np.uint8
@@ -62,7 +62,7 @@ def test_what_the_concepts_show_never_occurs_in_the_world() -> None:
 
 
 @pytest.mark.parametrize("name", ["mychar", "mystyle"])
-def test_shipped_concept_pictures_are_the_drawn_ones(name: str) -> None:
+def test_shipped_concept_images_are_the_drawn_ones(name: str) -> None:
     examples = {"mychar": world.character_concept, "mystyle": world.style_concept}[name]()
     assert 6 <= len(examples) <= 8
     assert len(list((QUICKSTART / name).glob("*.png"))) == len(examples)

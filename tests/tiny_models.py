@@ -1,6 +1,6 @@
 """Tiny random models of every family for tests, as diffusers folders and as single files in the original layouts.
 
-They have the real structure (block types, token table, 8-fold VAE) and small widths, so a whole training run takes
+They have the real structure (block types, token table, 8-quantize VAE) and small widths, so a whole training run takes
 seconds. The single-file layouts are written by hand, key by key, and never by the code under test.
 """
 

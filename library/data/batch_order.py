@@ -1,6 +1,6 @@
 """Which samples make which batch: the order of an epoch, and each process's share of it.
 
-Everything follows from (seed, epoch): every picture comes exactly as often as its repeats say, a batch never mixes
+Everything follows from (seed, epoch): every image comes exactly as often as its repeats say, a batch never mixes
 buckets, and the order is the same for any number of processes and loader workers.
 """
 
@@ -30,7 +30,7 @@ class EpochOrder:
     """All samples of an epoch in batches: within buckets, buckets of all datasets mixed."""
 
     def __init__(self, bucket_of: np.ndarray, repeats: np.ndarray, batch_sizes: np.ndarray, seed: int) -> None:
-        """``bucket_of`` int [n] and ``repeats`` int [n] by picture; ``batch_sizes`` int [buckets]; any integer seed."""
+        """``bucket_of`` int [n] and ``repeats`` int [n] by image; ``batch_sizes`` int [buckets]; any integer seed."""
         self.seed = seed & 0xFFFF_FFFF_FFFF_FFFF
         pictures = np.argsort(bucket_of, kind="stable")
         self._samples = np.repeat(pictures, repeats[pictures]).astype(np.int32)
@@ -44,7 +44,7 @@ class EpochOrder:
 
     @property
     def num_samples(self) -> int:
-        """Samples of one epoch: every picture as often as it is repeated."""
+        """Samples of one epoch: every image as often as it is repeated."""
         return len(self._samples)
 
     @property

@@ -14,7 +14,7 @@ _FOR_THE_NETWORKS = ("latents", "images", "masks", "loss_weights", "size_conditi
 
 @dataclass
 class Sample:
-    """One drawn picture with its finished caption, before it joins others. Sizes h, w are those of the latents."""
+    """One drawn image with its finished caption, before it joins others. Sizes h, w are those of the latents."""
 
     key: str
     caption: str

@@ -1,4 +1,4 @@
-"""Arithmetic of resolutions: which bucket a picture belongs to, how large it is made, and what is cropped.
+"""Arithmetic of resolutions: which bucket an image belongs to, how large it is made, and what is cropped.
 
 Sizes are (width, height) in pixels. Rules and numbers are those of sd-scripts, so its latent caches stay valid.
 """
@@ -12,11 +12,11 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class BucketRules:
-    """How one dataset sorts pictures by shape.
+    """How one dataset sorts images by shape.
 
-    Without ``enabled`` every picture goes to ``resolution``. With it, buckets have about its area, sides that are
+    Without ``enabled`` every image goes to ``resolution``. With it, buckets have about its area, sides that are
     multiples of ``steps`` and lie between ``min_reso`` and ``max_reso``. ``no_upscale`` makes buckets from the
-    pictures' own sizes instead, and only pictures of a larger area are shrunk.
+    images' own sizes instead, and only images of a larger area are shrunk.
     """
 
     resolution: Size
@@ -40,10 +40,10 @@ class BucketRules:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where one picture goes.
+    """Where one image goes.
 
     ``resized`` covers ``bucket``; what sticks out is cropped. ``aspect_error`` is the bucket's width / height minus
-    the picture's.
+    the image's.
     """
 
     bucket: Size
@@ -69,7 +69,7 @@ def adjusted_limits(rules: BucketRules) -> Size:
 
 
 class BucketChooser:
-    """Finds the bucket of each picture; equal sizes are worked out once."""
+    """Finds the bucket of each image; equal sizes are worked out once."""
 
     def __init__(self, rules: BucketRules) -> None:
         self.rules = rules
@@ -85,7 +85,7 @@ class BucketChooser:
         self._resolutions = resolutions
 
     def place(self, width: int, height: int) -> Placement:
-        """Return the placement of a picture of this size (both sides at least 1)."""
+        """Return the placement of an image of this size (both sides at least 1)."""
         size = (width, height)
         if size not in self._known:
             own_sizes = self.rules.enabled and self.rules.no_upscale
@@ -130,7 +130,7 @@ class BucketChooser:
         return None if by_height == math.inf else (_rounded(height * ratio), height)
 
     def _place_thin(self, size: Size) -> tuple[Size, Size]:
-        """A picture too thin or too small for one step: its short side becomes one step, its long side is cropped."""
+        """An image too thin or too small for one step: its short side becomes one step, its long side is cropped."""
         steps = self.rules.steps
         scale = steps / min(size)
         longest = max(steps, self._down(self.rules.area // steps))
@@ -148,7 +148,7 @@ def _rounded(length: float) -> int:
 
 
 def covering_size(size: Size, bucket: Size) -> Size:
-    """The size with this picture's shape that just covers the bucket."""
+    """The size with this image's shape that just covers the bucket."""
     width, height = size
     if width / height > bucket[0] / bucket[1]:
         scale = bucket[1] / height
@@ -163,10 +163,10 @@ def centre_offset(resized: Size, bucket: Size) -> Size:
 
 
 def size_conditioning_crop(bucket: Size, image_size: Size) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) that SDXL is told about a picture in its bucket.
+    """(left, top, right, bottom) that SDXL is told about an image in its bucket.
 
-    These are the borders of the whole picture fitted *into* the bucket, not the pixels that are really cut off.
-    sd-scripts trains with these numbers and keeps them in its latent caches, rounding errors included: a picture of
+    These are the borders of the whole image fitted *into* the bucket, not the pixels that are really cut off.
+    sd-scripts trains with these numbers and keeps them in its latent caches, rounding errors included: an image of
     exactly the bucket's shape can come out as starting at -1.
     """
     width, height = bucket

@@ -1,4 +1,4 @@
-"""Captions beside the pictures: which file belongs to a picture, and which of its lines count."""
+"""Captions beside the images: which file belongs to an image, and which of its lines count."""
 
 # Paths are plain strings here: of very many, Path objects take several times the room and time.
 # ruff: noqa: PTH122, PTH123
@@ -13,7 +13,7 @@ DEFAULT_EXTENSIONS = (".caption", ".txt")
 
 LARGEST_CAPTION = 2**20  # bytes
 
-# Face detectors name their cut-outs `name_cx_cy_w_h`; such a picture may share the caption of `name`.
+# Face detectors name their cut-outs `name_cx_cy_w_h`; such an image may share the caption of `name`.
 _FACE_PIECES = 4
 
 
@@ -29,9 +29,9 @@ def caption_extensions(extension: str | None, class_tokens: str | None = None) -
 
 
 def caption_name(image_name: str, extensions: Sequence[str], present: Collection[str]) -> str | None:
-    """The caption file of a picture among the file names ``present`` in its folder, or None.
+    """The caption file of an image among the file names ``present`` in its folder, or None.
 
-    The picture's own name comes first; a name with at least five pieces joined by ``_`` is then tried without its last
+    The image's own name comes first; a name with at least five pieces joined by ``_`` is then tried without its last
     four (the numbers of a face detector). Only the file name counts, never the folder's.
     """
     stem = os.path.splitext(image_name)[0]

@@ -1,6 +1,6 @@
-"""One caption for one picture: lines, wildcards, tags, dropout, templates and the expansion of the new word.
+"""One caption for one image: lines, wildcards, tags, dropout, templates and the expansion of the token.
 
-Pure functions on strings and a ``random.Random``. Whatever the rules say, the new word survives them: it is never
+Pure functions on strings and a ``random.Random``. Whatever the rules say, the token survives them: it is never
 dropped, cut off by the warm-up or torn apart by a separator. Only the user's own choice among lines and ``{a|b}``
 alternatives can leave it out; :func:`token_presence` tells beforehand whether that can happen.
 """
@@ -74,7 +74,7 @@ STYLE_TEMPLATES: tuple[str, ...] = (
 _WILDCARD = re.compile(r"\{\{|\}\}|\{((?:\}\}|[^}])++)\}")
 _LITERAL_BRACES = re.compile(r"\{\{|\}\}")
 _CLOSING_BRACE = re.compile(r"(?<!\})(?:\}\})*+\}")  # the last of an odd run
-# While a caption is worked on, each name of the new word is one character of this private-use plane, by its row.
+# While a caption is worked on, each name of the token is one character of this private-use plane, by its row.
 _FIRST_MARK = 0x100000
 _MARK = "[\U00100000-\U0010fffd]"
 _MARKS = re.compile(f"{_MARK}+")
@@ -123,13 +123,15 @@ class CaptionRules:
         return replace(self, **changed)
 
 
-def calm_rules(rules: CaptionRules) -> CaptionRules:
+def deterministic_rules(rules: CaptionRules) -> CaptionRules:
     """The same rules with nothing shuffled, dropped or held back; only lines and wildcards are still drawn.
 
     Tags are joined as in the training: where it leaves no separator, there is none.
     """
-    calm = replace(rules, dropout_rate=0.0, dropout_every_n_epochs=0, tag_dropout_rate=0.0, rejoin=rules.rearranges)
-    return replace(calm, shuffle=False, warmup_step=0)
+    deterministic = replace(
+        rules, dropout_rate=0.0, dropout_every_n_epochs=0, tag_dropout_rate=0.0, rejoin=rules.rearranges
+    )
+    return replace(deterministic, shuffle=False, warmup_step=0)
 
 
 @dataclass(frozen=True)
@@ -152,10 +154,10 @@ def process_caption(
     moment: CaptionMoment = _START,
     templates: Sequence[str] | None = None,
 ) -> str:
-    """Return the text to tokenize for this draw of the picture, with the new word expanded to all its vectors.
+    """Return the text to tokenize for this draw of the image, with the token expanded to all its vectors.
 
     ``templates`` (with ``{}`` for the word) replace the caption altogether. A dropped caption keeps the word alone,
-    or nothing if the word was not in it: a regularisation picture must not become a picture of the new concept.
+    or nothing if the word was not in it: a regularisation image must not become an image of the new concept.
     """
     dropped = _is_dropped(rules, rng, moment)
     if templates:
@@ -170,7 +172,7 @@ def process_caption(
 
 
 def token_presence(caption: str, rules: CaptionRules, placeholder: Placeholder) -> str:
-    """Tell whether the new word stands in "always" all, "sometimes" only some, or "never" any variant of a caption.
+    """Tell whether the token stands in "always" all, "sometimes" only some, or "never" any variant of a caption.
 
     Variants are the lines and ``{a|b}`` choices that ``rules.wildcard`` opens; the other rules spare the word. Of a
     caption with over 1000 variants a fixed random sample of at most 1000 is looked at. Templates are not considered.

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SubsetConfig:
-    """One folder or metadata file of pictures, everything inherited filled in.
+    """One folder or metadata file of images, everything inherited filled in.
 
     ``kind`` is "dreambooth" (a folder), "finetuning" (a metadata file) or "mask" (a folder with masks).
     ``caption_extension`` None means ``.caption``, then (without ``class_tokens``) ``.txt``. ``place`` says for messages
@@ -66,13 +66,13 @@ class SubsetConfig:
 
     @property
     def source(self) -> str:
-        """The file or folder that lists the pictures."""
+        """The file or folder that lists the images."""
         return self.metadata_file or self.image_dir or ""
 
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """Pictures that are trained at one resolution and batch size.
+    """Images that are trained at one resolution and batch size.
 
     Those whose area is at most that of ``skip_image_resolution`` (width, height) are left out. With
     ``train_inpainting``, which all datasets of a run share, random masks hide parts of them.
@@ -142,7 +142,7 @@ def check_caching(datasets: Sequence[DatasetConfig], *, caching: bool) -> None:
         refused = [name for name in ("color_aug", "random_crop") if getattr(subset, name)]
         if refused:
             raise UserError(
-                f"{subset.place}: {' and '.join(refused)} cannot vary a picture whose latents are cached, that is made "
+                f"{subset.place}: {' and '.join(refused)} cannot vary an image whose latents are cached, that is made "
                 "once. Switch off either this or --cache_latents (and --cache_latents_to_disk). flip_aug works."
             )
         if subset.face_crop_aug_range:
@@ -242,7 +242,7 @@ def _caption_rules(chain: _Chain) -> CaptionRules:
 
 
 def _usable(subsets: list[SubsetConfig], place: str) -> tuple[SubsetConfig, ...]:
-    """The subsets that count: repeated at least once, and not the same pictures as an earlier one's."""
+    """The subsets that count: repeated at least once, and not the same images as an earlier one's."""
     kept: dict[str, SubsetConfig] = {}
     for subset in subsets:
         if subset.num_repeats < 1:
@@ -306,7 +306,7 @@ def _check_masks(datasets: tuple[DatasetConfig, ...], options: DatasetOptions) -
     if options.masked_loss and not any(subset.conditioning_data_dir or subset.alpha_mask for subset in subsets):
         raise UserError(
             "--masked_loss has no masks: give the subsets conditioning_data_dir (or --conditioning_data_dir for all "
-            "of them), or alpha_mask = true where the pictures' own transparency is the mask."
+            "of them), or alpha_mask = true where the images' own transparency is the mask."
         )
     if options.conditioning_data_dir and not options.masked_loss:
         logger.warning("--conditioning_data_dir does nothing without --masked_loss.")

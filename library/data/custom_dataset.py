@@ -86,13 +86,13 @@ class CustomData:
         report = Report([f"Training data: {len(self.dataset)} batches of {self.name}."])
         if not batch.has_token.any():
             report.warnings.append(
-                f'The first batch of {self.name} does not hold the word "{self.prompts.placeholder.text}", so it '
+                f'The first batch of {self.name} does not hold the token "{self.prompts.placeholder.text}", so it '
                 f"teaches it nothing. Ids of the word start at {self.prompts.first_new_id()}."
             )
         return report
 
     def latent_entries(self) -> list[LatentEntry]:
-        """Nothing can be cached: only the user's class knows its pictures."""
+        """Nothing can be cached: only the user's class knows its images."""
         return []
 
     def first_prompts(self) -> Iterator[list[torch.Tensor]]:
@@ -103,7 +103,7 @@ class CustomData:
         """Refuse a latent cache where the batches bring pixels."""
         if CustomSource(self)[BatchRef((0,), 1, 0, 0, 1.0)].latents is None:
             raise UserError(
-                f"--cache_latents cannot cache the pictures of --dataset_class {self.name}. Leave it out, or let the "
+                f"--cache_latents cannot cache the images of --dataset_class {self.name}. Leave it out, or let the "
                 'class give "latents".'
             )
 
@@ -275,7 +275,7 @@ class _Reader:
         return torch.stack([torch.from_numpy(random_mask(size_hw[::-1], rng))[None].float() for rng in rngs])
 
     def _sizes(self, values: dict[str, Any], count: int, size_hw: tuple[int, int]) -> torch.Tensor:
-        """File size, crop and target size of each sample; what is not given is the whole picture."""
+        """File size, crop and target size of each sample; what is not given is the whole image."""
         whole = torch.tensor(size_hw, dtype=torch.float32).expand(count, 2)
         usual = {"original_sizes_hw": whole, "crop_top_lefts": torch.zeros(count, 2), "target_sizes_hw": whole}
         given = ((whole, self._floats(values, key, (count, 2))) for key, whole in usual.items())

@@ -45,7 +45,7 @@ def find_images(options: Options, family: str) -> FoundImages | None:
 
 
 def _require_word(sets: Sequence[ImageSet], word: Placeholder) -> None:
-    """Look for the first caption that can hold the word. Raises UserError where there is none."""
+    """Look for the first caption that can hold the token. Raises UserError where there is none."""
     taught = [found for found in sets if not found.subset.is_reg]
     if not taught or _may_be_refused(word):  # both have their own words, later
         return
@@ -83,7 +83,7 @@ def _may_be_refused(word: Placeholder) -> bool:
 
 
 def presence(caption: str, rules: CaptionRules, word: Placeholder) -> str:
-    """Whether a caption holds the word "always", "sometimes" or "never"; see ``captions.token_presence``."""
+    """Whether a caption holds the token "always", "sometimes" or "never"; see ``captions.token_presence``."""
     if not is_plain(caption, rules):
         return token_presence(caption, rules, word)
     return "always" if word.found_in(caption) else "never"
@@ -95,7 +95,7 @@ def is_plain(caption: str, rules: CaptionRules) -> bool:
 
 
 def no_word(word: Placeholder, paths: Sequence[str]) -> UserError:
-    """The error for images of which no caption holds the word."""
+    """The error for images of which no caption holds the token."""
     return UserError(
         f'No caption holds the token "{word.text}", so nothing could be learned (looked at '
         f"{_some(paths)}). Write --token_string into the captions, set "

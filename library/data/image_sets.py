@@ -1,4 +1,4 @@
-"""The pictures of each subset: found, sized, with their captions and masks, before any model is loaded."""
+"""The images of each subset: found, sized, with their captions and masks, before any model is loaded."""
 
 # Paths are plain strings here: of very many, Path objects take several times the room and time.
 # ruff: noqa: PTH113, PTH116, PTH117, PTH118, PTH119, PTH120, PTH122
@@ -24,11 +24,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ImageSet:
-    """The pictures of one subset, in columns: a hundred bytes or so per picture beside its caption.
+    """The images of one subset, in columns: a hundred bytes or so per image beside its caption.
 
     ``captions`` may hold several lines, of which the first that is not blank counts if the subset uses no wildcards.
-    ``uncaptioned`` lists the pictures that have neither a caption nor the folder's class tokens. ``masks`` are the mask
-    files by picture, where there are masks.
+    ``uncaptioned`` lists the images that have neither a caption nor the folder's class tokens. ``masks`` are the mask
+    files by image, where there are masks.
     """
 
     subset: SubsetConfig
@@ -43,7 +43,7 @@ class ImageSet:
 
 
 def list_images(folder: str, option: str = "image_dir") -> list[str]:
-    """Names of the pictures directly in a folder, sorted; extensions in any letter case, hidden files left out.
+    """Names of the images directly in a folder, sorted; extensions in any letter case, hidden files left out.
 
     Raises UserError, naming the ``option`` that gave the folder, when it does not exist or cannot be listed.
     """
@@ -62,15 +62,15 @@ def _file_names(folder: str, option: str) -> set[str]:
     except FileNotFoundError as error:
         raise UserError(f'The folder "{folder}" does not exist. Check {option}.') from error
     except NotADirectoryError as error:
-        raise UserError(f'"{folder}" is a file, but {option} must be a folder of pictures.') from error
+        raise UserError(f'"{folder}" is a file, but {option} must be a folder of images.') from error
     except OSError as error:
         raise UserError(f'The folder "{folder}" ({option}) cannot be read: {error.strerror or error}.') from error
 
 
 def load_image_sets(config: DatasetConfig) -> list[ImageSet]:
-    """The picture sets of one dataset. Raises UserError naming the folder or file that is missing, empty or broken.
+    """The image sets of one dataset. Raises UserError naming the folder or file that is missing, empty or broken.
 
-    A picture that several subsets name counts once, in the last of them, as in sd-scripts; that is a warning. So is an
+    An image that several subsets name counts once, in the last of them, as in sd-scripts; that is a warning. So is an
     empty sub-folder of a folder flag, as long as another one is not empty.
     """
     loaded = [load_image_set(subset) for subset in config.subsets]
@@ -107,9 +107,9 @@ def _without_small_images(sets: list[ImageSet], config: DatasetConfig) -> list[I
 
 def _empty_message(subset: SubsetConfig) -> str:
     if subset.metadata_file:
-        return f'The metadata file "{subset.metadata_file}" lists no pictures.'
+        return f'The metadata file "{subset.metadata_file}" lists no images.'
     extensions = ", ".join(sorted(IMAGE_EXTENSIONS))
-    message = f'The image folder "{subset.image_dir}" holds no pictures ({extensions}).'
+    message = f'The image folder "{subset.image_dir}" holds no images ({extensions}).'
     with os.scandir(subset.source) as entries:
         folders = sorted(entry.name for entry in entries if entry.is_dir())[:NAMES_SHOWN]
     if folders:
@@ -118,7 +118,7 @@ def _empty_message(subset: SubsetConfig) -> str:
 
 
 def load_image_set(subset: SubsetConfig) -> ImageSet:
-    """The pictures of one subset, possibly none; masks are not looked for here."""
+    """The images of one subset, possibly none; masks are not looked for here."""
     return _load_metadata(subset) if subset.metadata_file else _load_folder(subset)
 
 
@@ -187,11 +187,11 @@ def _file_stamp(path: str) -> str:
 def _load_metadata(subset: SubsetConfig) -> ImageSet:
     rules = subset.captions
     entries = read_metadata(subset.source, separator=rules.separator, all_lines=rules.wildcard)
-    paths = [_picture_path(entry.key, subset) for entry in entries]
+    paths = [_image_path(entry.key, subset) for entry in entries]
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
         raise UserError(
-            f'The metadata file "{subset.metadata_file}" lists {len(missing)} of {len(paths)} pictures that do not '
+            f'The metadata file "{subset.metadata_file}" lists {len(missing)} of {len(paths)} images that do not '
             f"exist: {first_names(missing)}. Check its keys and image_dir."
         )
     _refuse_outside(paths, subset)
@@ -210,7 +210,7 @@ def _without_caption(paths: list[str], captions: list[str]) -> list[str]:
     return [path for path, caption in zip(paths, captions, strict=True) if not caption]
 
 
-def _picture_path(key: str, subset: SubsetConfig) -> str:
+def _image_path(key: str, subset: SubsetConfig) -> str:
     """The file of a metadata key: an absolute path, or a path in ``image_dir``, whose extension may be left out.
 
     A relative path may also be one from the folder that this run was started in, as sd-scripts' tools write it with
@@ -261,7 +261,7 @@ def _size_array(sizes: Sequence[Sequence[int]]) -> np.ndarray:
 
 
 def select(found: ImageSet, rows: Sequence[int]) -> ImageSet:
-    """The pictures at ``rows`` of a set, as a set of its own."""
+    """The images at ``rows`` of a set, as a set of its own."""
     paths = [found.paths[row] for row in rows]
     kept = set(paths)
     return ImageSet(
@@ -293,10 +293,10 @@ def _without_repeated_paths(sets: list[ImageSet]) -> list[ImageSet]:
 
 
 def _match_masks(sets: Iterable[ImageSet]) -> None:
-    """Give every picture of a subset with a mask folder its mask file: the one picture of the same name there.
+    """Give every image of a subset with a mask folder its mask file: the one image of the same name there.
 
-    Subsets may share a mask folder. Raises UserError when a mask is missing, stands for no picture, occurs twice or has
-    another size than its picture.
+    Subsets may share a mask folder. Raises UserError when a mask is missing, stands for no image, occurs twice or has
+    another size than its image.
     """
     by_folder: dict[str, list[ImageSet]] = defaultdict(list)
     for found in sets:
@@ -309,8 +309,8 @@ def _match_masks(sets: Iterable[ImageSet]) -> None:
             raise UserError(f'The mask folder "{folder}" has no mask of the same name for {first_names(missing)}.')
         if extra := sorted(masks.keys() - set(map(_stem, paths))):
             raise UserError(
-                f'The mask folder "{folder}" holds masks that belong to no picture: '
-                f"{first_names([masks[stem] for stem in extra])}. Remove them or add the pictures."
+                f'The mask folder "{folder}" holds masks that belong to no image: '
+                f"{first_names([masks[stem] for stem in extra])}. Remove them or add the images."
             )
         for found in sharing:
             found.masks = [os.path.join(folder, masks[_stem(path)]) for path in found.paths]
@@ -335,11 +335,11 @@ def _check_mask_sizes(found: ImageSet, masks: Sequence[str]) -> None:
 
 
 def balanced_repeats(train_total: int, counts: Sequence[int]) -> list[int]:
-    """How often each regularisation picture comes, for as many samples of them as of the others.
+    """How often each regularisation image comes, for as many samples of them as of the others.
 
-    ``counts`` is the ``num_repeats`` of every regularisation picture in order. They are taken in turn until there are
+    ``counts`` is the ``num_repeats`` of every regularisation image in order. They are taken in turn until there are
     at least ``train_total`` samples: in the first pass each as often as its ``num_repeats``, then once in every pass.
-    Pictures that the first pass does not reach get 0.
+    Images that the first pass does not reach get 0.
     """
     repeats, total = [0] * len(counts), 0
     for index, count in enumerate(counts):
@@ -354,10 +354,10 @@ def balanced_repeats(train_total: int, counts: Sequence[int]) -> list[int]:
 
 
 def held_out(count: int, share: float, seed: int) -> list[int]:
-    """Rows of ``count`` pictures that are kept for validation: ``round(count x share)`` of them, sorted.
+    """Rows of ``count`` images that are kept for validation: ``round(count x share)`` of them, sorted.
 
     The choice is sd-scripts' for the same ``validation_seed`` (the end of a list shuffled by Python's generator), but
-    no picture is ever on both sides.
+    no image is ever on both sides.
     """
     rows = list(range(count))
     # A generator of its own: the choice neither depends on other draws nor disturbs them.

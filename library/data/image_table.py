@@ -13,7 +13,7 @@ import numpy as np
 
 from library.data.batch_order import EpochOrder
 from library.data.buckets import BucketChooser, Size
-from library.data.captions import CaptionRules, calm_rules
+from library.data.captions import CaptionRules, deterministic_rules
 from library.data.config import DatasetConfig
 from library.data.image_entry import ImageEntry
 from library.data.image_sets import ImageSet, balanced_repeats, held_out, load_image_sets, select
@@ -27,7 +27,7 @@ MOST_SAMPLES = 2_000_000  # an epoch; putting so many in order takes seconds alr
 
 @dataclass(frozen=True)
 class Bucket:
-    """The pictures of one size in one dataset; batches are made within it."""
+    """The images of one size in one dataset; batches are made within it."""
 
     dataset: int
     size: Size
@@ -179,9 +179,9 @@ class ImageTable:
         repeats[list(indices)] = 1
         return replace(self, _columns=replace(self._columns, repeats=repeats))
 
-    def with_calm_captions(self) -> "ImageTable":
+    def with_deterministic_captions(self) -> "ImageTable":
         """The same table, with captions in which nothing is shuffled, dropped or held back."""
-        return self._with_captions(calm_rules, lambda caption: caption)
+        return self._with_captions(deterministic_rules, lambda caption: caption)
 
     def with_rewritten_captions(self, rewrite: Callable[[str], str]) -> "ImageTable":
         """The same table, ``rewrite`` applied to its captions and to all texts that are added or looked for in them."""
@@ -200,9 +200,9 @@ class ImageTable:
 def load_tables(
     configs: Sequence[DatasetConfig], seed: int, sets: Sequence[list[ImageSet]] | None = None
 ) -> tuple[ImageTable, ImageTable | None]:
-    """Find every picture of every dataset: the table to train on, and the one held out for validation, if any.
+    """Find every image of every dataset: the table to train on, and the one held out for validation, if any.
 
-    ``sets`` are those of each dataset where they have been found already. ``seed`` chooses the validation pictures of a
+    ``sets`` are those of each dataset where they have been found already. ``seed`` chooses the validation images of a
     dataset that names no ``validation_seed``. Raises UserError for
     missing or broken files and where nothing is left to train on.
     """
@@ -226,12 +226,12 @@ def load_tables(
 
 def _nothing_message(split: bool) -> str:
     if split:
-        return "validation_split keeps every picture for validation, so there is nothing to train on. Lower it."
-    return "There are only regularisation pictures (is_reg), so there is nothing to train on."
+        return "validation_split keeps every image for validation, so there is nothing to train on. Lower it."
+    return "There are only regularisation images (is_reg), so there is nothing to train on."
 
 
 def _split(config: DatasetConfig, sets: list[ImageSet], seed: int) -> tuple[list[ImageSet], list[ImageSet]]:
-    """Each set's pictures to train on, and those kept for validation; regularisation pictures are never kept."""
+    """Each set's images to train on, and those kept for validation; regularisation images are never kept."""
     share = config.validation_split
     if not 0 < share <= 1:
         if share:
@@ -255,20 +255,20 @@ def _split(config: DatasetConfig, sets: list[ImageSet], seed: int) -> tuple[list
 
 
 def _at_rest(found: ImageSet) -> ImageSet:
-    """Validation pictures without augmentation and caption dropout: the loss must be comparable between passes."""
+    """Validation images without augmentation and caption dropout: the loss must be comparable between passes."""
     subset = found.subset
     still = replace(subset, flip_aug=False, color_aug=False, random_crop=False, face_crop_aug_range=None)
-    return replace(found, subset=replace(still, captions=calm_rules(subset.captions)))
+    return replace(found, subset=replace(still, captions=deterministic_rules(subset.captions)))
 
 
 def _with_repeats(sets: list[ImageSet]) -> list[tuple[ImageSet, list[int]]]:
-    """Every set of a dataset with how often each of its pictures comes."""
+    """Every set of a dataset with how often each of its images comes."""
     total = sum(len(found) * found.subset.num_repeats for found in sets if not found.subset.is_reg)
     counts = [found.subset.num_repeats for found in sets if found.subset.is_reg for _ in range(len(found))]
     balanced = balanced_repeats(total, counts)
     if unused := balanced.count(0):
         logger.warning(
-            "%d of %d regularisation pictures are not used: there are only %d samples of the others an epoch.",
+            "%d of %d regularisation images are not used: there are only %d samples of the others an epoch.",
             *(unused, len(counts), total),
         )
     shares = iter(balanced)
@@ -292,7 +292,7 @@ def _table(configs: tuple[DatasetConfig, ...], parts: list[tuple[int, ImageSet, 
             check_resized(path, (width, height), placement.resized, placement.bucket)
             bucket_of.append(numbers.setdefault((dataset, placement.bucket), len(numbers)))
             resized.append(placement.resized)
-    # Buckets are listed by dataset and size, whatever the order in which pictures opened them.
+    # Buckets are listed by dataset and size, whatever the order in which images opened them.
     order = sorted(numbers)
     rank = np.empty(len(order), dtype=np.int32)
     rank[[numbers[key] for key in order]] = np.arange(len(order), dtype=np.int32)

@@ -1,6 +1,6 @@
 """Image files to pixels: reading, resizing, cropping, augmenting.
 
-Sizes are (width, height) in pixels and mean the upright picture: EXIF orientation is applied everywhere. Arrays are
+Sizes are (width, height) in pixels and mean the upright image: EXIF orientation is applied everywhere. Arrays are
 [height, width, channels]. All randomness comes from the ``random.Random`` that is passed in.
 """
 
@@ -61,7 +61,7 @@ _METADATA_KEYS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """What is taken of a picture: it is scaled to ``resized``, and the window begins at (``left``, ``top``)."""
+    """What is taken of an image: it is scaled to ``resized``, and the window begins at (``left``, ``top``)."""
 
     resized: Size
     left: int
@@ -70,11 +70,11 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Framing:
-    """How a file becomes the model's picture: scaled to ``resized``, which covers ``bucket``, then cropped to it.
+    """How a file becomes the model's image: scaled to ``resized``, which covers ``bucket``, then cropped to it.
 
     ``interpolation`` is one of ``resizing.INTERPOLATIONS``, or None for the usual choice. ``face_crop_range`` is for
     runs without buckets: where the file name holds a face (``name_cx_cy_w_h``), the face takes between these shares of
-    the picture's shorter side.
+    the image's shorter side.
     """
 
     resized: Size
@@ -114,9 +114,9 @@ class Picture:
 
 
 def image_size(path: Path | str) -> Size:
-    """Size of the upright picture, from the file's header. Says so if the file is animated.
+    """Size of the upright image, from the file's header. Says so if the file is animated.
 
-    Raises UserError, naming the file, where there is no picture.
+    Raises UserError, naming the file, where there is no image.
     """
     if str(path).lower().endswith(".webp") and (size := _plain_webp_size(path)) and _plausible(size):
         _check_pixels(path, size, _HUNGRY_FORMATS["WEBP"])
@@ -194,7 +194,7 @@ def _plausible(size: Size) -> bool:
 def read_image(path: Path | str, *, alpha: bool = False, size: Size | None = None) -> np.ndarray:
     """Read the first frame upright: uint8 [H, W, 3], transparency laid on white, or with ``alpha`` uint8 [H, W, 4].
 
-    16-bit values are scaled to 8 bits. Raises UserError, naming the file, where there is no whole picture, or one that
+    16-bit values are scaled to 8 bits. Raises UserError, naming the file, where there is no whole image, or one that
     has not the ``size`` that it had when the run began.
     """
     pixels, orientation = _as_stored(path, alpha, size)
@@ -269,8 +269,8 @@ def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8, as far as it stands before the pixels (so that size and pixels agree on it)."""
     orientation = 1
     if any(key in image.info for key in _METADATA_KEYS):
-        with suppress(Exception):  # damaged metadata says nothing, and the picture beside it is whole
-            # Not image.getexif(): PNG's own version would decode the whole picture.
+        with suppress(Exception):  # damaged metadata says nothing, and the image beside it is whole
+            # Not image.getexif(): PNG's own version would decode the whole image.
             orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
     return orientation if orientation in _UPRIGHT else 1
 
@@ -313,7 +313,7 @@ def frame_image(
 ) -> Picture:
     """Read ``source`` (or take pixels as :func:`read_image` gives them), resize it and cut the bucket out of it.
 
-    With ``alpha`` the picture has an alpha mask (all ones for an opaque file), and hidden colours of transparent pixels
+    With ``alpha`` the image has an alpha mask (all ones for an opaque file), and hidden colours of transparent pixels
     stay. Without ``rng`` the cut is the centre, whatever the framing allows. ``face`` is read from the file name if
     not given; ``size`` is what the file must have.
     """
@@ -331,7 +331,7 @@ def frame_mask(
 ) -> np.ndarray:
     """Read a mask image and resize and cut it as its image was: float32 [h, w] in [0, 1], from the red channel.
 
-    ``cut`` is that of the image's Picture; None is the centre cut, as in latent caches. Raises UserError, naming both
+    ``cut`` is that of the image's Image; None is the centre cut, as in latent caches. Raises UserError, naming both
     files, where the mask has not the image's size.
     """
     mask = read_image(path)
@@ -355,7 +355,7 @@ def _take(image: np.ndarray, cut: Cut, framing: Framing) -> np.ndarray:
 
 
 def choose_cut(framing: Framing, size: Size, face: Face | None, rng: random.Random | None) -> Cut:
-    """Choose what to take of a picture of ``size``: around its face, anywhere, or in the centre."""
+    """Choose what to take of an image of ``size``: around its face, anywhere, or in the centre."""
     if rng is None:
         return framing.centre
     if face is not None and framing.face_crop_range is not None:
@@ -367,11 +367,11 @@ def choose_cut(framing: Framing, size: Size, face: Face | None, rng: random.Rand
 
 
 def _face_cut(framing: Framing, size: Size, face: Face, rng: random.Random) -> Cut:
-    """Scale the picture so that the face gets its share, and put the face into the middle, or near it."""
+    """Scale the image so that the face gets its share, and put the face into the middle, or near it."""
     if tuple(size) == tuple(framing.bucket):
         return Cut(framing.bucket, 0, 0)
     scale = _face_scale(framing, size, face, rng)
-    # Rounding must not make the picture smaller than the bucket.
+    # Rounding must not make the image smaller than the bucket.
     width, height = (max(int(side * scale + 0.5), least) for side, least in zip(size, framing.bucket, strict=True))
     resized = (width, height)
     across = _face_start(framing, (resized[0], framing.bucket[0]), int(face.x * scale + 0.5), face, rng)
@@ -380,7 +380,7 @@ def _face_cut(framing: Framing, size: Size, face: Face, rng: random.Random) -> C
 
 
 def _face_scale(framing: Framing, size: Size, face: Face, rng: random.Random) -> float:
-    """Between the least and the greatest scale that the range asks for; enlarged only if the picture is too small."""
+    """Between the least and the greatest scale that the range asks for; enlarged only if the image is too small."""
     shorter, face_side = min(framing.bucket), max(face.width, face.height)
     covering = max(framing.bucket[0] / size[0], framing.bucket[1] / size[1])
     smallest_share, greatest_share = framing.face_shares
@@ -390,7 +390,7 @@ def _face_scale(framing: Framing, size: Size, face: Face, rng: random.Random) ->
 
 
 def _face_start(framing: Framing, lengths: tuple[int, int], centre: int, face: Face, rng: random.Random) -> int:
-    """Where the window begins on one axis; ``lengths`` are those of the picture and of the window."""
+    """Where the window begins on one axis; ``lengths`` are those of the image and of the window."""
     whole, window = lengths
     start, face_side = centre - window // 2, max(face.width, face.height)
     if framing.random_crop:

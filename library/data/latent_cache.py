@@ -1,4 +1,4 @@
-"""Pictures to latents: the VAE, and the cache that spares it, in memory or on disk.
+"""Images to latents: the VAE, and the cache that spares it, in memory or on disk.
 
 Latents are unscaled everywhere here; the model family's factor is applied in training. They are one draw of the VAE's
 posterior, made with a generator of the image's own that depends on its content and the seed, so neither the number of
@@ -363,7 +363,7 @@ def _read(entry: LatentEntry) -> _Read:
 
 
 def _read_ahead(batches: Iterable[list[_Task]]) -> Iterator[tuple[list[_Task], list[_Read]]]:
-    """Read the pictures of the next batches, one in each thread, while the VAE is busy with this one."""
+    """Read the images of the next batches, one in each thread, while the VAE is busy with this one."""
     readers = min(usable_cores(), _MOST_READERS)
     # Each reader sets warnings aside and puts back what it found, which may be another's: the last word is had here.
     with warnings.catch_warnings(), ThreadPoolExecutor(readers) as pool:

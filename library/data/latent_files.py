@@ -245,10 +245,10 @@ def _wrong_content(arrays: Archive, ending: str, wanted: Wanted) -> str:
     trained_on = [arrays.numbers(key + ending, shape) for key, shape in wanted.shapes.items()]
     # Not np.isfinite: they are read as float32, which has no place for the largest doubles.
     if not all(np.abs(array).max() <= np.finfo(np.float32).max for array in trained_on):
-        return "not finite"
+        return "NaN or infinite"
     size = f"original_size{ending}"
     if size in arrays and arrays.numbers(size, (2,)).tolist() != list(wanted.image_size):
-        return "of another picture"
+        return "of another image"
     if f"made_from{ending}" in arrays and (reason := _wrong_origin(arrays.text(f"made_from{ending}"), wanted)):
         return reason
     fingerprint = f"vae_fingerprint{ending}"
@@ -262,10 +262,10 @@ def _wrong_origin(text: str, wanted: Wanted) -> str:
     if origin is None or origin.precision not in _PRECISIONS:
         return "of another version"
     if origin.framing != wanted.framing or (origin.hidden_colours and not wanted.alpha_mask):
-        return "of another picture"
+        return "of another image"
     if _PRECISIONS.index(origin.precision) < _PRECISIONS.index(wanted.precision):
         return "in a coarser precision"
-    return "" if origin.source.is_still(wanted.image) else "of another picture"
+    return "" if origin.source.is_still(wanted.image) else "of another image"
 
 
 def same_vae(arrays: Archive, key: str, fingerprint: np.ndarray) -> bool:

@@ -52,7 +52,7 @@ class BatchLoader:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield the batches of the epoch. Raises UserError for a picture that cannot be read any more."""
+        """Yield the batches of the epoch. Raises UserError for an image that cannot be read any more."""
         for found in self._loader:
             if isinstance(found, UserError):
                 raise found

@@ -25,7 +25,7 @@ Entry = dict[str, Any]  # what a file says of an image
 
 @dataclass(frozen=True, slots=True)
 class MetadataEntry:
-    """One picture of a metadata file: its key (a path), its caption with the tags, and its size if one is noted."""
+    """One image of a metadata file: its key (a path), its caption with the tags, and its size if one is noted."""
 
     key: str
     caption: str
@@ -33,7 +33,7 @@ class MetadataEntry:
 
 
 def read_metadata(path: str, *, separator: str, all_lines: bool) -> list[MetadataEntry]:
-    """The pictures of a fine-tuning metadata file: a JSON object by picture, or ``.jsonl`` with one picture a line.
+    """The images of a fine-tuning metadata file: a JSON object by image, or ``.jsonl`` with one image a line.
 
     Tags follow the caption after ``separator``, which is used as it is, without a space. Without ``all_lines`` only the
     caption's first line counts, so that is where the tags go; with it every line that is not blank gets them. Raises
@@ -48,7 +48,7 @@ def read_metadata(path: str, *, separator: str, all_lines: bool) -> list[Metadat
 
 
 def _raw_entries(path: str) -> Iterator[tuple[str, Entry, str]]:
-    """Yield (key, values, place for messages) of every picture in the file."""
+    """Yield (key, values, place for messages) of every image in the file."""
     what = f'The metadata file "{path}"'
     text = read_text(path, what, largest=LARGEST_METADATA)
     if path.lower().endswith(".jsonl"):
@@ -57,7 +57,7 @@ def _raw_entries(path: str) -> Iterator[tuple[str, Entry, str]]:
     content = parse_json(text, what, odd_names=True)
     if not isinstance(content, dict):
         raise UserError(
-            f'{what} must hold one JSON object, {{"picture": {{"caption": "…"}}, …}}, '
+            f'{what} must hold one JSON object, {{"image": {{"caption": "…"}}, …}}, '
             f"but it holds a {type(content).__name__}."
         )
     for key, values in content.items():
@@ -73,7 +73,7 @@ def _jsonl_entries(path: str, text: str) -> Iterator[tuple[str, Entry, str]]:
         values = _object(parse_json(line, place, odd_names=True), place)
         key = _text(values, "image_path", place)
         if not key:
-            raise UserError(f'{place} names no picture. Give its "image_path".')
+            raise UserError(f'{place} names no image. Give its "image_path".')
         yield key, values, place
 
 
@@ -86,7 +86,7 @@ def _object(values: object, place: str) -> Entry:
 def _text(values: Entry, key: str, place: str) -> str:
     value = values.get(key)
     if value is not None and not isinstance(value, str):
-        raise UserError(f'{place} has "{key}": {value!r:.80}, which is not a text. Write it as one string.')
+        raise UserError(f'{place} has "{key}": {value!r:.80}, which is not a string. Write it as one string.')
     if value and not is_unicode(value, odd_names=key == "image_path"):
         raise UserError(f'{place} has "{key}": {value!r:.80}, which is not valid Unicode. Correct the text.')
     return value or ""
@@ -126,10 +126,10 @@ def _join(caption: str, tags: str, separator: str, all_lines: bool) -> str:
 
 
 class FolderCache:
-    """``metadata_cache.json``: captions and sizes of a folder's pictures, so that the files need not be opened again.
+    """``metadata_cache.json``: captions and sizes of a folder's images, so that the files need not be opened again.
 
     The layout is sd-scripts': ``{path: {"caption": str, "resolution": [width, height]}}``. Ours adds a ``stamp`` to
-    each picture: one text for the picture and one for its caption file, of their size and time of change. A picture
+    each image: one text for the image and one for its caption file, of their size and time of change. An image
     whose stamp differs, or that has none, is read anew. A cache that cannot be read or written
     costs time only, so it is a warning.
     """
@@ -151,7 +151,7 @@ class FolderCache:
         return content if isinstance(content, dict) else {}
 
     def fresh(self, image_path: str, stamp: list[str]) -> tuple[str, tuple[int, int]] | None:
-        """Caption and (width, height) noted for a picture if its stamp still fits, else None."""
+        """Caption and (width, height) noted for an image if its stamp still fits, else None."""
         entry = self._entries.get(image_path)
         if not isinstance(entry, dict) or entry.get("stamp") != stamp:
             return None
@@ -159,7 +159,7 @@ class FolderCache:
         return (caption, (size[0], size[1])) if _is_text(caption) and _is_size(size) else None
 
     def noted_caption(self, image_path: str) -> str:
-        """The caption noted for a picture that has no caption file, and had none when it was noted here."""
+        """The caption noted for an image that has no caption file, and had none when it was noted here."""
         entry = self._entries.get(image_path)
         if not isinstance(entry, dict) or not _is_text(entry.get("caption")):
             return ""

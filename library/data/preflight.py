@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from library.data.captions import CaptionRules, calm_rules, process_caption
+from library.data.captions import CaptionRules, deterministic_rules, process_caption
 from library.data.found_images import is_plain, no_word, presence
 from library.data.image_table import ImageTable
 from library.embedding.placeholder import Placeholder
@@ -23,9 +23,9 @@ from library.embedding.tokenizer import PromptTokenizer
 from library.support.errors import NAMES_SHOWN, UserError, counted, first_names
 
 _SHOWN_BUCKETS = 12
-# Enlarging a picture beyond this makes a blur that the word would learn as well.
+# Enlarging an image beyond this makes a blur that the word would learn as well.
 _BLURRING_SCALE = 2.0
-_LEAST_KEPT = 0.5  # of a picture's area
+_LEAST_KEPT = 0.5  # of an image's area
 
 
 @dataclass
@@ -56,7 +56,7 @@ def check(
         _check_presence(table, prompts.placeholder, report)
         _check_lengths(table, prompts, report)
         _warn_of_missing_captions(table, report)
-    _warn_of_small_pictures(table, report)
+    _warn_of_small_images(table, report)
     _warn_of_cropping(table, report)
     _warn_of_duplicates(table, report)
     return report
@@ -70,13 +70,13 @@ def _contents(table: ImageTable, validation: ImageTable | None) -> list[str]:
     buckets = table.in_buckets()
     samples, batches = sum(each.samples for each in buckets), sum(each.batches for each in buckets)
     lines = [
-        f"Training data: {counted(len(table), 'picture')}, {counted(samples, 'sample')} in "
+        f"Training data: {counted(len(table), 'image')}, {counted(samples, 'sample')} in "
         f"{batches:,} batch{'es' if batches > 1 else ''} an epoch."
     ]
     for number in range(len(table.configs)):
         lines += _dataset_contents(table, number)
     if validation is not None:
-        lines.append(f"  {counted(len(validation), 'picture')} held out for validation")
+        lines.append(f"  {counted(len(validation), 'image')} held out for validation")
     return lines
 
 
@@ -100,7 +100,7 @@ def _dataset_contents(table: ImageTable, number: int) -> list[str]:
 
 
 def _amount(pictures: int, samples: int) -> str:
-    return f"{counted(pictures, 'picture')}, {counted(samples, 'sample')}"
+    return f"{counted(pictures, 'image')}, {counted(samples, 'sample')}"
 
 
 def _check_templates(prompts: PromptTokenizer, templates: Sequence[str], report: Report) -> None:
@@ -112,7 +112,7 @@ def _check_templates(prompts: PromptTokenizer, templates: Sequence[str], report:
 
 
 def _check_presence(table: ImageTable, word: Placeholder, report: Report) -> None:
-    """Count the captions without the word; regularisation pictures are expected to lack it."""
+    """Count the captions without the token; regularisation images are expected to lack it."""
     lacking, partly, regular, held = [], [], 0, 0
     for drawn in (part.drawn for part in table.subsets()):
         answers = [presence(caption, drawn.subset.captions, word) for caption in drawn.captions]
@@ -137,13 +137,13 @@ def _check_presence(table: ImageTable, word: Placeholder, report: Report) -> Non
         )
     if regular:
         report.lines.append(
-            f"  {counted(regular - held, 'regularisation picture')} without the word, as it should be: they cannot "
+            f"  {counted(regular - held, 'regularisation image')} without the token, as it should be: they cannot "
             "move its vectors"
         )
     if held:
         report.warnings.append(
-            f'{held} of {regular} regularisation captions hold the word "{word.text}", so these pictures teach it as '
-            "well. Usually regularisation pictures show the class without the concept."
+            f'{held} of {regular} regularisation captions hold the token "{word.text}", so these images teach it as '
+            "well. Usually regularisation images show the class without the concept."
         )
 
 
@@ -155,7 +155,7 @@ def _check_lengths(table: ImageTable, prompts: PromptTokenizer, report: Report) 
     for path, caption, rules in _captions(table):
         if len(kept) == word.count and measure.surely_fits(caption, rules):
             continue
-        text = _finished(caption, calm_rules(rules), word)
+        text = _finished(caption, deterministic_rules(rules), word)
         too_long = measure(text) > prompts.capacity
         lost = _lost_rows(text, prompts, measure) if too_long else set()
         if too_long:
@@ -190,7 +190,7 @@ def _longer(prompts: PromptTokenizer) -> str:
 
 
 def _captions(table: ImageTable) -> Iterator[tuple[str, str, CaptionRules]]:
-    """(path, caption, rules) of every picture but the regularisation ones."""
+    """(path, caption, rules) of every image but the regularisation ones."""
     for drawn in (part.drawn for part in table.subsets()):
         if not drawn.subset.is_reg:
             for path, caption in zip(drawn.paths, drawn.captions, strict=True):
@@ -285,34 +285,34 @@ def _warn_of_missing_captions(table: ImageTable, report: Report) -> None:
     missing = [path for found in table.sets for path in found.uncaptioned]
     if missing:
         report.warnings.append(
-            f"{counted(len(missing), 'picture')} without a caption, neither in a file of the same name nor as "
+            f"{counted(len(missing), 'image')} without a caption, neither in a file of the same name nor as "
             f"class_tokens: {first_names(missing)}."
         )
 
 
-def _warn_of_small_pictures(table: ImageTable, report: Report) -> None:
-    """Name pictures that are enlarged a lot, or at all where ``bucket_no_upscale`` promises otherwise."""
+def _warn_of_small_images(table: ImageTable, report: Report) -> None:
+    """Name images that are enlarged a lot, or at all where ``bucket_no_upscale`` promises otherwise."""
     scale = (table.resized() / table.image_sizes()).max(axis=1)
     own_size = np.array([config.buckets.enabled and config.buckets.no_upscale for config in table.configs])
     own_size = own_size[table.dataset_numbers()]
     tiny = np.flatnonzero(own_size & (scale > 1.01))
     if len(tiny):
         report.warnings.append(
-            f"{_are(len(tiny), 'picture')} smaller than one bucket step and enlarged in spite of "
+            f"{_are(len(tiny), 'image')} smaller than one bucket step and enlarged in spite of "
             f"bucket_no_upscale: {first_names([table[index].path for index in tiny[: NAMES_SHOWN + 1]])}."
         )
     small = np.flatnonzero(~own_size & (scale >= _BLURRING_SCALE))
     if len(small):
         names = [f"{table[index].path} ({_times(scale[index])})" for index in small[: NAMES_SHOWN + 1]]
         report.warnings.append(
-            f"{_are(len(small), 'picture')} much smaller than what the model sees and enlarged, so the "
-            f"word learns the blur too: {first_names(names)}. Use larger pictures, a lower resolution or "
+            f"{_are(len(small), 'image')} much smaller than what the model sees and enlarged, so the "
+            f"word learns the blur too: {first_names(names)}. Use larger images, a lower resolution or "
             "bucket_no_upscale."
         )
 
 
 def _warn_of_cropping(table: ImageTable, report: Report) -> None:
-    """Name pictures of which less than half is seen."""
+    """Name images of which less than half is seen."""
     kept = (table.bucket_sizes() / table.resized()).prod(axis=1)
     cropped = np.flatnonzero(kept < _LEAST_KEPT)
     if len(cropped):
@@ -329,7 +329,7 @@ def _times(scale: float) -> str:
 
 
 def _warn_of_duplicates(table: ImageTable, report: Report) -> None:
-    """Name pictures of one dataset that look like the same file: equal in size and in samples of their bytes."""
+    """Name images of one dataset that look like the same file: equal in size and in samples of their bytes."""
     by_size: dict[tuple[int, int], set[str]] = defaultdict(set)
     for part in table.subsets():
         for path in part.drawn.paths:
@@ -348,7 +348,7 @@ def _warn_of_duplicates(table: ImageTable, report: Report) -> None:
 
 
 def _sampled_bytes(path: str, size: int) -> bytes:
-    """Four kilobytes spread over a file: enough to tell pictures of equal length apart."""
+    """Four kilobytes spread over a file: enough to tell images of equal length apart."""
     with open(path, "rb", buffering=0) as file:
         samples = []
         for part in range(4):

@@ -18,10 +18,10 @@ from library.data.samples import SampleSource
 from library.data.training_data import TrainingData
 from library.embedding.tokenizer import PromptTokenizer
 
-_SHOWN = 30  # pictures in the table and on the sheet
+_SHOWN = 30  # images in the table and on the sheet
 _SHOWN_BATCHES = 3  # of a dataset class of the user's own
 _COLUMNS = 6
-_CELL = 256  # pixels of the sheet for one picture, along each side
+_CELL = 256  # pixels of the sheet for one image, along each side
 _VEIL = (255, 0, 0)  # over what a mask for inpainting hides
 _LABEL = 30  # pixels of the sheet for the text below it
 SHEET_NAME = "debug_dataset.png"
@@ -42,7 +42,7 @@ def show_dataset(data: TrainingData, output_dir: str | None = None, max_steps: i
     print(bucket_table(data.table))
     drawn = list(_first_draws(data, source))
     total = len(data.table)
-    shown = f"the first {len(drawn)} of {total:,} pictures" if len(drawn) < total else f"all {total} pictures"
+    shown = f"the first {len(drawn)} of {total:,} images" if len(drawn) < total else f"all {total} images"
     print(f"\nSamples: {shown}, each as it is first drawn in epoch 1. Ids in [brackets] are new tokens.")
     for number, one in enumerate(drawn, start=1):
         print(f"\n{number:3}. {sample_text(data.table[one.index], data.prompts, one.sample)}")
@@ -51,7 +51,7 @@ def show_dataset(data: TrainingData, output_dir: str | None = None, max_steps: i
     file = Path(output_dir) / SHEET_NAME
     file.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet([one.sample for one in drawn]).save(file)
-    print(f"\nWhat the model sees of these pictures (cropped and augmented) is in {file}.")
+    print(f"\nWhat the model sees of these images (cropped and augmented) is in {file}.")
     return file
 
 
@@ -68,7 +68,7 @@ def show_batches(batches: Iterable[Batch], prompts: PromptTokenizer) -> None:
 
 
 def _first_draws(data: TrainingData, source: SampleSource) -> Iterator[_Drawn]:
-    """The first draw of each picture in epoch 1, in training order, as many as are shown."""
+    """The first draw of each image in epoch 1, in training order, as many as are shown."""
     seen: set[int] = set()
     for ref in BatchSampler(data.order):
         for offset, index in enumerate(ref.indices):
@@ -79,8 +79,8 @@ def _first_draws(data: TrainingData, source: SampleSource) -> Iterator[_Drawn]:
 
 
 def bucket_table(table: ImageTable) -> str:
-    """All buckets with their numbers of pictures, samples and batches, one a line."""
-    lines = [f"{'dataset':>7}  {'bucket':>11}  {'pictures':>8}  {'samples':>8}  {'batches':>8}"]
+    """All buckets with their numbers of images, samples and batches, one a line."""
+    lines = [f"{'dataset':>7}  {'bucket':>11}  {'images':>8}  {'samples':>8}  {'batches':>8}"]
     for each in table.in_buckets():
         dataset, size = each.bucket.dataset + 1, "x".join(map(str, each.bucket.size))
         lines.append(f"{dataset:>7}  {size:>11}  {each.images:>8}  {each.samples:>8}  {each.batches:>8}")
@@ -106,7 +106,7 @@ def sample_text(entry: ImageEntry, prompts: PromptTokenizer, sample: Sample) -> 
         *(_ids_text(prompts, number, ids) for number, ids in enumerate(sample.input_ids)),
     ]
     if not sample.has_token:
-        lines.append("The new word is not among them: this sample teaches it nothing.")
+        lines.append("The token is not among them: this sample teaches it nothing.")
     return "\n".join(
         [
             lines[0],
@@ -129,7 +129,7 @@ def _ids_text(prompts: PromptTokenizer, number: int, ids: torch.Tensor) -> str:
 
 
 def contact_sheet(samples: list[Sample]) -> Image.Image:
-    """The pictures side by side as the model sees them, with the start of each caption.
+    """The images side by side as the model sees them, with the start of each caption.
 
     What a mask keeps out of the loss is darkened; what is hidden for inpainting lies under a red veil.
     """

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from library.data.batch_order import BatchRef
 from library.data.batches import Batch, Sample, collate
 from library.data.buckets import size_conditioning_crop
-from library.data.captions import CaptionMoment, calm_rules, process_caption
+from library.data.captions import CaptionMoment, deterministic_rules, process_caption
 from library.data.image_entry import ImageEntry
 from library.data.image_table import ImageTable
 from library.data.images import Cut, channels_first, color_augment, flip, frame_image, frame_mask
@@ -60,7 +60,7 @@ class SampleSource(Dataset[Batch]):
         return collate(samples, ref.weight, len(self.prompts.tokenizers))
 
     def sample(self, index: int, moment: CaptionMoment, position: int) -> Sample:
-        """Picture ``index`` of the table as it is drawn at a place of an epoch."""
+        """Image ``index`` of the table as it is drawn at a place of an epoch."""
         pixel_seed, caption_seed, noise_seed = sample_seeds(self.seed, moment.epoch, position)
         entry = self.table[index]
         subset = entry.subset
@@ -127,9 +127,9 @@ def _size_conditioning(entry: ImageEntry, flipped: bool) -> tuple[int, int, int,
     return height, width, int(top), int(bucket[0] - right if flipped else left), bucket[1], bucket[0]
 
 
-def calm_caption(
+def deterministic_caption(
     entry: ImageEntry, prompts: PromptTokenizer, templates: Sequence[str] | None = None, draw: int = 0
 ) -> str:
     """An image's caption, the word expanded, nothing shuffled or dropped; ``draw`` chooses lines and wildcards."""
-    rules = calm_rules(entry.subset.captions)
+    rules = deterministic_rules(entry.subset.captions)
     return process_caption(entry.caption, rules, prompts.placeholder, random.Random(draw), templates=templates)

@@ -16,12 +16,12 @@ from library.options.option_types import LARGEST_NUMBER
 from library.options.options import dataset_keys, declared_options
 from library.support.errors import UserError, closest
 
-# What a subset takes its pictures from; each kind knows some keys of its own.
+# What a subset takes its images from; each kind knows some keys of its own.
 DREAMBOOTH, FINETUNING, MASK = "dreambooth", "finetuning", "mask"
 KIND_NAMES = {
-    DREAMBOOTH: "a folder of pictures with caption files",
-    FINETUNING: "pictures listed in a metadata_file",
-    MASK: "pictures with a conditioning_data_dir (masks)",
+    DREAMBOOTH: "a folder of images with caption files",
+    FINETUNING: "images listed in a metadata_file",
+    MASK: "images with a conditioning_data_dir (masks)",
 }
 FILE, GENERAL, DATASET, SUBSET = "the file", "[general]", "[[datasets]]", "[[datasets.subsets]]"
 
@@ -68,8 +68,8 @@ def _is_size(value: Any) -> bool:
 
 
 _FLAG = Key("true or false", lambda value: isinstance(value, bool))
-_TEXT = Key("a text in quotes", lambda value: isinstance(value, str))
-_FILLED_TEXT = Key("a text in quotes that is not empty", lambda value: isinstance(value, str) and value != "")
+_TEXT = Key("a string in quotes", lambda value: isinstance(value, str))
+_FILLED_TEXT = Key("a string in quotes that is not empty", lambda value: isinstance(value, str) and value != "")
 # Written with "\" in double quotes, a Windows path turns into something with control characters.
 _PATH = Key(
     "a path in quotes (a Windows path in single quotes, or with /)",

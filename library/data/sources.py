@@ -44,7 +44,7 @@ def find_source(options: DatasetOptions) -> Source:
     if options.dataset_config:
         ignored = [f"--{name}" for name in ("train_data_dir", "reg_data_dir", "in_json") if getattr(options, name)]
         if ignored:
-            logger.warning("%s: ignored, because --dataset_config describes all pictures.", ", ".join(ignored))
+            logger.warning("%s: ignored, because --dataset_config describes all images.", ", ".join(ignored))
         return _from_file(Path(shipped(str(options.dataset_config))))
     if options.in_json:
         return _from_metadata_flag(options)
@@ -120,7 +120,7 @@ def _folder_tables(option: str, base: str) -> list[Table]:
         tables.append(Table(f"--{option}, folder {folder}", values, found=True))
     if not tables:
         raise UserError(
-            f"--{option}: {base} has no sub-folder named <repeats>_<words>, such as 10_mychar. Pictures that lie in it "
+            f"--{option}: {base} has no sub-folder named <repeats>_<words>, such as 10_mychar. Images that lie in it "
             "directly are not used: move them into one, or name the folder as image_dir in a file for --dataset_config."
         )
     return tables

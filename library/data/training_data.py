@@ -20,14 +20,14 @@ from library.data.latent_cache import LatentCache, LatentEntry
 from library.data.latent_files import content_hash
 from library.data.loader import BatchLoader, make_loader
 from library.data.preflight import Report, check
-from library.data.samples import SampleSource, calm_caption
+from library.data.samples import SampleSource, deterministic_caption
 from library.embedding.tokenizer import PromptTokenizer
 from library.support.errors import UserError
 from library.support.processes import usable_cores
 
 
 class TrainingData:
-    """Everything a training reads from picture folders, found and checked without any model."""
+    """Everything a training reads from image folders, found and checked without any model."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class TrainingData:
         seed: int = 0,
         sets: Sequence[list[ImageSet]] | None = None,
     ) -> None:
-        """Find all pictures and captions, unless ``sets`` holds them by dataset. Raises UserError for what is amiss."""
+        """Find all images and captions, unless ``sets`` holds them by dataset. Raises UserError for what is amiss."""
         self.configs = tuple(configs)
         self.prompts = prompts
         self.templates = templates
@@ -90,7 +90,7 @@ class TrainingData:
         return check(self.table, self.prompts, validation=self.validation_table, templates=self.templates)
 
     def latent_entries(self) -> list[LatentEntry]:
-        """What the latent cache must hold: every picture once per way it is framed, validation included."""
+        """What the latent cache must hold: every image once per way it is framed, validation included."""
         return list(dict.fromkeys(entry.latent_entry for entry in self._entries()))
 
     def loader(self, *, max_steps: int = 0, workers: int = 0, persistent: bool = False, **details: Any) -> BatchLoader:
@@ -115,7 +115,7 @@ class TrainingData:
         texts: dict[str, None] = {}
         for entry in self._entries():
             rules = entry.subset.captions
-            texts[calm_caption(entry, self.prompts, self.templates)] = None
+            texts[deterministic_caption(entry, self.prompts, self.templates)] = None
             if rules.dropout_rate or rules.dropout_every_n_epochs:
                 texts[""] = None
         for text in texts:
@@ -125,7 +125,7 @@ class TrainingData:
         """The held-out images, the same in every pass: order, framing, captions and noise seeds; None without any.
 
         The batches count as one optimizer step, so the weighted sum of their mean losses, averaged over the processes,
-        is the mean over all held-out pictures.
+        is the mean over all held-out images.
         """
         table = self.validation_table
         if table is None:
@@ -142,7 +142,7 @@ class TrainingData:
         return BatchLoader(self._source(table, 0), sampler)
 
     def source(self, max_steps: int) -> SampleSource:
-        """Draws the pictures to train on."""
+        """Draws the images to train on."""
         return self._source(self.table, max_steps)
 
     def concept(self) -> Concept:

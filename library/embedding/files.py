@@ -56,13 +56,13 @@ def write_embedding(
     ``tensors`` maps ``emb_params``, or ``clip_l`` and ``clip_g``, to rows [N, width] on any device; ``dtype`` None
     keeps theirs. ``metadata`` (from ``modelspec_metadata``) goes, completed, into a ``.safetensors`` file; torch files
     have no place for it. The old file stays until the new one is complete; for ``keep_old`` and what is returned see
-    ``write_atomically``. Raises :class:`UserError` when the file cannot be written, or when a row is not finite.
+    ``write_atomically``. Raises :class:`UserError` when the file cannot be written, or when a row is NaN or infinite.
     """
     path = Path(path)
     plain = {key: _plain(rows, dtype) for key, rows in tensors.items()}
     for key, rows in plain.items():
         if not torch.isfinite(rows).all():
-            raise UserError(f"{path} was not written: the trained rows ({key}) hold values that are not finite.")
+            raise UserError(f"{path} was not written: the trained rows ({key}) hold NaN or infinite values.")
     if path.suffix == ".safetensors":
         content = _safetensors_content(plain, record, path.stem, metadata)
     else:
@@ -103,7 +103,7 @@ def read_embedding(path: Path | str) -> dict[str, Tensor]:
     """Read the rows of an embedding file of any known layout, as float32 [N, width] on the CPU.
 
     The keys are ``emb_params``, or those of ``clip_l`` and ``clip_g`` that the file has. Nothing in them is
-    run. Raises :class:`UserError` for a file that is missing, damaged, not finite, unsafe or not an
+    run. Raises :class:`UserError` for a file that is missing, damaged, unsafe or not an
     embedding.
     """
     path = Path(path)
@@ -239,9 +239,7 @@ def _as_rows(rows: Tensor, key: str, path: Path) -> Tensor:
         )
     rows = torch.atleast_2d(rows.to(torch.float32)).contiguous()
     if not torch.isfinite(rows).all():
-        raise UserError(
-            f"{path} holds values that are not finite ({key}); training from it would fail. Use another file."
-        )
+        raise UserError(f"{path} holds NaN or infinite values ({key}); training from it would fail. Use another file.")
     return rows
 
 

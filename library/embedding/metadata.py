@@ -74,7 +74,7 @@ class TrainedFor:
     """The model and the settings that an embedding belongs to.
 
     ``architecture`` is ModelSpec's name of the base (``stable-diffusion-v1``, …), ``resolution`` the width and height
-    of the training pictures in pixels (None: the base's own), ``clip_skip`` the layer as given on the command line.
+    of the training images in pixels (None: the base's own), ``clip_skip`` the layer as given on the command line.
     """
 
     architecture: str
@@ -124,7 +124,7 @@ def check_length(run_metadata: Mapping[str, str]) -> None:
         return
     longest = max(lengths, key=lengths.__getitem__)
     cures = {
-        "modelspec.thumbnail": "Give a smaller picture as --metadata_thumbnail",
+        "modelspec.thumbnail": "Give a smaller image as --metadata_thumbnail",
         "ss_training_comment": "Shorten --training_comment",
         "ss_tag_frequency": "It counts the tags of all captions; --no_metadata leaves it out",
     }
@@ -149,7 +149,7 @@ def file_metadata(run_metadata: Mapping[str, str], record: TrainingRecord, stem:
 
 
 def _thumbnail(value: str | None) -> str | None:
-    """A picture file as a ``data:`` URL; a value that is one already stays as it is."""
+    """An image file as a ``data:`` URL; a value that is one already stays as it is."""
     if not value or value.startswith("data:"):
         return value or None
     media_type = mimetypes.guess_type(value)[0] or "application/octet-stream"
@@ -161,7 +161,7 @@ def _thumbnail(value: str | None) -> str | None:
         )
         return None
     if not media_type.startswith("image/"):
-        logger.warning("--metadata_thumbnail: %s does not look like a picture; clients may not show it.", value)
+        logger.warning("--metadata_thumbnail: %s does not look like an image; clients may not show it.", value)
     return f"data:{media_type};base64,{base64.b64encode(content).decode('ascii')}"
 
 

@@ -1,4 +1,4 @@
-"""The new word as text: the names of its vectors, where they stand in a caption, and their expansion.
+"""The token as text: the names of its vectors, where they stand in a caption, and their expansion.
 
 Everything that reads a caption or a prompt (training, checks, samples, saved hints) goes through this module, so the
 word means the same everywhere. Ids and vectors are the business of ``tokenizer.py``.
@@ -9,13 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
-# A name ends where no ASCII letter or digit follows: `mychar_(x)` and `mycharの` hold the word, `mychars` does not.
+# A name ends where no ASCII letter or digit follows: `mychar_(x)` and `mycharの` hold the token, `mychars` does not.
 _BEFORE, _AFTER = r"(?<![A-Za-z0-9])", r"(?![A-Za-z0-9])"
 
 
 @dataclass(frozen=True)
 class Placeholder:
-    """The new word and its ``count`` vectors, named ``T, T1, T2, …``.
+    """The token and its ``count`` vectors, named ``T, T1, T2, …``.
 
     Matching ignores case and wants whole words, a boundary being "no ASCII letter or digit beside it".
     """

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class PromptEncoder:
-    """Encodes prompts through the frozen text encoders, the new word's rows taking part with their gradient."""
+    """Encodes prompts through the frozen text encoders, the token's rows taking part with their gradient."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class PromptEncoder:
     def cache(self, prompts: Iterable[Sequence[torch.Tensor]]) -> tuple[int, int]:
         """Encode once, and keep in memory, every prompt that cannot change during the training.
 
-        ``prompts`` gives the ids of one prompt at a time, [1, chunks, 77] per text encoder. Prompts with the new word
+        ``prompts`` gives the ids of one prompt at a time, [1, chunks, 77] per text encoder. Prompts with the token
         depend on the rows and stay live. Returns how many different prompts are cached and how many stay live.
         """
         live = set()

@@ -1,6 +1,6 @@
-"""The new word as ids and vectors: tokenization with new ids, first values, and the rows that train.
+"""The token as ids and vectors: tokenization with new ids, first values, and the rows that train.
 
-The tokenizers and the encoders' tables are never changed. A new word's ids start behind the vocabulary (49408 for
+The tokenizers and the encoders' tables are never changed. A token's ids start behind the vocabulary (49408 for
 CLIP); ``MergedEmbedding`` looks ids of the vocabulary up in the frozen table and takes all others from the rows.
 """
 
@@ -144,7 +144,7 @@ def check_token_string(placeholder: Placeholder, tokenizers: "Sequence[CLIPToken
     text = placeholder.text
     if not text or text != text.strip() or len(text.splitlines()) > 1:
         raise UserError(
-            f"--token_string {text!r} cannot be a word: it must not be empty, begin or end with a space, or hold a "
+            f"--token_string {text!r} cannot be a token: it must not be empty, begin or end with a space, or hold a "
             'line break. Give a made-up word such as "mychar".'
         )
     if (read := repair(text)) != text:
@@ -154,7 +154,7 @@ def check_token_string(placeholder: Placeholder, tokenizers: "Sequence[CLIPToken
         )
     if not any(ids := [tok.encode(text.lower(), add_special_tokens=False) for tok in tokenizers]):
         raise UserError(
-            f"--token_string {text!r} holds nothing that CLIP can read ({ids}). Give a word such as mychar."
+            f"--token_string {text!r} contains no characters that CLIP can tokenize. Give a word such as mychar."
         )
     known = _known_name(placeholder, tokenizers)
     if known is not None:
@@ -246,7 +246,7 @@ class TrainableRows(nn.Module):
     """The only parameters of a training: one float32 [N, D] tensor per text encoder.
 
     Its ``forward`` returns them, so that whatever wraps the module (DistributedDataParallel) sees its parameters used
-    once per backward, also where a batch does not hold the word. It needs no input and still takes one, ``None``: with
+    once per backward, also where a batch does not hold the token. It needs no input and still takes one, ``None``: with
     a device of its own, DistributedDataParallel moves the first input there and fails where there is none.
     """
 

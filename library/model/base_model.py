@@ -221,7 +221,7 @@ class BaseModel:
         model: UNet2DConditionModel = _empty(lambda: UNet2DConditionModel.from_config(config), where)
         _check_fit(model, tensors, where)
         if float8 and torch.device(device).type == "cpu":
-            return_large_blocks()  # weights are unfolded one after the other at every step
+            return_large_blocks()  # weights are dequantized one after the other at every step
         freeze_layers(model, float8=float8, fill=_filler(tensors, dtype, device))
         return _finished(model, device)
 

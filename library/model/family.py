@@ -215,7 +215,7 @@ def _join_windows(states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 def _pooled(encoder: nn.Module, last_states: torch.Tensor, ids: torch.Tensor, end_of_text: int) -> torch.Tensor:
     """Project the first window's state at its FIRST end of text, [B, D].
 
-    The encoder's own pooled output may look for the largest id instead, which is a new word's.
+    The encoder's own pooled output may look for the largest id instead, which is a token's.
     """
     first_window = last_states.unflatten(0, ids.shape[:2])[:, 0]
     position = (ids[:, 0] == end_of_text).int().argmax(dim=-1)

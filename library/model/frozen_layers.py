@@ -2,8 +2,8 @@
 
 Gradients must pass through the frozen U-Net to reach the trained rows. For a frozen ``nn.Linear`` PyTorch saves nothing
 but the weight, for a frozen ``nn.Conv2d`` the input as well, which only the weight's gradient would need. And where a
-stored 8-bit weight is unfolded in an ordinary forward, autograd keeps every unfolded weight until the backward pass.
-The two functions here save the weight as it is stored, and unfold it a second time in backward.
+stored 8-bit weight is dequantized in an ordinary forward, autograd keeps every such weight until the backward pass. The
+two functions here save the weight as it is stored, and dequantize it a second time in backward.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ class _Context(Protocol):
         """Keep tensors as ``saved_tensors``."""
 
 
-def fold(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``weight`` as float8 of the same shape, and the float32 scale [outputs, 1, …] to multiply it by.
 
     Each output's largest weight becomes float8's largest value: small weights would otherwise fall among float8's
@@ -42,8 +42,8 @@ def fold(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / scale).to(FLOAT8), scale
 
 
-def unfold(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The weight that :func:`fold` stored, in ``dtype``; one that was never folded has no scale.
+def dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The weight that :func:`quantize` stored, in ``dtype``; one that was never quantized has no scale.
 
     Every float8 number is one of ``dtype`` too. The product is taken in float32, element by element inside the one
     multiplication, since scales are small enough to lose digits in fp16: no float32 copy of the weight is ever made.
@@ -57,12 +57,12 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: _Context, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight, scale)
-        return F.linear(x, unfold(weight, scale, x.dtype), bias)
+        return F.linear(x, dequantize(weight, scale, x.dtype), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return grad @ unfold(*ctx.saved_tensors, grad.dtype), None, None, None
+        return grad @ dequantize(*ctx.saved_tensors, grad.dtype), None, None, None
 
 
 class _FrozenConv2d(torch.autograd.Function):
@@ -74,12 +74,12 @@ class _FrozenConv2d(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(weight, scale)
         ctx.input_shape, ctx.geometry = x.shape, geometry
-        return F.conv2d(x, unfold(weight, scale, x.dtype), bias, *geometry)
+        return F.conv2d(x, dequantize(weight, scale, x.dtype), bias, *geometry)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        weight = unfold(*ctx.saved_tensors, grad.dtype)
+        weight = dequantize(*ctx.saved_tensors, grad.dtype)
         return conv2d_input(ctx.input_shape, weight, grad, *ctx.geometry), None, None, None, None
 
 
@@ -102,7 +102,7 @@ class FrozenLayer(nn.Module):
         super().__init__()
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach(), requires_grad=False)
         if float8:
-            weight, scale = fold(layer.weight)
+            weight, scale = quantize(layer.weight)
             self.register_buffer("weight", weight)
             self.register_buffer("scale", scale)
         else:

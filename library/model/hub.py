@@ -118,6 +118,6 @@ def _ask(asking: str, question: Callable[[], Found]) -> Found:
     except Exception as error:
         reason = first_line(error).rstrip(".")
         raise UserError(
-            f"{asking}: the Hugging Face hub does not agree ({reason}). Check the name, the access token "
+            f"{asking}: the request to the Hugging Face Hub failed ({reason}). Check the name, the access token "
             "(HF_TOKEN) and the connection."
         ) from error

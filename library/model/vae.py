@@ -52,7 +52,7 @@ class FrozenVae:
 
         ``generators`` are on the CPU, one per image. ``names`` say in an error which image it was. The result is in the
         VAE's dtype, on its device. Without ``check`` nobody waits for the device, and an overflow goes unnoticed.
-        Raises UserError where latents are not finite even in float32.
+        Raises UserError where latents are NaN or infinite even in float32.
         """
         mean, spread = self._checked_posterior(images, names) if check else self._posterior(images)
         noise = torch.stack([torch.randn(mean.shape[1:], generator=generator) for generator in generators])
@@ -69,7 +69,7 @@ class FrozenVae:
         if not all(finite):
             bad = [str(name) for name, fine in zip(names, finite, strict=False) if not fine]
             raise UserError(
-                f"The VAE makes values that are not finite from {', '.join(bad) or 'an image'}, even in float32. "
+                f"The VAE makes NaN or infinite values from {', '.join(bad) or 'an image'}, even in float32. "
                 "Look at the image, and check the model file or give another VAE with --vae."
             )
         return mean, spread
@@ -84,7 +84,7 @@ class FrozenVae:
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Pixels, float32 [B, 3, 8h, 8w], about [-1, 1], of finite unscaled ``latents`` [B, 4, h, w].
 
-        One picture at a time, which bounds the memory whatever B is.
+        One image at a time, which bounds the memory whatever B is.
         """
         pixels = self._pixels(latents)
         if self.decoding_dtype != torch.float32 and not torch.isfinite(pixels).all():
@@ -99,7 +99,7 @@ class FrozenVae:
             return torch.cat([self._decoded(one).float() for one in given.split(1)])
 
     def _decoded(self, latents: torch.Tensor) -> torch.Tensor:
-        """Pixels of one picture's ``latents`` [1, 4, h, w]; in tiles where the memory does not suffice for the whole.
+        """Pixels of one image's ``latents`` [1, 4, h, w]; in tiles where the memory does not suffice for the whole.
 
         Tiles overlap and fade into each other, but may differ a little in shade.
         """
@@ -107,7 +107,7 @@ class FrozenVae:
             whole: torch.Tensor = self.vae.decode(latents).sample
             return whole
         except torch.OutOfMemoryError:
-            logger.warning("The device's memory is too full to draw a picture in one piece; it is drawn in tiles.")
+            logger.warning("The device's memory is too full to draw an image in one piece; it is drawn in tiles.")
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         side = min(_TILE, max(latents.shape[-2:]) // 2)

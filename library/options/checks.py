@@ -180,7 +180,7 @@ def _check_samples(options: Options) -> None:
         )
     if sample.learning_report and options.dataset.dataset_class:
         raise UserError(
-            "--learning_report compares with the training pictures, and only your --dataset_class knows them. Leave "
+            "--learning_report compares with the training images, and only your --dataset_class knows them. Leave "
             "one of the two out."
         )
 
@@ -202,7 +202,7 @@ def _check_required(options: Options) -> None:
             raise UserError(f"--{name} is missing: {option.required}")
     data = options.dataset
     if not (data.dataset_config or data.train_data_dir or data.in_json or data.dataset_class):
-        raise UserError("No pictures are given: use --dataset_config (a TOML file) or --train_data_dir (a folder).")
+        raise UserError("No images are given: use --dataset_config (a TOML file) or --train_data_dir (a folder).")
     if options.save.output_dir is None and not data.debug_dataset:
         raise UserError("--output_dir is missing: the folder for the embedding file.")
 

@@ -82,12 +82,12 @@ def _converted(path: Path, name: str, option: Option, value: Any) -> Any:
             raise ArgumentTypeError("it is a table where a value belongs.")
         if option.is_place and isinstance(value, str) and min(value) < " ":
             raise ArgumentTypeError(
-                f"{value!r} holds a control sign. In double quotes, \\t, \\n and the like are such signs: write the "
+                f"{value!r} holds a control character. In double quotes, \\t, \\n and the like are such: write the "
                 "backslashes of Windows paths as /, or use single quotes."
             )
         return checked(option, value)
     except ArgumentTypeError as error:
-        raise UserError(f"{name} in {path}: {'its value is not a text.' if option.secret else error}") from None
+        raise UserError(f"{name} in {path}: {'its value is not a string.' if option.secret else error}") from None
 
 
 def _with_guesses(unknown: list[str], known: Mapping[str, Option]) -> str:

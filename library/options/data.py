@@ -1,4 +1,4 @@
-"""Options about pictures, captions and caches. Each is declared once, here, with the help a user sees.
+"""Options about images, captions and caches. Each is declared once, here, with the help a user sees.
 
 With ``--dataset_config`` most of them only fill gaps: a key of the file wins over the command line.
 """
@@ -15,11 +15,11 @@ INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic"
 
 @dataclass(frozen=True)
 class DatasetOptions:
-    """Pictures and captions"""
+    """Images and captions"""
 
     dataset_config: Path | None = option(  # noqa: RUF009 - makes a field
         None,
-        "TOML or JSON file that describes the pictures: folders, repeats, resolution, captions. Takes the place of "
+        "TOML or JSON file that describes the images: folders, repeats, resolution, captions. Takes the place of "
         "--train_data_dir, --reg_data_dir and --in_json.",
         read=path,
         metavar="FILE",
@@ -27,21 +27,21 @@ class DatasetOptions:
     )
     train_data_dir: str | None = option(
         None,
-        "Folder with sub-folders named <repeats>_<words>, for example 10_mychar; the pictures lie in the sub-folders. "
-        "With --in_json: the folder of the pictures themselves.",
+        "Folder with sub-folders named <repeats>_<words>, for example 10_mychar; the images lie in the sub-folders. "
+        "With --in_json: the folder of the images themselves.",
         metavar="DIR",
         on_resume=OnResume.FREE,
     )
     reg_data_dir: str | None = option(
         None,
-        "Folder of regularisation pictures, laid out like --train_data_dir. Rarely useful here: a picture whose "
-        "caption lacks the new word cannot teach it anything.",
+        "Folder of regularisation images, laid out like --train_data_dir. Rarely useful here: an image whose "
+        "caption lacks the token cannot teach it anything.",
         metavar="DIR",
         on_resume=OnResume.FREE,
     )
     in_json: str | None = option(
         None,
-        "JSON or JSONL file with the captions and tags of the pictures in --train_data_dir, in place of caption files.",
+        "JSON or JSONL file with the captions and tags of the images in --train_data_dir, in place of caption files.",
         metavar="FILE",
         on_resume=OnResume.FREE,
     )
@@ -64,7 +64,7 @@ class DatasetOptions:
     )
     train_batch_size: int = option(
         1,
-        "Pictures per step. 1 to 4 is typical; more gives calmer steps and needs more memory.",
+        "Images per step. 1 to 4 is typical; more gives steadier steps and needs more memory.",
         read=whole_number,
         at_least=1,
         at_most=4096,
@@ -73,7 +73,7 @@ class DatasetOptions:
     )
     dataset_repeats: int = option(
         1,
-        "How often each picture is seen per epoch, where no num_repeats says so.",
+        "How often each image is seen per epoch, where no num_repeats says so.",
         read=whole_number,
         at_least=1,
         at_most=1_000_000,
@@ -81,8 +81,8 @@ class DatasetOptions:
         key="num_repeats",
     )
     enable_bucket: bool = flag(
-        "Keep the pictures' shapes: each is trained in the bucket (a size of about the same area) that fits it best, "
-        "instead of being cropped to one size. Recommended unless all pictures have one shape.",
+        "Keep the images' shapes: each is trained in the bucket (a size of about the same area) that fits it best, "
+        "instead of being cropped to one size. Recommended unless all images have one shape.",
         table=DATASETS,
     )
     min_bucket_reso: int = option(
@@ -112,7 +112,7 @@ class DatasetOptions:
         needs=("enable_bucket",),
         table=DATASETS,
     )
-    bucket_no_upscale: bool = flag("Never enlarge a small picture: it gets a bucket of its own size.", table=DATASETS)
+    bucket_no_upscale: bool = flag("Never enlarge a small image: it gets a bucket of its own size.", table=DATASETS)
     skip_image_resolution: tuple[int, int] | None = option(
         None,
         "Leave out images whose area is no larger than that of this size: one number for a square, or width,height.",
@@ -121,12 +121,12 @@ class DatasetOptions:
     )
     resize_interpolation: str | None = option(
         None,
-        "How pictures are resized. Unset: area for shrinking, lanczos for enlarging, which suits nearly everything.",
+        "How images are resized. Unset: area for shrinking, lanczos for enlarging, which suits nearly everything.",
         choices=INTERPOLATIONS,
         table=SUBSETS,
     )
     cache_info: bool = flag(
-        "Remember captions and sizes in metadata_cache.json beside the pictures, for a faster start with many "
+        "Remember captions and sizes in metadata_cache.json beside the images, for a faster start with many "
         "thousands of them. Files that have changed since are read again.",
         table=FOLDERS,
     )
@@ -137,7 +137,7 @@ class DatasetOptions:
     caption_separator: str = option(",", "What separates the parts of a caption.", table=SUBSETS)
     caption_extension: str | None = option(
         None,
-        "Ending of the caption files beside the pictures, for example .txt. Unset: .caption is looked for first, "
+        "Ending of the caption files beside the images, for example .txt. Unset: .caption is looked for first, "
         "then .txt; beside class tokens (also those of a folder such as 10_girl) .caption only.",
         metavar="EXT",
         table=FOLDERS,
@@ -147,7 +147,7 @@ class DatasetOptions:
     )
     keep_tokens: int = option(
         0,
-        "Parts at the caption's start that shuffling, warm-up and tag dropout leave alone. 1 keeps a leading new word "
+        "Parts at the caption's start that shuffling, warm-up and tag dropout leave alone. 1 keeps a leading token "
         "first. Ignored when none of the three is on.",
         read=whole_number,
         at_least=0,
@@ -169,12 +169,12 @@ class DatasetOptions:
         table=SUBSETS,
     )
     caption_prefix: str | None = option(
-        None, "Text put before every caption, for example the new word itself.", table=SUBSETS
+        None, "Text put before every caption, for example the token itself.", table=SUBSETS
     )
     caption_suffix: str | None = option(None, "Text put after every caption.", table=SUBSETS)
     caption_dropout_rate: float = option(
         0.0,
-        "Share of uses, 0 to 1, in which a caption is dropped and only the new word stays. Typical: 0 to 0.1.",
+        "Share of uses, 0 to 1, in which a caption is dropped and only the token stays. Typical: 0 to 0.1.",
         read=number,
         at_least=0,
         at_most=1,
@@ -182,14 +182,14 @@ class DatasetOptions:
     )
     caption_dropout_every_n_epochs: int = option(
         0,
-        "Drop all captions down to the new word in every n-th epoch; 0 never.",
+        "Drop all captions down to the token in every n-th epoch; 0 never.",
         read=whole_number,
         at_least=0,
         table=SUBSETS,
     )
     caption_tag_dropout_rate: float = option(
         0.0,
-        "Share, 0 to 1, of a caption's parts dropped at each use; the new word always stays. Typical: 0 to 0.2.",
+        "Share, 0 to 1, of a caption's parts dropped at each use; the token always stays. Typical: 0 to 0.2.",
         read=number,
         at_least=0,
         at_most=1,
@@ -216,7 +216,7 @@ class DatasetOptions:
         table=SUBSETS,
     )
     flip_aug: bool = flag(
-        "Mirror each picture half of the time. Good for few pictures, wrong for what is not symmetric: text, logos, "
+        "Mirror each image half of the time. Good for few images, wrong for what is not symmetric: text, logos, "
         "a scar on one side.",
         table=SUBSETS,
     )
@@ -231,21 +231,20 @@ class DatasetOptions:
         "Crop at a random place instead of the centre. Not together with cached latents.", table=SUBSETS
     )
     alpha_mask: bool = flag(
-        "Use the pictures' transparency as a mask: transparent parts do not count. Without it transparency becomes "
-        "white."
+        "Use the images' transparency as a mask: transparent parts do not count. Without it transparency becomes white."
     )
     masked_loss: bool = flag(
-        "Learn only from the white parts of mask pictures (--conditioning_data_dir) or from opaque parts "
-        "(--alpha_mask). Keeps backgrounds out of the new word."
+        "Learn only from the white parts of mask images (--conditioning_data_dir) or from opaque parts "
+        "(--alpha_mask). Keeps backgrounds out of the token."
     )
     conditioning_data_dir: str | None = option(
         None,
-        "Folder of mask pictures, one per training picture under the same name: white counts, black does not. "
+        "Folder of mask images, one per training image under the same name: white counts, black does not. "
         "Serves subsets that name none; needs --masked_loss.",
         metavar="DIR",
     )
     prior_loss_weight: float = option(
-        1.0, "Weight of regularisation pictures in the loss, usually 0 to 1.", read=number, at_least=0
+        1.0, "Weight of regularisation images in the loss, usually 0 to 1.", read=number, at_least=0
     )
     train_inpainting: bool = flag(
         "Train for an inpainting model (its U-Net takes 9 channels): random masks hide parts of the images, and the "
@@ -275,17 +274,17 @@ class CacheOptions:
     """Caches"""
 
     cache_latents: bool = flag(
-        "Encode every picture once before training and free the VAE: faster and much less memory. Recommended "
+        "Encode every image once before training and free the VAE: faster and much less memory. Recommended "
         "unless --color_aug or --random_crop is wanted."
     )
     cache_latents_to_disk: bool = flag(
-        "Also keep the encoded pictures as .npz files beside the pictures, so that the next run starts at once. "
+        "Also keep the encoded images as .npz files beside the images, so that the next run starts at once. "
         "Switches --cache_latents on.",
         on_resume=OnResume.FREE,
     )
     vae_batch_size: int = option(
         1,
-        "Pictures encoded at once while caching. More is faster, needs more memory and rounds the latents "
+        "Images encoded at once while caching. More is faster, needs more memory and rounds the latents "
         "a little differently.",
         read=whole_number,
         at_least=1,
@@ -294,12 +293,12 @@ class CacheOptions:
         on_resume=OnResume.FREE,
     )
     skip_cache_check: bool = flag(
-        "Trust what cached files hold (picture and VAE may have changed since), for a faster start with very many "
-        "pictures. Shapes are checked all the same.",
+        "Trust what cached files hold (image and VAE may have changed since), for a faster start with very many "
+        "images. Shapes are checked all the same.",
         needs=("cache_latents_to_disk",),
         on_resume=OnResume.FREE,
     )
     cache_text_encoder_outputs: bool = flag(
-        "Keep the text encoders' output for captions that do not hold the new word (regularisation pictures, "
+        "Keep the text encoders' output for captions that do not hold the token (regularisation images, "
         "validation). All others change with every step and stay live, so this saves little in most runs."
     )

@@ -60,7 +60,7 @@ def _folders(options: Options, given: set[str]) -> Iterator[Rule]:
     data = options.dataset
     yield (
         data.dataset_config is None and "prior_loss_weight" in given and data.reg_data_dir is None,
-        "--prior_loss_weight has no effect without regularisation pictures (--reg_data_dir).",
+        "--prior_loss_weight has no effect without regularisation images (--reg_data_dir).",
     )
 
 

@@ -36,7 +36,7 @@ def printable(text: str) -> str:
 
 
 def whole_number(value: Any) -> int:
-    """Read an integer from an int, a float without a fraction, or a text such as "3" or "1e3"."""
+    """Read an integer from an int, a float without a fraction, or a string such as "3" or "1e3"."""
     try:
         result = _as_number(value)
     except ValueError:
@@ -70,7 +70,7 @@ def _bounded(result: float, value: Any) -> float:
 
 
 def number(value: Any) -> float:
-    """Read a finite float from a number or a text such as "1e-4"."""
+    """Read a finite float from a number or a string such as "1e-4"."""
     try:
         result = float("" if isinstance(value, bool) else value)
     except (TypeError, ValueError, OverflowError):
@@ -81,9 +81,9 @@ def number(value: Any) -> float:
 
 
 def text(value: Any) -> str | None:
-    """Read a text; an empty one means "not given" (None). Numbers become their digits."""
+    """Read a string; an empty one means "not given" (None). Numbers become their digits."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ArgumentTypeError(f"{shown(value)} is not a text.")
+        raise ArgumentTypeError(f"{shown(value)} is not a string.")
     found = str(value)
     # Lone surrogates are how Python holds a file name that is not UTF-8; whether one can be meant is checked later.
     if "\0" in found or not is_unicode(found, odd_names=True):
@@ -107,7 +107,7 @@ def path(value: Any) -> Path | None:
 
 
 def text_or_boolean(value: Any) -> str | None:
-    """Read a text; TOML's true and false become those words."""
+    """Read a string; TOML's true and false become those words."""
     return shown(value) if isinstance(value, bool) else text(value)
 
 

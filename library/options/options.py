@@ -29,9 +29,9 @@ class ModelOptions:
 
     pretrained_model_name_or_path: str | None = option(
         None,
-        "Base model that learns the word: a .safetensors or .ckpt file, a diffusers folder, or a Hugging Face name.",
+        "Base model that learns the token: a .safetensors or .ckpt file, a diffusers folder, or a Hugging Face name.",
         metavar="MODEL",
-        required="the base model that learns the word.",
+        required="the base model that learns the token.",
     )
     v2: bool = flag("The model is Stable Diffusion 2.x. Only train_textual_inversion.py.")
     v_parameterization: bool | None = option(
@@ -63,13 +63,13 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class TokenOptions:
-    """The new word"""
+    """The token"""
 
     token_string: str | None = option(
         None,
-        "The new word, as it stands in your captions, for example mychar. It must not exist in the vocabulary yet.",
+        "The token, as it stands in your captions, for example mychar. It must not exist in the vocabulary yet.",
         metavar="WORD",
-        required="the new word, for example --token_string mychar.",
+        required="the token, for example --token_string mychar.",
         on_resume=OnResume.REFUSED,
     )
     init_word: str | None = option(
@@ -81,7 +81,7 @@ class TokenOptions:
     )
     num_vectors_per_token: int = option(
         1,
-        "Vectors for the word. More can say more but use up the prompt's 75 places; 2 to 4 are common, up to 8 for "
+        "Vectors for the token. More can say more but use up the prompt's 75 places; 2 to 4 are common, up to 8 for "
         "styles.",
         read=whole_number,
         at_least=1,

@@ -1,4 +1,4 @@
-"""Options about what comes out: embedding files, metadata, uploads, sample pictures, logs.
+"""Options about what comes out: embedding files, metadata, uploads, sample images, logs.
 
 Each is declared once, here, with the help a user sees.
 """
@@ -102,7 +102,7 @@ class SaveOptions:
     save_last_n_steps_state: int | None = _count(
         "The same for states. Unset: as --save_last_n_steps.", needs=("save_state",)
     )
-    save_state: bool = flag("With each saved file, also save what --resume needs to go on exactly from there.")
+    save_state: bool = flag("With each saved file, also save what --resume needs to resume exactly from there.")
     save_state_on_train_end: bool = flag("Save that state at the end only.")
     resume: str | None = option(
         None,
@@ -122,7 +122,7 @@ class MetadataOptions:
     metadata_license: str | None = option(None, "Licence.")
     metadata_tags: str | None = option(None, "Tags, separated by commas.")
     metadata_usage_hint: str | None = option(None, "How to use the embedding.")
-    metadata_thumbnail: str | None = option(None, "Small picture: a file, or a data:image/… URL.", metavar="FILE")
+    metadata_thumbnail: str | None = option(None, "Small image: a file, or a data:image/… URL.", metavar="FILE")
     metadata_merged_from: str | None = option(None, "What the embedding was merged from.")
     metadata_trigger_phrase: str | None = option(None, "Word to type in a prompt. Unset: the file's name.")
     metadata_preprocessor: str | None = option(None, "Preprocessor.")
@@ -180,7 +180,7 @@ class HubOptions:
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """Sample pictures during training"""
+    """Sample images during training"""
 
     sample_prompts: str | None = option(
         None,
@@ -199,7 +199,7 @@ class SampleOptions:
     sample_at_first: bool = flag("Draw them before training too, to compare with.")
     sample_sampler: str = option(
         "ddim",
-        "Sampler for the pictures, where a prompt names none.",
+        "Sampler for the images, where a prompt names none.",
         choices=SAMPLERS,
         needs=(
             "sample_every_n_steps",
@@ -209,8 +209,8 @@ class SampleOptions:
         ),
     )
     learning_report: bool = flag(
-        "At the end, measure what the word learned: loss, and distance of pictures to the training's, with --init_word "
-        "and with the new word, and write both words' pictures side by side. Takes as long as drawing 32 pictures."
+        "At the end, measure what the token learned: loss, and distance of images to the training's, with --init_word "
+        "and with the token, and write the images of both side by side. Takes as long as drawing 32 images."
     )
 
     @property
@@ -219,7 +219,7 @@ class SampleOptions:
         return bool(self.sample_at_first or self.sample_every_n_steps or self.sample_every_n_epochs)
 
     @property
-    def draws_pictures(self) -> bool:
+    def draws_images(self) -> bool:
         """Whether the run needs a decoder at all."""
         return self.learning_report or self.draws_during_training
 

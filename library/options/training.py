@@ -32,7 +32,7 @@ class NoiseOptions:
 
     noise_offset: float | None = option(
         None,
-        "Shift of each channel's mean noise, which helps very dark and very bright pictures. Typical: 0.05 to 0.1; "
+        "Shift of each channel's mean noise, which helps very dark and very bright images. Typical: 0.05 to 0.1; "
         "0 is off.",
         read=number,
     )
@@ -47,7 +47,7 @@ class NoiseOptions:
     )
     multires_noise_iterations: int | None = option(
         None,
-        "Layers of ever coarser noise, another help for dark and bright pictures; do not combine it with "
+        "Layers of ever coarser noise, another help for dark and bright images; do not combine it with "
         "--noise_offset. Typical: 6 to 10; 0 is off.",
         read=whole_number,
         at_least=0,
@@ -72,14 +72,14 @@ class NoiseOptions:
     )
     min_timestep: int | None = option(
         None,
-        "Lowest timestep trained, 0 to 999 (0: nearly clean picture, fine detail). Unset: 0.",
+        "Lowest timestep trained, 0 to 999 (0: nearly clean image, fine detail). Unset: 0.",
         read=whole_number,
         at_least=0,
         at_most=1000,
     )
     max_timestep: int | None = option(
         None,
-        "End of the timesteps trained, itself not included, 1 to 1000 (1000: pure noise, composition). Unset: 1000.",
+        "Upper bound (exclusive) of the training timesteps, 1 to 1000 (1000: pure noise, composition). Unset: 1000.",
         read=whole_number,
         at_least=0,
         at_most=1000,
@@ -98,7 +98,7 @@ class LossOptions:
 
     loss_type: str = option(
         "l2",
-        "How errors are measured: l2 (usual), l1, or huber and smooth_l1, which are less moved by odd pictures.",
+        "How errors are measured: l2 (usual), l1, or huber and smooth_l1, which are less moved by odd images.",
         choices=("l1", "l2", "huber", "smooth_l1"),
     )
     huber_schedule: str = option(
@@ -172,7 +172,7 @@ class OptimizerOptions:
     )
     max_grad_norm: float = option(
         1.0,
-        "Longest gradient (norm over all trained vectors) that counts; 0 never shortens it.",
+        "Clip the gradient norm (over all trained vectors) to this; 0 disables clipping.",
         read=number,
         at_least=0,
     )
@@ -331,8 +331,8 @@ class RuntimeOptions:
     full_fp16: bool = flag("Everything frozen in fp16, which --mixed_precision fp16 does already. Needs that option.")
     full_bf16: bool = flag("Everything frozen in bf16, which --mixed_precision bf16 does already. Needs that option.")
     fp8_base: bool = flag(
-        "Store the U-Net in 8 bits and unfold it layer by layer: half the memory of fp16, somewhat slower, a little "
-        "less exact."
+        "Store the U-Net in 8 bits and dequantize it layer by layer: half the memory of fp16, somewhat slower, a "
+        "little less exact."
     )
     lowram: bool = flag(
         "Load the models straight to the GPU. This happens anyway, so the flag changes nothing.",

@@ -1,4 +1,4 @@
-"""How far generated pictures are from the pictures of a concept: one number, by which learning can be judged."""
+"""How far generated images are from the images of a concept: one number, by which learning can be judged."""
 
 from collections.abc import Sequence
 
@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-# Coarse enough that a thing a little further left is still the same thing, whatever the pictures' size.
+# Coarse enough that a thing a little further left is still the same thing, whatever the images' size.
 GRID = 16
 
 
 def concept_distance(pictures: Sequence[np.ndarray], concept: Sequence[np.ndarray]) -> float:
-    """Mean distance of ``pictures`` to the nearest picture of ``concept``; all uint8 [H, W, 3], of any sizes.
+    """Mean distance of ``images`` to the nearest image of ``concept``; all uint8 [H, W, 3], of any sizes.
 
-    A picture counts as its averages over a grid of 16 × 16 fields. The distance of two pictures is the root mean square
+    An image counts as its averages over a grid of 16 × 16 fields. The distance of two images is the root mean square
     difference of these, in steps of 255. It sees colours and where they are, not identity: good for comparing two words
     of one model, no measure of quality.
     """

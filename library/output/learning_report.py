@@ -1,4 +1,4 @@
-"""``--learning_report``: did the word learn anything? Loss, distance and pictures before and after, all else equal."""
+"""``--learning_report``: did the token learn anything? Loss, distance and images before and after, all else equal."""
 
 import json
 import logging
@@ -43,7 +43,7 @@ _HEADING = 20
 
 @dataclass(frozen=True)
 class Measured:
-    """What one word does: the mean loss, the concept distance of its pictures (see ``concept_distance``), and these."""
+    """What one word does: the mean loss, the concept distance of its images (see ``concept_distance``), and these."""
 
     label: str
     loss: float
@@ -53,9 +53,9 @@ class Measured:
 
 @dataclass(frozen=True)
 class LearningReport:
-    """The word after the training beside what it started from, with the pictures they should resemble.
+    """The word after the training beside what it started from, with the images they should resemble.
 
-    ``held_out`` tells whether the loss was measured on pictures that were not trained on.
+    ``held_out`` tells whether the loss was measured on images that were not trained on.
     """
 
     before: Measured
@@ -68,9 +68,9 @@ class LearningReport:
         """A small table with a sentence on what it means."""
         before, after = self.before, self.after
         width = max(len(before.label), len(after.label))
-        pictures = "held-out pictures" if self.held_out else "training pictures"
-        lines = [f"What the word learned ({PICTURES} pictures each, drawn from the same noise):"]
-        lines.append(f"{'':<{width}}  loss on {pictures}  distance to the training pictures")
+        pictures = "held-out images" if self.held_out else "training images"
+        lines = [f"What the token learned ({PICTURES} images each, drawn from the same noise):"]
+        lines.append(f"{'':<{width}}  loss on {pictures}  distance to the training images")
         for one in (before, after):
             lines.append(f"{one.label:<{width}}  {one.loss:>{len(pictures) + 8}.5f}  {one.distance:>33.2f}")
         return "\n".join([*lines, self.sentence])
@@ -80,7 +80,7 @@ class LearningReport:
         """What the distances say."""
         return (
             f"The distance is {self.distances.ratio:.2f} times what it was. It compares coarse colours with the "
-            "nearest training picture: 0 is a copy, and well below 1 means that the word learned."
+            "nearest training image: 0 is a copy, and well below 1 means that the token learned."
         )
 
     @property
@@ -98,14 +98,14 @@ class LearningReport:
         return Distances(self.before.label, self.before.distance, self.after.distance)
 
     def write(self, stem: Path, run: str, verdict: Verdict) -> Path:
-        """Write ``<stem>_report.png`` and ``<stem>_report.json``; return the picture's path. Raises UserError.
+        """Write ``<stem>_report.png`` and ``<stem>_report.json``; return the image's path. Raises UserError.
 
         A report of another run than ``run`` is kept: see ``write_atomically``.
         """
         picture, numbers = (stem.with_name(f"{stem.name}_report{ending}") for ending in (".png", ".json"))
         content = json.dumps({**self.numbers, **asdict(verdict), "run": run}, indent=2) + "\n"
         sheet = comparison_sheet(
-            [("training pictures", self.concept), *((one.label, one.pictures) for one in (self.before, self.after))]
+            [("training images", self.concept), *((one.label, one.pictures) for one in (self.before, self.after))]
         )
         others = _run_of(numbers) != run
         # The numbers say whose report it is, so they come last.
@@ -130,7 +130,7 @@ class LearningMeasure:
         self.captions = concept.captions(PICTURES)
         self.held_out = any(batch.has_token.any() for batch in self._batches(held_out=True))
         if concept.held_out is not None and not self.held_out:
-            logger.warning("No held-out caption holds the word: the report takes its loss from the training pictures.")
+            logger.warning("No held-out caption holds the token: the report takes its loss from the training images.")
 
     def report(self, init_word: str | None, starts: Sequence[Tensor]) -> LearningReport:
         """Compare the rows as they are with ``init_word`` as a user would write it, or without one with ``starts``.
@@ -147,7 +147,7 @@ class LearningMeasure:
         return LearningReport(before, after, self.pictures, self.held_out)
 
     def _measure(self, label: str, rewrite: Callable[[str], str]) -> Measured:
-        """Loss and pictures with every caption as ``rewrite`` leaves it."""
+        """Loss and images with every caption as ``rewrite`` leaves it."""
         wanted = [
             SamplePrompt(
                 rewrite(caption), width=width, height=height, steps=_STEPS, scale=_SCALE, seed=seed, weighted=False
@@ -162,7 +162,7 @@ class LearningMeasure:
 
     @torch.no_grad()
     def _loss(self, rewrite: Callable[[str], str]) -> float:
-        """Mean over the samples whose caption holds the word. Raises UserError where there are none."""
+        """Mean over the samples whose caption holds the token. Raises UserError where there are none."""
         losses = []
         for batch in self._batches(held_out=self.held_out):
             if not batch.has_token.any():
@@ -172,7 +172,7 @@ class LearningMeasure:
             moved = replace(batch, input_ids=ids).to(self.pipeline.device)
             losses.append(self.task.losses(moved)[moved.has_token])
         if not losses:
-            raise UserError("No caption that was drawn holds the word, so there is no loss to compare.")
+            raise UserError("No caption that was drawn holds the token, so there is no loss to compare.")
         return float(torch.cat(losses).mean())
 
     def _batches(self, *, held_out: bool) -> Iterator[Batch]:
@@ -196,7 +196,7 @@ class LearningReporting(Callback):
 
 
 def comparison_sheet(rows: Sequence[tuple[str, Sequence[np.ndarray]]]) -> Image.Image:
-    """Rows of up to eight pictures (uint8 [H, W, 3]) below a heading each; small pictures are enlarged."""
+    """Rows of up to eight images (uint8 [H, W, 3]) below a heading each; small images are enlarged."""
     largest = max(max(picture.shape[:2]) for _, pictures in rows for picture in pictures)
     cell = min(max(largest, _SMALLEST_CELL), _LARGEST_CELL)
     sheet = Image.new("RGB", (_COLUMNS * cell, len(rows) * (cell + _HEADING)), "white")

@@ -88,7 +88,7 @@ def movement_warning(moved: Sequence[Movement], learning_rate: float | None, ste
         reasons.append(f"There were only {steps} steps; {USUAL_STEPS[0]} to {USUAL_STEPS[1]} are usual.")
     reasons.append("The captions lack the token, or the length limit cuts it off; --debug_dataset shows what is read.")
     likely = [f"  - {reason}" for reason in reasons]
-    return "\n".join([headline, "Pictures made with it will look like those of its start. Likely reasons:", *likely])
+    return "\n".join([headline, "Images made with it will look like those of its start. Likely reasons:", *likely])
 
 
 def usage_card(path: Path | str, token: str, keys: Sequence[str], num_vectors: int, base: str) -> str:

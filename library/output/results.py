@@ -99,7 +99,7 @@ class Results:
     def continuing(self, state: TrainingState, plan: RunPlan, data: str, processes: int) -> "Results":
         """The same for a run that goes on from a state; what makes it another run than it was is said.
 
-        Such a run keeps the files that are there. ``data`` is the fingerprint of its pictures. Raises UserError where
+        Such a run keeps the files that are there. ``data`` is the fingerprint of its images. Raises UserError where
         the run is over before the state, or has another base. The main process decides, for it alone knows the hash.
         """
         run, resumed = decided_by_main(lambda: self._compared(state, plan, data, processes))
@@ -119,7 +119,7 @@ class Results:
         state.check_base(base)
         changes = state.changes(self.options, length, data, processes, base)
         if changes:
-            logger.warning("The run does not go on exactly as it would have: %s.", "; ".join(changes))
+            logger.warning("The resumed run will not reproduce the original run exactly: %s.", "; ".join(changes))
         if length != state.total_steps:
             logger.info("The run has %d steps in all; it had %d when the state was saved.", length, state.total_steps)
         same = state.run and not changes and length == state.total_steps

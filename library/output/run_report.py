@@ -20,7 +20,7 @@ from library.output.learning_report import LearningReport, LearningReporting
 from library.output.metrics_file import Line, MetricsFile
 from library.output.results import USAGE_ENDING, Results, make_room
 from library.output.run_facts import RunFacts
-from library.output.sample_images import SampleAlbum
+from library.output.sample_images import SampleImages
 from library.output.vector_meter import VectorMeter, VectorState
 from library.output.verdict import Verdict, judge
 from library.support.atomic_files import write_atomically
@@ -52,7 +52,7 @@ class Watched:
     total_steps: int
     learner: Learner
     meter: VectorMeter
-    album: SampleAlbum
+    album: SampleImages
     bands: LossBands | None
     learning: LearningReporting | None
 

@@ -1,4 +1,4 @@
-"""The pictures of ``--sample_prompts``: when they are drawn, and the files they become."""
+"""The images of ``--sample_prompts``: when they are drawn, and the files they become."""
 
 import glob
 import logging
@@ -31,11 +31,11 @@ from library.training.state import TrainingState
 logger = logging.getLogger(__name__)
 
 FOLDER = "sample"
-_LOST = "A sample picture was lost; the training goes on without it."
+_LOST = "A sample image was lost; the training goes on without it."
 
 
 @dataclass(frozen=True)
-class SampleAlbum:
+class SampleImages:
     """Draws the same prompts again and again during a run, into the folder ``sample`` of ``--output_dir``."""
 
     prompts: tuple[SamplePrompt | None, ...]  # None keeps the number of one that is left out
@@ -44,12 +44,12 @@ class SampleAlbum:
     output_name: str
 
     @classmethod
-    def create(cls, options: Options, tokenizer: PromptTokenizer) -> "SampleAlbum":
+    def create(cls, options: Options, tokenizer: PromptTokenizer) -> "SampleImages":
         """Read the prompts, if any are to be drawn.
 
         Raises UserError for a file, a sampler or a folder that cannot be used.
         """
-        if options.sample.draws_pictures:
+        if options.sample.draws_images:
             check_sampler(options.sample.sample_sampler)
         wanted: Sequence[SamplePrompt] = ()
         if options.sample.draws_during_training:
@@ -58,7 +58,7 @@ class SampleAlbum:
         drawn = _with_scenes(wanted) if options.dataset.train_inpainting else _without_scenes(wanted)
         folder = Path(required(options.save.output_dir, "output_dir")) / FOLDER
         if drawn and folder.exists() and not folder.is_dir():
-            raise UserError(f"{folder} is a file, but sample pictures go into a folder of this name. Move the file.")
+            raise UserError(f"{folder} is a file, but sample images go into a folder of this name. Move the file.")
         name = required(options.save.output_name, "output_name")
         return cls(tuple(drawn), SampleSchedule.create(options.sample), folder, name)
 
@@ -73,7 +73,7 @@ class SampleAlbum:
     ) -> dict[int, np.ndarray]:
         """Draw this process's share of the prompts, or what is ``missing`` of it, one by one, and write the files.
 
-        Returns the pictures, uint8 [H, W, 3], by the number of their prompt (from 0). What cannot be drawn or written
+        Returns the images, uint8 [H, W, 3], by the number of their prompt (from 0). What cannot be drawn or written
         is said and left out.
 
         ``mark`` tells in the files' names when it was: see :func:`epoch_mark` and :func:`step_mark`.
@@ -111,7 +111,7 @@ class SampleAlbum:
 class Sampling(Callback):
     """Draws the album when it is due, with the rows as they would be saved; the others hear of the images."""
 
-    def __init__(self, album: SampleAlbum, pipeline: SamplingPipeline, learner: Learner, callbacks: Callbacks) -> None:
+    def __init__(self, album: SampleImages, pipeline: SamplingPipeline, learner: Learner, callbacks: Callbacks) -> None:
         self.album, self.pipeline, self.learner, self.callbacks = album, pipeline, learner, callbacks
 
     def on_start(self, progress: Progress, state: TrainingState | None) -> None:
@@ -171,7 +171,7 @@ def _warn_of_weak_prompts(wanted: Sequence[SamplePrompt], tokenizer: PromptToken
     # Part by part, as they are drawn: a bracket ends a word.
     parts = {text: [part for part, _ in tokenizer.weighted_parts(text)] for text in texts}
     if wanted and not any(word.found_in(part) for text in texts for part in parts[text]):
-        logger.warning("No prompt of --sample_prompts holds the word %s, so no picture will show it.", word.text)
+        logger.warning("No prompt of --sample_prompts holds the token %s, so no image will show it.", word.text)
     for text in texts:
         if (length := sum(map(tokenizer.length, parts[text]))) > tokenizer.capacity:
             logger.warning(
@@ -181,10 +181,10 @@ def _warn_of_weak_prompts(wanted: Sequence[SamplePrompt], tokenizer: PromptToken
 
 
 def epoch_mark(epoch: int) -> str:
-    """The mark of pictures drawn at the end of an epoch (from 1), or before the training (0)."""
+    """The mark of images drawn at the end of an epoch (from 1), or before the training (0)."""
     return f"e{epoch:06d}"
 
 
 def step_mark(step: int) -> str:
-    """The mark of pictures drawn after a step."""
+    """The mark of images drawn after a step."""
     return f"{step:06d}"

@@ -23,9 +23,9 @@ _Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class SamplePrompt:
-    """A picture to draw: texts, size in pixels, number of steps, guidance scale (no guidance up to 1), and seed.
+    """An image to draw: texts, size in pixels, number of steps, guidance scale (no guidance up to 1), and seed.
 
-    Without a seed it is another picture each time; without a sampler, ``--sample_sampler`` draws it. Where ``weighted``
+    Without a seed it is another image each time; without a sampler, ``--sample_sampler`` draws it. Where ``weighted``
     is False, brackets in the texts are just brackets. Inpainting models draw into ``image``, where ``mask_image`` (of
     the same size) is white; both are paths.
     """
@@ -193,8 +193,8 @@ def _is_number(value: Any) -> bool:
 
 # The keys with an effect, and what their values must be.
 _KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "prompt": (_is_text, "a text in quotes"),
-    "negative_prompt": (_is_text, "a text in quotes"),
+    "prompt": (_is_text, "a string in quotes"),
+    "negative_prompt": (_is_text, "a string in quotes"),
     "width": (_is_whole, "a whole number of pixels, such as 512"),
     "height": (_is_whole, "a whole number of pixels, such as 512"),
     "sample_steps": (lambda value: _is_whole(value) and 1 <= value <= _MOST_STEPS, "a whole number from 1 to 1000"),
@@ -251,7 +251,7 @@ def _usable_seed(values: _Values, place: str) -> int | None:
     if seed is None or (_is_whole(seed) and 0 <= seed < _SEEDS_END):
         return seed
     logger.warning(
-        '%s, "%s": the seed (--d) %s is not used, and each picture begins with other noise. A seed is a whole number '
+        '%s, "%s": the seed (--d) %s is not used, and each image begins with other noise. A seed is a whole number '
         "from 0 up.",
         place,
         values["prompt"],

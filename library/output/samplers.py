@@ -1,4 +1,4 @@
-"""The samplers of sample pictures: diffusers' schedulers over the schedule and prediction the model is trained on."""
+"""The samplers of sample images: diffusers' schedulers over the schedule and prediction the model is trained on."""
 
 import importlib.util
 import inspect
@@ -55,7 +55,7 @@ _SAMPLERS: dict[str, tuple[str, _Settings]] = {
     # This form of the solver works with the noise, which is not defined where there is none left.
     "dpmsolver": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
     "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
-    # What diffusers would switch to by itself, with a warning for each picture.
+    # What diffusers would switch to by itself, with a warning for each image.
     "dpmsingle": ("DPMSolverSinglestepScheduler", {"lower_order_final": True}),
 }
 _SAMPLERS |= {f"k_{name}": _SAMPLERS[name] for name in ("lms", "euler", "euler_a", "dpm_2", "dpm_2_a")}

@@ -1,4 +1,4 @@
-"""Pictures drawn with the rows as they are: prompts through the same encoders as in training, samplers, VAE."""
+"""Images drawn with the rows as they are: prompts through the same encoders as in training, samplers, VAE."""
 
 import inspect
 import itertools
@@ -29,11 +29,11 @@ _SCENE = 1 << 63  # makes another seed, for the posterior of what a sample promp
 
 @dataclass(frozen=True)
 class SamplingPipeline:
-    """Turns prompts into pictures with the frozen networks and whatever the trained rows hold at the moment.
+    """Turns prompts into images with the frozen networks and whatever the trained rows hold at the moment.
 
-    ``vae`` may rest in the main memory; it comes to the U-Net's ``device`` while pictures are drawn.
+    ``vae`` may rest in the main memory; it comes to the U-Net's ``device`` while images are drawn.
     ``vae_scale_factor`` is what training multiplies latents by. Nothing here touches the global random generators, so
-    drawing pictures does not change a training.
+    drawing images does not change a training.
     """
 
     family: ModelFamily
@@ -49,11 +49,11 @@ class SamplingPipeline:
 
     @torch.no_grad()
     def draw(self, wanted: Sequence[SamplePrompt], *, batch_size: int = 1, title: str = "") -> list[np.ndarray]:
-        """One picture, uint8 [height, width, 3], for each prompt.
+        """One image, uint8 [height, width, 3], for each prompt.
 
         Neighbours that differ in text and seed only are drawn together, up to ``batch_size`` at a time. A prompt
-        without a seed gets a random one. With a ``title`` a progress bar is shown. Raises UserError for a picture
-        that comes out with values that are not finite.
+        without a seed gets a random one. With a ``title`` a progress bar is shown. Raises UserError for an image
+        that comes out with NaN or infinite values.
         """
         pictures = []
         bar = progress_bar(title, len(wanted), "image", silent=not title)
@@ -63,7 +63,7 @@ class SamplingPipeline:
                 _require_finite(latents, batch)
                 pixels = self.vae.decode(latents / self.vae_scale_factor)
                 _require_finite(pixels, batch)
-                pictures += _to_pictures(pixels)
+                pictures += _to_images(pixels)
                 bar.update(len(batch))
         return pictures
 
@@ -134,7 +134,7 @@ def _seed(prompt: SamplePrompt) -> int:
 
 
 def _takes_generator(sampler: Sampler) -> bool:
-    """Whether a sampler adds noise of its own, which must come from the picture's generator."""
+    """Whether a sampler adds noise of its own, which must come from the image's generator."""
     return "generator" in inspect.signature(sampler.step).parameters
 
 
@@ -151,16 +151,16 @@ def _weighted(context: Tensor, weights: Tensor) -> Tensor:
 
 
 def _require_finite(values: Tensor, batch: Sequence[SamplePrompt]) -> None:
-    """Raise UserError for the first of the batch's pictures that is spoiled; it would look merely dark."""
+    """Raise UserError for the first of the batch's images that is spoiled; it would look merely dark."""
     for one, prompt in zip(values, batch, strict=True):
         if not torch.isfinite(one).all():
             raise UserError(
-                f'The picture of "{prompt.prompt:.60}" comes out with values that are not finite. Try another sampler, '
+                f'The image of "{prompt.prompt:.60}" comes out with NaN or infinite values. Try another sampler, '
                 "fewer steps, or --mixed_precision=bf16 or no in place of fp16."
             )
 
 
-def _to_pictures(pixels: Tensor) -> list[np.ndarray]:
+def _to_images(pixels: Tensor) -> list[np.ndarray]:
     """uint8 [H, W, 3] of pixels [B, 3, H, W] in [-1, 1]."""
     values = ((pixels + 1) * 127.5).round().clamp(0, 255).byte()
     return list(values.permute(0, 2, 3, 1).cpu().numpy())

@@ -117,7 +117,7 @@ def _is_at_work(process: int) -> bool:
 
 
 def write_png(path: Path, picture: "Image", notes: "PngInfo | None" = None, *, keep_old: bool = False) -> Path | None:
-    """Write a picture, with notes in the file if there are any; see :func:`write_atomically`."""
+    """Write an image, with notes in the file if there are any; see :func:`write_atomically`."""
     content = io.BytesIO()
     picture.save(content, format="png", pnginfo=notes)
     return write_atomically(path, content.getvalue(), keep_old=keep_old)

@@ -22,7 +22,7 @@ class UserError(Exception):
 def survived(what_happened: str) -> Iterator[None]:
     """Within a ``with``: say any error after ``what_happened``, a sentence, and go on.
 
-    For what only shows a training: no picture is worth a run, whatever a full memory, a disk or a server did to it.
+    For what only shows a training: no image is worth a run, whatever a full memory, a disk or a server did to it.
     """
     try:
         yield

@@ -40,7 +40,7 @@ def literal_arguments(option: str, items: Iterable[str] | None) -> dict[str, Any
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             raise UserError(
                 f'{option}: the value "{value}" of "{key}" cannot be read. Write a number, True, False, None, a tuple '
-                f"such as (0.9,0.99), or a text in quotes: {key}='text'."
+                f"such as (0.9,0.99), or a string in quotes: {key}='text'."
             ) from None
     return arguments
 

@@ -25,7 +25,7 @@ _T = TypeVar("_T")
 class DenoisingTask:
     """What the U-Net is asked and how its answer is judged; all of it but the rows is frozen.
 
-    ``vae`` serves batches that bring pictures instead of cached latents; ``vae_scale_factor`` brings latents to the
+    ``vae`` serves batches that bring images instead of cached latents; ``vae_scale_factor`` brings latents to the
     U-Net's scale; ``schedule`` is on the U-Net's device; ``bands`` notes the losses by timestep.
     """
 
@@ -43,7 +43,7 @@ class DenoisingTask:
     def losses(self, batch: Batch, *, check: bool = True) -> torch.Tensor:
         """The loss of each of the batch's B samples, float32 [B]; ``batch`` is on the U-Net's device.
 
-        Without ``check`` nobody waits for the device: the loss of an image at which the VAE overflows is not finite.
+        Without ``check`` nobody waits for the device: the loss of an image at which the VAE overflows is NaN.
         """
         pixels = _pixels(batch)
         latents = self._latents(batch, pixels, check)

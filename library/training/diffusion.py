@@ -3,7 +3,7 @@
 Pure float32 tensor functions. In half precision the noise coefficients of the first timesteps round to zero, so
 everything here is computed in float32 whatever dtype the networks have.
 
-Shapes: B samples, C = 4 latent channels, h and w the latent size (a picture's size / 8), H and W a mask's size.
+Shapes: B samples, C = 4 latent channels, h and w the latent size (an image's size / 8), H and W a mask's size.
 """
 
 import random
@@ -31,7 +31,7 @@ BETAS = {
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """The forward process: how much of the picture (ᾱ) is left at each of the 1000 timesteps.
+    """The forward process: how much of the image (ᾱ) is left at each of the 1000 timesteps.
 
     ``alphas_cumprod`` is float32 [1000] and lives on the device of the latents.
     """

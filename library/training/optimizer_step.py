@@ -18,7 +18,7 @@ from library.options.options import Options
 from library.support.errors import UserError, first_line
 from library.support.signals import in_one_piece
 from library.training.denoising import DenoisingTask
-from library.training.learning_watch import LearningWatch
+from library.training.divergence_guard import DivergenceGuard
 from library.training.lr_schedulers import LearningRateSchedule, build_lr_schedule
 from library.training.optimizers import OptimizerChoice, averaged_values, build_optimizer
 from library.training.progress import Progress
@@ -42,7 +42,7 @@ class Learner:
         rows: TrainableRows,
         choice: OptimizerChoice,
         schedule: LearningRateSchedule,
-        watch: LearningWatch,
+        watch: DivergenceGuard,
         *,
         progress: Progress,
         max_grad_norm: float = 0.0,

@@ -134,9 +134,9 @@ def known_optimizer(name: str) -> KnownOptimizer:
         return KnownOptimizer("torch.optim", name)
     classes = [key for key, value in vars(torch.optim).items() if isinstance(value, type) and value is not Optimizer]
     raise UserError(
-        f'--optimizer_type: "{name}" is no known optimizer.{did_you_mean(name, [*KNOWN_OPTIMIZERS, *classes])} '
+        f'--optimizer_type: unknown optimizer "{name}".{did_you_mean(name, [*KNOWN_OPTIMIZERS, *classes])} '
         "Other classes are named by their path, for example bitsandbytes.optim.AdEMAMix8bit; the names of "
-        "torch.optim mind case."
+        "torch.optim are case-sensitive."
     )
 
 

@@ -213,7 +213,7 @@ def _old_stem(
 
 @dataclass(frozen=True)
 class SampleSchedule:
-    """When the pictures of ``--sample_prompts`` are due: before training, after steps or at the ends of epochs."""
+    """When the images of ``--sample_prompts`` are due: before training, after steps or at the ends of epochs."""
 
     before_training: bool
     every_n_steps: int | None

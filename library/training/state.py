@@ -33,7 +33,7 @@ FILE = "state.pt"
 _FORMAT = 1
 _NOTE = """This folder holds the state of a Textual Inversion training, not an embedding.
 
-Give it to --resume, with the command of the first run, to go on exactly where it was saved.
+Give it to --resume, with the command of the first run, to resume exactly where it was saved.
 The embedding of the same moment is the file beside it.
 """
 
@@ -187,9 +187,10 @@ class TrainingState:
         if options.training.seed not in (None, self.seed):
             found.append(f"--seed was {self.seed} and is {options.training.seed}")
         if data != self.data:
-            found.append("the pictures, their captions or their settings are not the same")
+            found.append("the images, their captions or their settings are not the same")
         if processes != len(self.random_states):
-            found.append(f"there were {len(self.random_states)} processes and are {processes}")
+            was = len(self.random_states)
+            found.append(f"saved with {was} {'process' if was == 1 else 'processes'}, now {processes}")
         if total_steps != self.total_steps and _depends_on_length(options.schedule):
             found.append(f"the schedule was over {self.total_steps} steps and is over {total_steps}")
         return sorted(found)
@@ -224,7 +225,7 @@ class TrainingState:
         widths = [start.shape[1] for start in self.starts]
         if widths != [table.embedding_dim for table in tables]:
             raise UserError(
-                f"--resume: the vectors of the state have {' and '.join(map(str, widths))} numbers each, those of this "
+                f"--resume: the vectors of the state have {' and '.join(map(str, widths))} dimensions, those of this "
                 f"model {' and '.join(str(table.embedding_dim) for table in tables)}. Give the model of the first run."
             )
         return [start.to(table.weight.device) for start, table in zip(self.starts, tables, strict=True)]
@@ -259,7 +260,7 @@ def packed(content: dict[str, Any]) -> bytes:
         load_torch(file)
     except Exception as error:  # whatever an optimizer or a schedule of the user's own may hold
         raise UserError(
-            f"The optimizer or the schedule keeps something that a state cannot hold ({first_line(error)}). Leave out "
+            f"The optimizer or the schedule has state that cannot be saved ({first_line(error)}). Leave out "
             "--save_state and --save_state_on_train_end, or use another --optimizer_type or --lr_scheduler_type."
         ) from error
     return file.getvalue()
@@ -324,7 +325,7 @@ def _no_state(folder: Path) -> str:
     if not folder.is_dir():
         return f"--resume: there is no folder {folder}. States are made by --save_state, in --output_dir."
     return (
-        f"--resume: {folder} holds no {FILE}, so it is no state of this trainer, and others cannot be used; "
+        f"--resume: {folder} holds no {FILE}, so it was not saved by this trainer; "
         "start from an embedding file with --weights."
     )
 

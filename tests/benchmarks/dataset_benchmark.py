@@ -1,9 +1,9 @@
-"""How long it takes to find, size, caption, check, bucket and order many pictures, and how much memory that needs.
+"""How long it takes to find, size, caption, check, bucket and order many images, and how much memory that needs.
 
     python tests/benchmarks/dataset_benchmark.py --pictures 10000
 
 Pillow alone, reading sizes and orientations of the same files, is measured beside it: the ratio says more than seconds
-do. The pictures are made in a temporary folder first (JPEG, half of them with EXIF data, and tag captions).
+do. The images are made in a temporary folder first (JPEG, half of them with EXIF data, and tag captions).
 """
 
 import argparse
@@ -30,7 +30,7 @@ from library.embedding.tokenizer import PromptTokenizer
 _WORDS = [f"{first}{second}" for first in ("red ", "old ", "big ", "odd ") for second in ("cat", "hat", "sky", "sea")]
 
 
-def make_pictures(folder: Path, count: int) -> None:
+def make_images(folder: Path, count: int) -> None:
     """Write ``count`` small JPEG files of many shapes, each with a caption of twenty tags."""
     rng = random.Random(0)
     files = [_jpeg(width, height, exif) for width in range(64, 200, 8) for height in (64, 80, 96) for exif in (0, 1)]
@@ -58,7 +58,7 @@ def memory() -> float:
 
 
 def pillow_alone(folder: Path) -> None:
-    """Read the size and orientation of every picture with nothing but Pillow."""
+    """Read the size and orientation of every image with nothing but Pillow."""
     for path in sorted(folder.glob("*.jpg")):
         with Image.open(path) as image:
             _ = image.size, image.getexif().get(0x0112)
@@ -83,7 +83,7 @@ def main() -> None:
     prompts = PromptTokenizer([tokenizer], Placeholder("mychar", 4))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_pictures(folder, arguments.pictures)
+        make_images(folder, arguments.pictures)
         timed("Pillow alone, the first time", lambda: pillow_alone(folder))
         _, yardstick = timed("Pillow alone, sizes and orientations", lambda: pillow_alone(folder))
         measure(folder, prompts, yardstick, cache_info=False)

@@ -30,7 +30,7 @@ def _batches(order, epoch=1, **options):
 
 
 def _order(counts, batch_sizes, repeats=1, seed=0):
-    """``counts`` pictures in each bucket."""
+    """``counts`` images in each bucket."""
     buckets = np.repeat(np.arange(len(counts)), counts)
     return EpochOrder(buckets, np.full(len(buckets), repeats), np.array(batch_sizes), seed)
 
@@ -88,7 +88,7 @@ def test_batches_of_all_buckets_are_mixed():
     assert 70 < sum(a != b for a, b in pairwise(buckets)) < 130
 
 
-def test_within_a_bucket_pictures_are_mixed_anew():
+def test_within_a_bucket_images_are_mixed_anew():
     first, second = (_order([100], [1]).epoch(epoch)[0] for epoch in (1, 2))
     assert abs(np.corrcoef(first, second)[0, 1]) < 0.3
     assert abs(np.corrcoef(first, np.arange(100))[0, 1]) < 0.3

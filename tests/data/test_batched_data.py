@@ -3,7 +3,7 @@
 import inspect
 
 import pytest
-from datasets import data_of, make_picture, prompts
+from datasets import data_of, make_image, prompts
 
 from library.data.batched_data import BatchedData
 from library.data.custom_dataset import CustomData
@@ -32,7 +32,7 @@ def data(request, tmp_path):
     if request.param == "class":
         return CustomData(DatasetOptions(dataset_class=f"{__name__}.TwoBatches"), prompts())
     for number in range(4):
-        make_picture(tmp_path / "a" / f"{number}.png", (64, 64), "mychar")
+        make_image(tmp_path / "a" / f"{number}.png", (64, 64), "mychar")
     return data_of(tmp_path, {"resolution": 64, "subsets": [{"image_dir": str(tmp_path / "a"), "num_repeats": 2}]})
 
 

@@ -82,7 +82,7 @@ def bucket_rules(draw, **fixed):
 
 
 def assert_fits(rules, size):
-    """The bucket is allowed, the resized picture covers it, keeps its shape, and nothing is cut on both axes."""
+    """The bucket is allowed, the resized image covers it, keeps its shape, and nothing is cut on both axes."""
     placement = BucketChooser(rules).place(*size)
     (width, height), (resized_width, resized_height) = placement.bucket, placement.resized
     assert resized_width >= width
@@ -106,7 +106,7 @@ def assert_fits(rules, size):
 
 
 @given(bucket_rules(), sides, sides)
-def test_every_picture_fits_its_bucket(rules, width, height):
+def test_every_image_fits_its_bucket(rules, width, height):
     assert_fits(rules, (width, height))
 
 
@@ -183,7 +183,7 @@ def test_limits_are_adjusted_to_the_steps():
 
 
 @given(sides, sides, sides, sides)
-def test_conditioning_crop_is_the_picture_within_the_bucket(bucket_width, bucket_height, width, height):
+def test_conditioning_crop_is_the_image_within_the_bucket(bucket_width, bucket_height, width, height):
     left, top, right, bottom = size_conditioning_crop((bucket_width, bucket_height), (width, height))
     # A side that fills the bucket can be too long by a rounding error; half of that, rounded down, is -1.
     assert -1 <= left <= right <= bucket_width * (1 + 1e-9)
@@ -199,7 +199,7 @@ def test_conditioning_crop_is_the_picture_within_the_bucket(bucket_width, bucket
         BucketRules((512, 512), enabled=True, no_upscale=True),
     ],
 )
-def test_ten_thousand_pictures_are_placed_quickly(rules):
+def test_ten_thousand_images_are_placed_quickly(rules):
     rng = random.Random(0)
     sizes = [(rng.randint(200, 4000), rng.randint(200, 4000)) for _ in range(10_000)]
     seconds = []

@@ -1,5 +1,5 @@
 import pytest
-from datasets import make_picture, subset_of
+from datasets import make_image, subset_of
 from departures import departure
 from golden_data import golden_cases
 
@@ -40,7 +40,7 @@ def test_golden_caption_files(case, tmp_path):
     for name in case["files"]:
         (folder / name).write_bytes(_bytes(case, name))
     for name in case["images"]:
-        make_picture(folder / name)
+        make_image(folder / name)
     subset = subset_of(tmp_path, {"image_dir": str(folder), **case["subset"]})
     departs = departure("caption_files", case)
     if "error" in case and not departs:
@@ -64,8 +64,8 @@ def test_extensions(given, tried):
 def test_txt_files_do_not_outvote_class_tokens(tmp_path, caplog):
     """A regularisation folder "girl" whose images have tags beside them, which happen to hold the token."""
     for name in "ab":
-        make_picture(tmp_path / "images" / f"{name}.png", caption="mychar, girl")
-    make_picture(tmp_path / "images" / "c.png").with_suffix(".caption").write_text("own")
+        make_image(tmp_path / "images" / f"{name}.png", caption="mychar, girl")
+    make_image(tmp_path / "images" / "c.png").with_suffix(".caption").write_text("own")
     subset = {"image_dir": str(tmp_path / "images"), "class_tokens": "girl", "is_reg": True}
     assert load_image_set(subset_of(tmp_path, subset)).captions == ["girl", "girl", "own"]
     assert 'the class tokens "girl" are the caption, and 2 files beside the images are not read' in caplog.text
@@ -99,7 +99,7 @@ def test_name_of_the_caption_file(image, files, expected):
 
 def test_face_numbers_are_looked_for_in_the_file_name_only(tmp_path):
     """The folder's name ends as a face detector's file would."""
-    picture = make_picture(tmp_path / "q_15_a_b_c" / "x.png")
+    picture = make_image(tmp_path / "q_15_a_b_c" / "x.png")
     (tmp_path / "q.txt").write_text("a caption outside of the folder")
     assert load_image_set(subset_of(tmp_path, {"image_dir": str(picture.parent)})).captions == [""]
 

@@ -221,18 +221,18 @@ def test_subsets_without_repeats_are_left_out(tmp_path, caplog):
     assert "[[datasets.subsets]] number 1 is left out: its num_repeats is 0" in caplog.text
 
 
-@pytest.mark.parametrize("again", ["pictures", "pictures/", "./pictures", "x/../pictures"])
+@pytest.mark.parametrize("again", ["images", "images/", "./pictures", "x/../pictures"])
 def test_the_same_folder_counts_once(tmp_path, caplog, again):
     content = MINIMAL + f"[[datasets.subsets]]\nimage_dir = '{again}'\n[[datasets.subsets]]\nimage_dir = 'pictures2'\n"
     (dataset,) = load(tmp_path, content)
-    assert [subset.image_dir for subset in dataset.subsets] == ["pictures", "pictures2"]
+    assert [subset.image_dir for subset in dataset.subsets] == ["images", "pictures2"]
     assert f'[[datasets.subsets]] number 2 is left out: "{again}" is in an earlier subset' in caplog.text
 
 
 def test_a_link_to_the_same_folder_counts_once(tmp_path):
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "link").symlink_to("pictures")
-    subsets = [{"image_dir": str(tmp_path / name)} for name in ("pictures", "link")]
+    (tmp_path / "images").mkdir()
+    (tmp_path / "link").symlink_to("images")
+    subsets = [{"image_dir": str(tmp_path / name)} for name in ("images", "link")]
     (dataset,) = load(tmp_path, {"datasets": [{"resolution": 512, "subsets": subsets}]})
     assert len(dataset.subsets) == 1
 
@@ -286,14 +286,14 @@ def test_masks_named_in_the_file(tmp_path):
 
 
 def test_masks_of_the_command_line_serve_those_without(tmp_path):
-    content = TWO.replace('"pictures"', '"pictures"\nconditioning_data_dir = "own"')
+    content = TWO.replace('"images"', '"images"\nconditioning_data_dir = "own"')
     (dataset,) = load(tmp_path, content, ["--masked_loss", "--conditioning_data_dir=shared"])
     assert [subset.conditioning_data_dir for subset in dataset.subsets] == ["own", "shared"]
     assert {subset.kind for subset in dataset.subsets} == {"mask"}
 
 
 def test_masks_of_the_command_line_leave_class_tokens_and_regularisation(tmp_path):
-    content = TWO.replace('"pictures"', '"pictures"\nclass_tokens = "girl"') + "is_reg = true\n"
+    content = TWO.replace('"images"', '"images"\nclass_tokens = "girl"') + "is_reg = true\n"
     (dataset,) = load(tmp_path, content, ["--masked_loss", "--conditioning_data_dir=m"])
     assert dataset.kind == "mask"
     trained, regularisation = dataset.subsets
@@ -301,7 +301,7 @@ def test_masks_of_the_command_line_leave_class_tokens_and_regularisation(tmp_pat
     assert (regularisation.kind, regularisation.conditioning_data_dir) == ("dreambooth", None)
 
 
-def test_masks_of_the_command_line_serve_listed_pictures(tmp_path):
+def test_masks_of_the_command_line_serve_listed_images(tmp_path):
     content = MINIMAL.replace("image_dir", "metadata_file")
     (dataset,) = load(tmp_path, content, ["--masked_loss", "--conditioning_data_dir=m"])
     assert dataset.kind == "finetuning"
@@ -361,7 +361,7 @@ def test_face_crops_without_effect_are_told(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("line", ["color_aug = true", "random_crop = true"])
-def test_caching_forbids_what_varies_the_picture(tmp_path, line):
+def test_caching_forbids_what_varies_the_image(tmp_path, line):
     datasets = load(tmp_path, TWO + f"{line}\nflip_aug = true")
     check_caching(datasets, caching=False)
     with pytest.raises(UserError, match=rf"subsets\]\] number 2: {line.split(' ')[0]} cannot"):

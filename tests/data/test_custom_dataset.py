@@ -152,7 +152,7 @@ def test_debug_dataset_shows_the_first_batches(make, capsys):
     assert shown.count("ids: 49406 [49408] 49407\n") == 3
 
 
-def test_pictures_cannot_be_cached(make):
+def test_images_cannot_be_cached(make):
     make().use_cache(None)
     with pytest.raises(UserError, match="--cache_latents"):
         make(latents=None, images=[[[[0.0] * 8] * 8] * 3] * 2).use_cache(None)

@@ -67,7 +67,7 @@ MISTAKES = {
     "unquoted path": ("image_dir = /data/images", "data.toml"),
     "missing folder": ("image_dir = '/nowhere/images'", 'The folder "/nowhere/images" does not exist'),
     "unknown key": ("image_dir = '{images}'\nnum_repeat = 2", "num_repeats"),
-    "no images": ("image_dir = '{empty}'", "holds no pictures"),
+    "no images": ("image_dir = '{empty}'", "holds no images"),
     "no token": ("image_dir = '{images}'", 'No caption holds the token "mychar"'),
     "damaged image": ("image_dir = '{damaged}'", "cannot be read"),
     "missing metadata": ("image_dir = '{images}'\nmetadata_file = '/nowhere.json'", "/nowhere.json"),

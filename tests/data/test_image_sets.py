@@ -2,7 +2,7 @@ import logging
 import os
 
 import pytest
-from datasets import configs_of, make_picture, subset_of
+from datasets import configs_of, make_image, subset_of
 from PIL import Image
 
 from library.data.config import load_dataset_configs
@@ -17,14 +17,14 @@ def _sets(folder, *subsets, **options):
 
 def test_any_letter_case_sorted_not_recursive_no_hidden_files(tmp_path):
     for name in ("b.PNG", "a.Png", "c.jpeg", "d.JpG", "e.webp", "f.BMP", "._a.png", "sub/g.png"):
-        make_picture(tmp_path / name.lower()).rename(tmp_path / name)
+        make_image(tmp_path / name.lower()).rename(tmp_path / name)
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "folder.png").mkdir()
     assert list_images(str(tmp_path)) == ["a.Png", "b.PNG", "c.jpeg", "d.JpG", "e.webp", "f.BMP"]
 
 
-def test_links_to_pictures_are_pictures(tmp_path):
-    make_picture(tmp_path / "elsewhere" / "a.png")
+def test_links_to_images_are_images(tmp_path):
+    make_image(tmp_path / "elsewhere" / "a.png")
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "link.png").symlink_to(tmp_path / "elsewhere" / "a.png")
     (tmp_path / "images" / "folder.png").symlink_to(tmp_path / "elsewhere")
@@ -32,15 +32,15 @@ def test_links_to_pictures_are_pictures(tmp_path):
 
 
 def test_a_link_to_nothing_is_named(tmp_path):
-    make_picture(tmp_path / "images" / "a.png")
+    make_image(tmp_path / "images" / "a.png")
     (tmp_path / "images" / "b.png").symlink_to(tmp_path / "gone.png")
     with pytest.raises(UserError, match=r"b\.png is a link to a file that does not exist"):
         load_image_set(subset_of(tmp_path, {"image_dir": str(tmp_path / "images")}))
 
 
 def test_columns(tmp_path):
-    make_picture(tmp_path / "images" / "b.png", (40, 30), "two mychar")
-    make_picture(tmp_path / "images" / "a.png", (20, 10))
+    make_image(tmp_path / "images" / "b.png", (40, 30), "two mychar")
+    make_image(tmp_path / "images" / "a.png", (20, 10))
     (found,) = _sets(tmp_path, {"image_dir": str(tmp_path / "images")})
     assert found.paths == [str(tmp_path / "images" / name) for name in ("a.png", "b.png")]
     assert found.captions == ["", "two mychar"]
@@ -48,7 +48,7 @@ def test_columns(tmp_path):
     assert found.uncaptioned == [found.paths[0]]
 
 
-def test_sizes_are_those_of_the_upright_picture(tmp_path):
+def test_sizes_are_those_of_the_upright_image(tmp_path):
     tags = Image.Exif()
     tags[0x0112] = 6
     (tmp_path / "images").mkdir()
@@ -65,10 +65,10 @@ def _folder(tmp_path, kind):
         folder.rmdir()
         folder.write_text("x")
     if kind == "nested":
-        make_picture(folder / "10_cat" / "a.png")
+        make_image(folder / "10_cat" / "a.png")
     if kind == "zero bytes":
         (folder / "a.png").touch()
-    if kind == "no picture":
+    if kind == "no image":
         (folder / "a.png").write_text("x")
     return folder
 
@@ -78,27 +78,27 @@ def _folder(tmp_path, kind):
     [
         ("missing", ["images", "does not exist", "image_dir"]),
         ("file", ["images", "is a file"]),
-        ("empty", ["images", "no pictures", ".png"]),
+        ("empty", ["images", "no images", ".png"]),
         ("nested", ["images", "10_cat", "not searched"]),
         ("zero bytes", ["a.png", "empty"]),
-        ("no picture", ["a.png", "not an image"]),
+        ("no image", ["a.png", "not an image"]),
     ],
 )
-def test_a_folder_without_good_pictures_is_an_error(tmp_path, kind, phrases):
+def test_a_folder_without_good_images_is_an_error(tmp_path, kind, phrases):
     with pytest.raises(UserError) as error:
         _sets(tmp_path, {"image_dir": str(_folder(tmp_path, kind))})
     assert all(phrase in str(error.value) for phrase in phrases), error.value
 
 
 def test_an_empty_folder_among_others_is_an_error_too(tmp_path):
-    make_picture(tmp_path / "good" / "a.png")
+    make_image(tmp_path / "good" / "a.png")
     (tmp_path / "bad").mkdir()
     with pytest.raises(UserError, match="bad"):
         _sets(tmp_path, {"image_dir": str(tmp_path / "good")}, {"image_dir": str(tmp_path / "bad")})
 
 
 def test_a_folder_listed_twice_counts_once_however_it_is_spelled(tmp_path, caplog):
-    folder = make_picture(tmp_path / "images" / "a.png").parent
+    folder = make_image(tmp_path / "images" / "a.png").parent
     (tmp_path / "link").symlink_to(folder)
     spellings = [str(folder), f"{folder}/", str(tmp_path / "link"), os.path.relpath(folder)]
     with caplog.at_level(logging.WARNING):
@@ -107,9 +107,9 @@ def test_a_folder_listed_twice_counts_once_however_it_is_spelled(tmp_path, caplo
     assert len(caplog.records) == 3
 
 
-def test_a_picture_of_two_metadata_files_counts_once_with_the_last_caption(tmp_path, caplog):
-    make_picture(tmp_path / "a.png")
-    make_picture(tmp_path / "b.png")
+def test_a_image_of_two_metadata_files_counts_once_with_the_last_caption(tmp_path, caplog):
+    make_image(tmp_path / "a.png")
+    make_image(tmp_path / "b.png")
     (tmp_path / "1.json").write_text('{"a.png": {"caption": "first"}, "b.png": {"caption": "b"}}')
     (tmp_path / "2.json").write_text('{"a.png": {"caption": "second"}}')
     with caplog.at_level(logging.WARNING):
@@ -125,10 +125,10 @@ def test_a_picture_of_two_metadata_files_counts_once_with_the_last_caption(tmp_p
 
 @pytest.fixture
 def masked(tmp_path):
-    """Two folders with a picture each, and one folder with both masks."""
+    """Two folders with an image each, and one folder with both masks."""
     for name, size in (("a", (40, 20)), ("b", (20, 40))):
-        make_picture(tmp_path / name / f"{name}.png", size, "mychar")
-        make_picture(tmp_path / "masks" / f"{name}.jpg", size)
+        make_image(tmp_path / name / f"{name}.png", size, "mychar")
+        make_image(tmp_path / "masks" / f"{name}.jpg", size)
     return tmp_path
 
 
@@ -148,8 +148,8 @@ def test_a_mask_that_is_missing_is_an_error(masked):
         _masked_sets(masked, "a", "b")
 
 
-def test_a_mask_without_a_picture_is_an_error(masked):
-    with pytest.raises(UserError, match=r"masks.*no picture.*b\.jpg"):
+def test_a_mask_without_a_image_is_an_error(masked):
+    with pytest.raises(UserError, match=r"masks.*no image.*b\.jpg"):
         _masked_sets(masked, "a")
 
 
@@ -159,14 +159,14 @@ def test_a_missing_mask_folder_is_an_error(masked):
         _masked_sets(masked, "a", "b")
 
 
-def test_two_masks_for_one_picture_are_an_error(masked):
-    make_picture(masked / "masks" / "a.png", (40, 20))
+def test_two_masks_for_one_image_are_an_error(masked):
+    make_image(masked / "masks" / "a.png", (40, 20))
     with pytest.raises(UserError, match=r"two masks of one name: a\.jpg and a\.png"):
         _masked_sets(masked, "a", "b")
 
 
 def test_a_mask_of_another_size_is_an_error(masked):
-    make_picture(masked / "masks" / "b.jpg", (40, 20))
+    make_image(masked / "masks" / "b.jpg", (40, 20))
     with pytest.raises(UserError, match=r"b\.jpg.*40x20.*b\.png.*20x40"):
         _masked_sets(masked, "a", "b")
 
@@ -185,11 +185,11 @@ def test_a_mask_of_another_size_is_an_error(masked):
         (8, [3, 1, 1], [4, 2, 2]),
     ],
 )
-def test_regularisation_pictures_fill_up_to_the_others(total, counts, expected):
+def test_regularisation_images_fill_up_to_the_others(total, counts, expected):
     assert balanced_repeats(total, counts) == expected
 
 
-def test_held_out_pictures_are_those_of_sd_scripts():
+def test_held_out_images_are_those_of_sd_scripts():
     """The end of the list as Python's own generator shuffles it, for the seed given."""
     assert held_out(10, 0.3, 42) == [0, 1, 4]
     assert held_out(10, 0.3, 42) != held_out(10, 0.3, 43)
@@ -203,8 +203,8 @@ def test_as_many_are_held_out_as_the_share_says(count, share, held):
 @pytest.mark.parametrize("limit", [[100, 80], 90])
 def test_images_up_to_an_area_are_left_out_with_their_captions_and_masks(tmp_path, caplog, limit):
     for name, size in {"a": (100, 80), "b": (120, 80), "c": (80, 100)}.items():
-        make_picture(tmp_path / "images" / f"{name}.png", size, caption=name)
-        make_picture(tmp_path / "masks" / f"{name}.png", size)
+        make_image(tmp_path / "images" / f"{name}.png", size, caption=name)
+        make_image(tmp_path / "masks" / f"{name}.png", size)
     subset = {"image_dir": str(tmp_path / "images"), "conditioning_data_dir": str(tmp_path / "masks")}
     dataset = {"resolution": 64, "skip_image_resolution": limit, "subsets": [subset]}
     (found,) = load_image_sets(configs_of(tmp_path, dataset, masked_loss=True)[0])
@@ -218,7 +218,7 @@ def test_images_up_to_an_area_are_left_out_with_their_captions_and_masks(tmp_pat
 
 def test_a_subset_whose_images_are_all_left_out_is_no_error_while_another_has_some(tmp_path):
     for folder, size in {"small": (32, 32), "large": (64, 64)}.items():
-        make_picture(tmp_path / folder / "a.png", size)
+        make_image(tmp_path / folder / "a.png", size)
     subsets = [{"image_dir": str(tmp_path / folder)} for folder in ("small", "large")]
     config = configs_of(tmp_path, {"resolution": 64, "subsets": subsets}, skip_image_resolution=(32, 32))[0]
     assert [found.sizes.tolist() for found in load_image_sets(config)] == [[[64, 64]]]
@@ -226,8 +226,8 @@ def test_a_subset_whose_images_are_all_left_out_is_no_error_while_another_has_so
 
 @pytest.mark.parametrize("flag", ["train_data_dir", "reg_data_dir"])
 def test_an_empty_sub_folder_of_a_folder_flag_is_skipped(tmp_path, caplog, flag):
-    make_picture(tmp_path / "train" / "2_mychar" / "a.png", (64, 64))
-    make_picture(tmp_path / "reg" / "1_girl" / "b.png", (64, 64))
+    make_image(tmp_path / "train" / "2_mychar" / "a.png", (64, 64))
+    make_image(tmp_path / "reg" / "1_girl" / "b.png", (64, 64))
     empty = tmp_path / flag.removesuffix("_data_dir") / "3_empty"
     empty.mkdir()
     options = DatasetOptions(
@@ -235,7 +235,7 @@ def test_an_empty_sub_folder_of_a_folder_flag_is_skipped(tmp_path, caplog, flag)
     )
     (config,) = load_dataset_configs(options, bucket_step=64)
     assert [len(found) for found in load_image_sets(config)] == [1, 1]
-    assert f'"{empty}" holds no pictures' in caplog.text
+    assert f'"{empty}" holds no images' in caplog.text
     assert "skipped" in caplog.text
 
 
@@ -243,12 +243,12 @@ def test_nothing_but_empty_sub_folders_is_an_error(tmp_path):
     for name in ("1_a", "2_b"):
         (tmp_path / name).mkdir()
     (config,) = load_dataset_configs(DatasetOptions(train_data_dir=str(tmp_path), resolution=(64, 64)), bucket_step=64)
-    with pytest.raises(UserError, match=r"1_a.* holds no pictures"):
+    with pytest.raises(UserError, match=r"1_a.* holds no images"):
         load_image_sets(config)
 
 
 def test_an_empty_folder_that_a_file_names_is_an_error(tmp_path):
-    make_picture(tmp_path / "full" / "a.png")
+    make_image(tmp_path / "full" / "a.png")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"empty.* holds no pictures"):
+    with pytest.raises(UserError, match=r"empty.* holds no images"):
         _sets(tmp_path, {"image_dir": str(tmp_path / "full")}, {"image_dir": str(tmp_path / "empty")})

@@ -1,10 +1,10 @@
-"""image_table.py: repeats, buckets and what is known of each picture, through the real loading."""
+"""image_table.py: repeats, buckets and what is known of each image, through the real loading."""
 
 import logging
 
 import numpy as np
 import pytest
-from datasets import configs_of, make_picture
+from datasets import configs_of, make_image
 from golden_data import golden_cases
 
 from library.data.image_table import load_tables
@@ -17,14 +17,14 @@ def _table(folder, *datasets, seed=1, **options):
 
 def _folder(folder, count, size=(32, 32)):
     for number in range(count):
-        make_picture(folder / f"{number:02}.png", size)
+        make_image(folder / f"{number:02}.png", size)
     return str(folder)
 
 
 @pytest.mark.parametrize("case", golden_cases("batches"))
 def test_golden_batches(case, tmp_path):
     for number, size in enumerate(case["image_sizes"]):
-        make_picture(tmp_path / "images" / f"{number:02}.png", tuple(size))
+        make_image(tmp_path / "images" / f"{number:02}.png", tuple(size))
     values = {"resolution": case["resolution"], "enable_bucket": True, "batch_size": case["batch_size"]}
     values |= {"min_bucket_reso": 64, "bucket_reso_steps": 64}
     subset = {"image_dir": str(tmp_path / "images"), "num_repeats": case["num_repeats"]}
@@ -57,12 +57,12 @@ def test_golden_reg_balance(case, tmp_path):
     assert sum(given) == case["num_reg_images"]
 
 
-def test_more_regularisation_pictures_than_needed_is_a_warning(tmp_path, caplog):
+def test_more_regularisation_images_than_needed_is_a_warning(tmp_path, caplog):
     reg = {"image_dir": _folder(tmp_path / "reg", 5), "is_reg": True}
     with caplog.at_level(logging.WARNING):
         table = _table(tmp_path, {"resolution": 64, "subsets": [{"image_dir": _folder(tmp_path / "a", 2)}, reg]})
     assert len(table) == 4
-    assert "3 of 5 regularisation pictures are not used" in caplog.text
+    assert "3 of 5 regularisation images are not used" in caplog.text
 
 
 def test_every_dataset_balances_on_its_own(tmp_path):
@@ -76,14 +76,14 @@ def test_every_dataset_balances_on_its_own(tmp_path):
     assert table[5].config.buckets.resolution == (32, 32)
 
 
-def test_only_regularisation_pictures_are_nothing_to_train_on(tmp_path):
+def test_only_regularisation_images_are_nothing_to_train_on(tmp_path):
     reg = {"image_dir": _folder(tmp_path / "reg", 2), "is_reg": True}
     with pytest.raises(UserError, match="only regularisation"):
         _table(tmp_path, {"resolution": 64, "subsets": [reg]})
 
 
-def test_what_is_known_of_a_picture(tmp_path):
-    picture = make_picture(tmp_path / "images" / "a.png", (100, 60), "mychar")
+def test_what_is_known_of_a_image(tmp_path):
+    picture = make_image(tmp_path / "images" / "a.png", (100, 60), "mychar")
     values = {"resolution": 64, "enable_bucket": True, "min_bucket_reso": 32, "bucket_reso_steps": 16}
     subset = {"image_dir": str(picture.parent), "flip_aug": True, "resize_interpolation": "area"}
     table = _table(tmp_path, {**values, "resize_interpolation": "bilinear", "subsets": [subset]})
@@ -116,7 +116,7 @@ def _paths(table):
     return {table[index].path for index in range(len(table))}
 
 
-def test_validation_pictures_are_kept_out_of_training_and_come_once(tmp_path):
+def test_validation_images_are_kept_out_of_training_and_come_once(tmp_path):
     configs = _split(tmp_path, validation_split=0.25, validation_seed=3, num_repeats=2)
     train, held = load_tables(configs, 1)
     assert len(held) == 2
@@ -130,9 +130,9 @@ def test_validation_pictures_are_kept_out_of_training_and_come_once(tmp_path):
     assert train[0].subset.captions.shuffle
 
 
-def test_captions_stay_with_their_pictures_when_cached_information_is_split(tmp_path):
+def test_captions_stay_with_their_images_when_cached_information_is_split(tmp_path):
     for number in range(8):
-        make_picture(tmp_path / "a" / f"{number}.png", caption=f"caption {number}")
+        make_image(tmp_path / "a" / f"{number}.png", caption=f"caption {number}")
     subset = {"image_dir": str(tmp_path / "a"), "cache_info": True}
     configs = configs_of(tmp_path, {"resolution": 64, "validation_split": 0.5, "subsets": [subset]})
     for _ in range(2):  # the second time from the cache
@@ -141,22 +141,22 @@ def test_captions_stay_with_their_pictures_when_cached_information_is_split(tmp_
                 assert table[index].caption == f"caption {table[index].path[-5]}"
 
 
-def test_the_validation_seed_chooses_the_pictures_else_the_runs(tmp_path):
+def test_the_validation_seed_chooses_the_images_else_the_runs(tmp_path):
     fixed = _split(tmp_path, validation_split=0.25, validation_seed=3)
     assert _paths(load_tables(fixed, 1)[1]) == _paths(load_tables(fixed, 2)[1])
     free = _split(tmp_path, validation_split=0.25)
     assert len({frozenset(_paths(load_tables(free, seed)[1])) for seed in range(5)}) > 1
 
 
-def test_a_split_that_keeps_all_pictures_is_an_error(tmp_path):
+def test_a_split_that_keeps_all_images_is_an_error(tmp_path):
     with pytest.raises(UserError, match="validation_split"):
         load_tables(_split(tmp_path, validation_split=1.0), 1)
 
 
-def test_a_split_that_keeps_no_picture_is_a_warning(tmp_path, caplog):
+def test_a_split_that_keeps_no_image_is_a_warning(tmp_path, caplog):
     assert load_tables(_split(tmp_path, validation_split=0.05), 1)[1] is None
     assert "validation_split 0.05 of 8 images is less than half an image" in caplog.text
-    assert caplog.text.count("validation_split") == 1  # not of the regularisation pictures, which are never split
+    assert caplog.text.count("validation_split") == 1  # not of the regularisation images, which are never split
 
 
 def test_no_split_no_validation(tmp_path):
@@ -165,7 +165,7 @@ def test_no_split_no_validation(tmp_path):
 
 @pytest.mark.parametrize("regularisation", [[], [1]])
 def test_an_epoch_has_an_end(tmp_path, regularisation):
-    """Many repeats of many pictures would fill the memory with the order of an epoch."""
+    """Many repeats of many images would fill the memory with the order of an epoch."""
     subsets = [{"image_dir": _folder(tmp_path / "images", 3), "num_repeats": 1_000_000}]
     for repeats in regularisation:
         reg = {"image_dir": _folder(tmp_path / "reg", 1), "num_repeats": repeats, "is_reg": True, "class_tokens": "x"}

@@ -172,7 +172,7 @@ def test_exif_values_that_mean_nothing_are_ignored(tmp_path):
 
 @pytest.mark.parametrize("extension", [".jpg", ".png", ".webp"])
 @pytest.mark.parametrize("exif", [b"Exif\0\0", b"Exif\0\0II*\0", b"Exif\0\0nonsense"])
-def test_a_picture_with_damaged_exif_is_whole(tmp_path, extension, exif):
+def test_a_image_with_damaged_exif_is_whole(tmp_path, extension, exif):
     file = tmp_path / f"a{extension}"
     _smooth(30, 20).save(file, exif=exif)
     assert image_size(file) == (30, 20)
@@ -189,7 +189,7 @@ def test_a_text_of_a_png_is_only_a_text(tmp_path, name):
 
 
 def test_a_png_with_metadata_is_not_decoded_to_learn_its_size(tmp_path):
-    """XMP alone makes Pillow's own getexif() decode the picture; a file without its pixels shows it."""
+    """XMP alone makes Pillow's own getexif() decode the image; a file without its pixels shows it."""
     info = PngImagePlugin.PngInfo()
     info.add_itxt("XML:com.adobe.xmp", "<x:xmpmeta xmlns:x='adobe:ns:meta/'/>")
     data = io.BytesIO()
@@ -240,7 +240,7 @@ def test_sixteen_bit_colours_are_scaled(tmp_path):
     assert np.abs(read_image(tmp_path / "deep.png")[0] - np.array([[0, 128, 255], [10, 20, 30]])).max() <= 1
 
 
-def test_cmyk_and_black_and_white_pictures_become_rgb(tmp_path):
+def test_cmyk_and_black_and_white_images_become_rgb(tmp_path):
     Image.new("CMYK", (8, 8), (255, 0, 0, 0)).save(tmp_path / "cmyk.jpg", quality=95)
     Image.new("1", (8, 8), 1).save(tmp_path / "bw.png")
     assert np.abs(read_image(tmp_path / "cmyk.jpg")[4, 4] - np.array([0, 255, 255])).max() <= 3
@@ -258,7 +258,7 @@ def test_of_an_animation_the_first_frame_is_used_and_it_is_said(tmp_path, caplog
     assert read_image(file)[5, 5].tolist() == [255, 0, 0]
 
 
-def test_a_still_picture_says_nothing_nor_does_a_photo_with_its_preview(tmp_path, caplog):
+def test_a_still_image_says_nothing_nor_does_a_photo_with_its_preview(tmp_path, caplog):
     _smooth(9, 9).save(tmp_path / "image.webp")
     _smooth(9, 9).save(tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=[_smooth(3, 3)])
     assert image_size(tmp_path / "image.webp") == image_size(tmp_path / "phone.jpg") == (9, 9)
@@ -268,7 +268,7 @@ def test_a_still_picture_says_nothing_nor_does_a_photo_with_its_preview(tmp_path
 
 @pytest.mark.parametrize("size", [(1, 1), (20_000, 30), (7, 2000)])
 @pytest.mark.parametrize("extension", ["png", "bmp", "jpg"])
-def test_pictures_of_extreme_sizes_load_and_fit_a_bucket(tmp_path, size, extension):
+def test_images_of_extreme_sizes_load_and_fit_a_bucket(tmp_path, size, extension):
     Image.new("RGB", size, (90, 90, 90)).save(tmp_path / f"image.{extension}")
     file = tmp_path / f"image.{extension}"
     assert image_size(file) == size
@@ -302,7 +302,7 @@ def test_more_pixels_than_pillow_allows_are_a_named_error_and_a_large_photo_is_s
         ("folder", "cannot be read"),
     ],
 )
-def test_what_is_no_picture_is_an_error_that_names_the_file(tmp_path, read, content, said):
+def test_what_is_no_image_is_an_error_that_names_the_file(tmp_path, read, content, said):
     for extension in ("png", "webp"):
         file = tmp_path / f"strange.{extension}"
         file.mkdir() if content == "folder" else content is None or file.write_bytes(content)
@@ -312,7 +312,7 @@ def test_what_is_no_picture_is_an_error_that_names_the_file(tmp_path, read, cont
 
 
 @pytest.mark.parametrize("extension", FORMATS)
-def test_a_truncated_picture_is_an_error_that_names_the_file(tmp_path, extension):
+def test_a_truncated_image_is_an_error_that_names_the_file(tmp_path, extension):
     file = tmp_path / f"half.{extension}"
     Image.fromarray(_noise(64, 64)).save(file)
     data = file.read_bytes()
@@ -323,7 +323,7 @@ def test_a_truncated_picture_is_an_error_that_names_the_file(tmp_path, extension
 
 
 @pytest.mark.parametrize("extension", FORMATS)
-def test_a_damaged_picture_is_read_or_refused(tmp_path, extension):
+def test_a_damaged_image_is_read_or_refused(tmp_path, extension):
     file = tmp_path / f"damaged.{extension}"
     _smooth(40, 40).save(file)
     data, rng = file.read_bytes(), random.Random(1)
@@ -360,7 +360,7 @@ def test_a_webp_header_with_an_impossible_size_is_refused(tmp_path, chunk):
         image_size(file)
 
 
-def test_a_picture_that_may_not_be_read(tmp_path):
+def test_a_image_that_may_not_be_read(tmp_path):
     folder = tmp_path / "locked"
     folder.mkdir()
     _smooth(30, 20).save(folder / "a.png")
@@ -369,7 +369,7 @@ def test_a_picture_that_may_not_be_read(tmp_path):
         assert found == ("error", f"The image {folder / 'a.png'} cannot be read: Permission denied.")
 
 
-def test_a_picture_must_have_the_size_that_was_noted(tmp_path):
+def test_a_image_must_have_the_size_that_was_noted(tmp_path):
     file = tmp_path / "image.jpg"
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
@@ -456,7 +456,7 @@ def test_with_random_crop_the_face_wanders_and_the_window_stays_inside():
     assert {0, cuts[0].resized[0] - 100} <= {cut.left for cut in cuts}
 
 
-def test_a_picture_smaller_than_the_resolution_is_enlarged_for_its_face_crop():
+def test_a_image_smaller_than_the_resolution_is_enlarged_for_its_face_crop():
     framing = Framing((0, 0), (128, 128), face_crop_range=(0.5, 1.0))
     picture = frame_image(_noise(50, 33), framing, rng=random.Random(0), face=Face(10, 10, 20, 20))
     assert picture.pixels.shape == (128, 128, 3)
@@ -511,7 +511,7 @@ def test_the_hue_is_turned_as_colorsys_does(degrees):
         assert np.abs(result - expected).max() <= 1
 
 
-def test_a_third_of_the_pictures_is_augmented_half_by_hue_half_by_gamma():
+def test_a_third_of_the_images_is_augmented_half_by_hue_half_by_gamma():
     rng, coloured = random.Random(0), np.array([[[200, 100, 50]]], dtype=np.uint8)
     made = [color_augment(coloured, rng)[0, 0].tolist() for _ in range(3000)]
     same = made.count([200, 100, 50]) / 3000

@@ -121,7 +121,7 @@ def test_golden_latents_cache(case, tmp_path):
 
 
 @pytest.mark.parametrize("to_disk", [False, True])
-def test_latents_are_those_of_the_framed_picture_and_of_its_mirror_image(tmp_path, to_disk):
+def test_latents_are_those_of_the_framed_image_and_of_its_mirror_image(tmp_path, to_disk):
     entry = _entry(_image(tmp_path / "image.png", (150, 100), "RGBA"), (128, 64), flip=True, alpha_mask=True)
     cache = _cache(to_disk)
     cache.fill([entry], _encoder())
@@ -320,7 +320,7 @@ def test_a_bitmap_edited_to_the_same_length_is_encoded_anew_and_a_copied_folder_
     os.utime(tmp_path / "b" / "image.bmp", (10**9, 10**9))
     assert _cache().fill([_entry(tmp_path / "b" / "image.bmp")], _encoder()).encoded == 0
     _image(entry.path, seed=1)
-    assert _cache().fill([entry], _encoder()).reasons == {"of another picture": 1}
+    assert _cache().fill([entry], _encoder()).reasons == {"of another image": 1}
 
 
 @pytest.mark.parametrize("to_disk", [False, True])
@@ -383,16 +383,16 @@ def test_latents_that_are_not_finite_are_made_anew(tmp_path):
     entry = _images(tmp_path, 1)[0]
     np.savez(tmp_path / "image_0_0096x0064_sd.npz", latents=np.full((4, 8, 8), np.nan, dtype=np.float32))
     cache = _cache()
-    assert cache.fill([entry], _encoder()).reasons == {"not finite": 1}
+    assert cache.fill([entry], _encoder()).reasons == {"NaN or infinite": 1}
     assert torch.isfinite(cache.load(entry).latents).all()
 
 
-def test_a_retouched_picture_and_another_interpolation_are_encoded_anew(tmp_path):
+def test_a_retouched_image_and_another_interpolation_are_encoded_anew(tmp_path):
     entry = _images(tmp_path, 1)[0]
     _cache().fill([entry], _encoder())
     assert _cache().fill([_entry(entry.path, interpolation="bicubic")], _encoder()).encoded == 1
     Image.new("RGB", (96, 64)).save(entry.path)
-    assert _cache().fill([_entry(entry.path, interpolation="bicubic")], _encoder()).reasons == {"of another picture": 1}
+    assert _cache().fill([_entry(entry.path, interpolation="bicubic")], _encoder()).reasons == {"of another image": 1}
 
 
 def test_caches_of_sd_scripts_are_used_old_names_too(tmp_path):
@@ -449,7 +449,7 @@ def test_an_alpha_mask_in_the_file_counts_only_if_asked_for(tmp_path):
     assert cache.load(entry).alpha_mask.min() < 1
 
 
-def test_an_opaque_picture_is_not_encoded_anew_when_alpha_masks_are_switched_off(tmp_path):
+def test_an_opaque_image_is_not_encoded_anew_when_alpha_masks_are_switched_off(tmp_path):
     entry = _entry(_image(tmp_path / "image.png"), alpha_mask=True)
     _cache().fill([entry], _encoder())
     plain, cache = _entry(entry.path), _cache()

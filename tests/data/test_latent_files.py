@@ -126,12 +126,15 @@ def test_what_was_written_is_usable_and_read_back(tmp_path):
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"latents": np.full((4, 12, 20), np.nan)}, "not finite"),
-        ({"latents": np.where(np.arange(960) == 7, np.inf, 0).reshape(4, 12, 20)}, "not finite"),
-        ({"latents": np.full((4, 12, 20), 1e300)}, "not finite"),  # and it is not in the float32 that is trained on
-        ({"original_size": np.array([100, 150])}, "of another picture"),
-        ({"made_from": np.array(replace(ORIGIN, framing="160x108 default").text())}, "of another picture"),
-        ({"made_from": np.array(replace(ORIGIN, hidden_colours=True).text())}, "of another picture"),
+        ({"latents": np.full((4, 12, 20), np.nan)}, "NaN or infinite"),
+        ({"latents": np.where(np.arange(960) == 7, np.inf, 0).reshape(4, 12, 20)}, "NaN or infinite"),
+        (
+            {"latents": np.full((4, 12, 20), 1e300)},
+            "NaN or infinite",
+        ),  # and it is not in the float32 that is trained on
+        ({"original_size": np.array([100, 150])}, "of another image"),
+        ({"made_from": np.array(replace(ORIGIN, framing="160x108 default").text())}, "of another image"),
+        ({"made_from": np.array(replace(ORIGIN, hidden_colours=True).text())}, "of another image"),
         ({"made_from": np.array("160x107 default 1234")}, "of another version"),
         ({"made_from": np.array("{}")}, "of another version"),
         ({"made_from": np.array("[" * 3000)}, "of another version"),
@@ -157,7 +160,7 @@ def test_a_mask_must_be_finite_too(tmp_path, value):
     file, wanted = tmp_path / "image.npz", replace(WANTED, alpha_mask=True)
     arrays = _arrays(wanted)
     write_slot(file, wanted, arrays | {"alpha_mask": np.full(arrays["alpha_mask"].shape, value)})
-    assert why_unusable(file, wanted) == "not finite"
+    assert why_unusable(file, wanted) == "NaN or infinite"
 
 
 def test_shapes_are_always_checked(tmp_path):
@@ -312,7 +315,7 @@ def test_an_image_edited_to_the_same_length_is_noticed(tmp_path, image):
     file, (wanted, arrays) = tmp_path / "image.npz", _of(image)
     write_slot(file, wanted, arrays)
     image.write_bytes(b"same pixels")
-    assert why_unusable(file, wanted) == "of another picture"
+    assert why_unusable(file, wanted) == "of another image"
 
 
 def test_a_copied_image_is_the_same_and_one_that_was_not_touched_is_not_read(tmp_path, image, monkeypatch):
@@ -324,7 +327,7 @@ def test_a_copied_image_is_the_same_and_one_that_was_not_touched_is_not_read(tmp
     monkeypatch.setattr("library.data.latent_files.content_hash", lambda _: pytest.fail("the image was read"))
     assert why_unusable(file, wanted) == ""
     image.write_bytes(b"more than some pixels")
-    assert why_unusable(file, wanted) == "of another picture"
+    assert why_unusable(file, wanted) == "of another image"
 
 
 def test_the_time_of_an_image_that_has_just_changed_says_nothing(tmp_path, image):
@@ -335,7 +338,7 @@ def test_the_time_of_an_image_that_has_just_changed_says_nothing(tmp_path, image
     write_slot(file, wanted, arrays)
     image.write_bytes(b"same pixels")
     os.utime(image, ns=(time, time))
-    assert why_unusable(file, wanted) == "of another picture"
+    assert why_unusable(file, wanted) == "of another image"
 
 
 # What is read is what was found

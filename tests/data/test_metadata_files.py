@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from datasets import configs_of, make_picture, subset_of
+from datasets import configs_of, make_image, subset_of
 from departures import departure
 from golden_data import golden_cases
 from option_effects import shows
@@ -32,7 +32,7 @@ def test_golden_finetune_metadata(case, tmp_path):
     file = tmp_path / "meta.json"
     file.write_text(json.dumps(case["metadata"]))
     for name, values in case["metadata"].items():
-        make_picture(tmp_path / name, tuple(values.get("image_size", (32, 32))))
+        make_image(tmp_path / name, tuple(values.get("image_size", (32, 32))))
     values = {"metadata_file": str(file), "image_dir": str(tmp_path), **case["subset"]}
     departs = departure("finetune_metadata", case)
     if case["subset"].get("num_repeats", 1) < 1:
@@ -60,7 +60,7 @@ def _metadata_set(folder, content, **values):
 
 
 def test_lines_of_json(tmp_path):
-    first, second = make_picture(tmp_path / "a.png"), make_picture(tmp_path / "sub" / "b.png", (40, 20))
+    first, second = make_image(tmp_path / "a.png"), make_image(tmp_path / "sub" / "b.png", (40, 20))
     lines = [
         {"image_path": "a.png", "caption": "one", "tags": "x"},
         {"image_path": str(second), "caption": "tw\u2028o"},
@@ -73,12 +73,12 @@ def test_lines_of_json(tmp_path):
 
 
 def test_keys_may_lack_their_extension(tmp_path):
-    picture = make_picture(tmp_path / "a.v2.png")
+    picture = make_image(tmp_path / "a.v2.png")
     assert _metadata_set(tmp_path, {"a.v2": {"caption": "x"}}).paths == [str(picture)]
 
 
 def test_the_file_knows_its_size_better(tmp_path, caplog):
-    make_picture(tmp_path / "a.png", (40, 20))
+    make_image(tmp_path / "a.png", (40, 20))
     with caplog.at_level(logging.WARNING):
         found = _metadata_set(tmp_path, {"a.png": {"caption": "x", "image_size": [300, 200]}})
     assert found.sizes.tolist() == [[40, 20]]
@@ -87,7 +87,7 @@ def test_the_file_knows_its_size_better(tmp_path, caplog):
 
 @pytest.mark.parametrize("size", ['"width": 300, "height": 200', '"image_size": [300, 200], "width": 40, "height": 20'])
 def test_width_and_height_are_a_noted_size(tmp_path, caplog, size):
-    make_picture(tmp_path / "a.png", (40, 20))
+    make_image(tmp_path / "a.png", (40, 20))
     line = '{"image_path": "a.png", "caption": "x", %s}' % size  # noqa: UP031 - braces
     assert _metadata_set(tmp_path, line, name="meta.jsonl").sizes.tolist() == [[40, 20]]
     assert "lists a wrong size for 1 image;" in caplog.text
@@ -96,7 +96,7 @@ def test_width_and_height_are_a_noted_size(tmp_path, caplog, size):
 
 
 def test_tags_alone_are_the_caption_with_wildcards_too(tmp_path):
-    make_picture(tmp_path / "a.png")
+    make_image(tmp_path / "a.png")
     assert _metadata_set(tmp_path, {"a.png": {"tags": "red, mychar"}}, enable_wildcard=True).captions == ["red, mychar"]
 
 
@@ -114,7 +114,7 @@ def test_tags_alone_are_the_caption_with_wildcards_too(tmp_path):
     ],
 )
 def test_a_broken_file_is_an_error_that_names_the_place(tmp_path, content, phrases):
-    make_picture(tmp_path / "a.png")
+    make_image(tmp_path / "a.png")
     with pytest.raises(UserError) as error:
         _metadata_set(tmp_path, content)
     assert all(phrase in str(error.value) for phrase in phrases), error.value
@@ -122,7 +122,7 @@ def test_a_broken_file_is_an_error_that_names_the_place(tmp_path, content, phras
 
 @pytest.mark.parametrize(("line", "phrases"), [("{", ["Line 2", "JSON"]), ("{}", ["Line 2", "image_path"])])
 def test_a_broken_line_is_named(tmp_path, line, phrases):
-    make_picture(tmp_path / "a.png")
+    make_image(tmp_path / "a.png")
     with pytest.raises(UserError) as error:
         _metadata_set(tmp_path, '{"image_path": "a.png"}\n' + line, name="meta.jsonl")
     assert all(phrase in str(error.value) for phrase in phrases), error.value
@@ -147,7 +147,7 @@ def test_relative_keys_need_a_folder(tmp_path):
     ],
 )
 def test_nonsense_is_an_error_too(tmp_path, content, phrases):
-    make_picture(tmp_path / "a.png")
+    make_image(tmp_path / "a.png")
     with pytest.raises(UserError) as error:
         _metadata_set(tmp_path, content)
     assert all(phrase in str(error.value) for phrase in phrases), error.value
@@ -155,16 +155,16 @@ def test_nonsense_is_an_error_too(tmp_path, content, phrases):
 
 @pytest.fixture
 def outside(tmp_path):
-    """A picture outside the image folder, and a link into its folder that the image folder holds."""
-    picture = make_picture(tmp_path / "outside" / "0.png")
-    make_picture(tmp_path / "images" / "inside.png")
+    """An image outside the image folder, and a link into its folder that the image folder holds."""
+    picture = make_image(tmp_path / "outside" / "0.png")
+    make_image(tmp_path / "images" / "inside.png")
     (tmp_path / "images" / "link").symlink_to(picture.parent)
     return picture
 
 
 @shows("allow_outside_images")
 @pytest.mark.parametrize("key", ["../outside/0.png", "../outside/0", "link/0.png", "link/../outside/0.png", None])
-def test_pictures_outside_the_image_folder_need_an_option(tmp_path, outside, key):
+def test_images_outside_the_image_folder_need_an_option(tmp_path, outside, key):
     file = tmp_path / "meta.json"
     file.write_text(json.dumps({key or str(outside): {"caption": "x"}, "inside.png": {"caption": "y"}}))
     values = {"metadata_file": str(file), "image_dir": str(tmp_path / "images")}
@@ -209,7 +209,7 @@ def test_what_is_not_there_is_not_called_outside(tmp_path):
         _metadata_set(tmp_path, {"/elsewhere/a.png": {"caption": "x"}})
 
 
-def test_an_image_folder_that_is_a_link_holds_the_pictures_of_its_target(tmp_path, outside):
+def test_an_image_folder_that_is_a_link_holds_the_images_of_its_target(tmp_path, outside):
     file = tmp_path / "meta.json"
     file.write_text(json.dumps({"0.png": {"caption": "x"}, str(outside): {"caption": "y"}}))
     values = {"metadata_file": str(file), "image_dir": str(tmp_path / "images" / "link")}
@@ -222,7 +222,7 @@ def test_an_image_folder_that_is_a_link_holds_the_pictures_of_its_target(tmp_pat
 @pytest.fixture
 def folder(tmp_path):
     for name in ("a", "b", "c"):
-        make_picture(tmp_path / "images" / f"{name}.png", caption=f"caption {name}")
+        make_image(tmp_path / "images" / f"{name}.png", caption=f"caption {name}")
     return tmp_path / "images"
 
 
@@ -238,7 +238,7 @@ def test_cache_has_sd_scripts_layout_and_spares_reading(folder, monkeypatch):
         "caption": "caption a",
         "resolution": [32, 32],
     }
-    monkeypatch.setattr("library.data.image_sets.image_size", lambda _: pytest.fail("a picture was opened"))
+    monkeypatch.setattr("library.data.image_sets.image_size", lambda _: pytest.fail("an image was opened"))
     monkeypatch.setattr("library.data.image_sets.read_caption", lambda *_, **__: pytest.fail("a caption was read"))
     again = _cached_set(folder)
     assert (again.paths, again.captions, again.sizes.tolist()) == (before.paths, before.captions, before.sizes.tolist())
@@ -247,9 +247,9 @@ def test_cache_has_sd_scripts_layout_and_spares_reading(folder, monkeypatch):
 def test_cache_follows_the_files(folder):
     _cached_set(folder)
     (folder / "a.txt").write_text("changed caption")
-    make_picture(folder / "b.png", (64, 48))
+    make_image(folder / "b.png", (64, 48))
     (folder / "c.png").unlink()
-    make_picture(folder / "d.png", (16, 8), caption="new")
+    make_image(folder / "d.png", (16, 8), caption="new")
     found = _cached_set(folder)
     assert found.captions == ["changed caption", "caption b", "new"]
     assert found.sizes.tolist() == [[32, 32], [64, 48], [16, 8]]
@@ -279,12 +279,12 @@ def test_cache_of_sd_scripts_gives_captions_that_no_file_has(folder):
     assert _cached_set(folder).captions == found.captions
 
 
-def test_a_noted_caption_outlives_a_change_of_the_picture_but_not_its_caption_file(folder):
+def test_a_noted_caption_outlives_a_change_of_the_image_but_not_its_caption_file(folder):
     (folder / "b.txt").unlink()
     noted = {"caption": "noted", "resolution": [32, 32]}
     (folder / CACHE_NAME).write_text(json.dumps({str(folder / "b.png"): noted}))
     assert _cached_set(folder).captions == ["caption a", "noted", "caption c"]
-    make_picture(folder / "b.png", (64, 48))
+    make_image(folder / "b.png", (64, 48))
     (folder / "c.txt").unlink()
     assert _cached_set(folder).captions == ["caption a", "noted", ""]
 
@@ -293,7 +293,7 @@ def test_a_noted_caption_outlives_a_change_of_the_picture_but_not_its_caption_fi
 def test_a_name_that_is_no_utf8_is_noted_too(folder, monkeypatch):
     (folder / "a.png").rename(folder / os.fsdecode(b"\xff.png"))
     before = _cached_set(folder)
-    monkeypatch.setattr("library.data.image_sets.image_size", lambda _: pytest.fail("a picture was opened"))
+    monkeypatch.setattr("library.data.image_sets.image_size", lambda _: pytest.fail("an image was opened"))
     assert _cached_set(folder).paths == before.paths
 
 

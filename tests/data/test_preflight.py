@@ -4,7 +4,7 @@ import random
 import shutil
 
 import pytest
-from datasets import data_of, make_picture, prompts
+from datasets import data_of, make_image, prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +15,7 @@ from library.support.errors import UserError
 
 def _captioned(tmp_path, captions, *, words=None, templates=None, dataset=None, size=(64, 64), **subset):
     for number, caption in enumerate(captions):
-        make_picture(tmp_path / "a" / f"{number}.png", size, caption)
+        make_image(tmp_path / "a" / f"{number}.png", size, caption)
     values = {"resolution": 64, **(dataset or {}), "subsets": [{"image_dir": str(tmp_path / "a"), **subset}]}
     return data_of(tmp_path, values, words=words, templates=templates)
 
@@ -29,8 +29,8 @@ def _warnings(data) -> str:
 
 def test_a_good_dataset_is_described_without_warnings(tmp_path):
     for number in range(3):
-        make_picture(tmp_path / "a" / f"{number}.png", (80, 50 + number), "mychar")
-    make_picture(tmp_path / "reg" / "r.png", (64, 64), "girl")
+        make_image(tmp_path / "a" / f"{number}.png", (80, 50 + number), "mychar")
+    make_image(tmp_path / "reg" / "r.png", (64, 64), "girl")
     subsets = [
         {"image_dir": str(tmp_path / "a"), "num_repeats": 4},
         {"image_dir": str(tmp_path / "reg"), "is_reg": True},
@@ -39,24 +39,24 @@ def test_a_good_dataset_is_described_without_warnings(tmp_path):
     report = data_of(tmp_path, {**values, "subsets": subsets}).check()
     assert report.warnings == []
     assert report.text.splitlines() == [
-        "Training data: 4 pictures, 24 samples in 6 batches an epoch.",
+        "Training data: 4 images, 24 samples in 6 batches an epoch.",
         "  dataset 1: 64x64, batch size 5, buckets",
-        f"    3 pictures, 12 samples: {tmp_path / 'a'}",
-        f"    1 picture, 12 samples: {tmp_path / 'reg'} (regularisation)",
-        "    bucket     64x64: 1 picture, 12 samples",
-        "    bucket     80x48: 3 pictures, 12 samples",
-        "  1 regularisation picture without the word, as it should be: they cannot move its vectors",
+        f"    3 images, 12 samples: {tmp_path / 'a'}",
+        f"    1 image, 12 samples: {tmp_path / 'reg'} (regularisation)",
+        "    bucket     64x64: 1 image, 12 samples",
+        "    bucket     80x48: 3 images, 12 samples",
+        "  1 regularisation image without the token, as it should be: they cannot move its vectors",
     ]
 
 
-def test_validation_pictures_are_counted(tmp_path):
+def test_validation_images_are_counted(tmp_path):
     data = _captioned(tmp_path, ["mychar"] * 4, dataset={"validation_split": 0.5})
-    assert "  2 pictures held out for validation" in data.check().lines
+    assert "  2 images held out for validation" in data.check().lines
 
 
 def test_many_buckets_are_not_all_listed(tmp_path):
     for number in range(20):
-        make_picture(tmp_path / "a" / f"{number}.png", (64 + 8 * number, 64), "mychar")
+        make_image(tmp_path / "a" / f"{number}.png", (64 + 8 * number, 64), "mychar")
     values = {"resolution": 256, "enable_bucket": True, "bucket_no_upscale": True, "bucket_reso_steps": 8}
     report = data_of(tmp_path, {**values, "subsets": [{"image_dir": str(tmp_path / "a")}]}).check()
     assert report.lines[-1] == "    … and 8 more buckets"
@@ -103,10 +103,10 @@ def test_of_several_lines_the_first_with_text_counts(tmp_path):
         _captioned(tmp_path / "2", [None], class_tokens="girl\nmychar").check()
 
 
-def test_regularisation_pictures_with_the_word_are_a_warning(tmp_path):
-    make_picture(tmp_path / "a" / "0.png", (64, 64), "mychar")
+def test_regularisation_images_with_the_word_are_a_warning(tmp_path):
+    make_image(tmp_path / "a" / "0.png", (64, 64), "mychar")
     for number in range(2):
-        make_picture(tmp_path / "reg" / f"{number}.png", (64, 64), "girl" if number else "mychar")
+        make_image(tmp_path / "reg" / f"{number}.png", (64, 64), "girl" if number else "mychar")
     subsets = [
         {"image_dir": str(tmp_path / "a"), "num_repeats": 2},
         {"image_dir": str(tmp_path / "reg"), "is_reg": True},
@@ -114,9 +114,9 @@ def test_regularisation_pictures_with_the_word_are_a_warning(tmp_path):
     assert "1 of 2 regularisation captions hold" in _warnings(data_of(tmp_path, {"resolution": 64, "subsets": subsets}))
 
 
-def test_pictures_without_captions_are_named(tmp_path):
+def test_images_without_captions_are_named(tmp_path):
     said = _warnings(_captioned(tmp_path, ["mychar", None]))
-    assert "1 picture without a caption" in said
+    assert "1 image without a caption" in said
     assert "1.png" in said
 
 
@@ -215,44 +215,44 @@ def test_measuring_word_by_word_is_exact(text, vectors):
 
 
 def test_copies_are_named(tmp_path):
-    make_picture(tmp_path / "a" / "one.png", (64, 64), "mychar")
+    make_image(tmp_path / "a" / "one.png", (64, 64), "mychar")
     shutil.copy(tmp_path / "a" / "one.png", tmp_path / "a" / "two.png")
     (tmp_path / "a" / "two.txt").write_text("mychar")
     said = _warnings(data_of(tmp_path, {"resolution": 64, "subsets": [{"image_dir": str(tmp_path / "a")}]}))
     assert f"{tmp_path}/a/two.png = {tmp_path}/a/one.png" in said
 
 
-def test_pictures_of_equal_length_are_told_apart(tmp_path):
-    """Uncompressed files of one size have one length, and the same first kilobytes where the pictures end alike."""
+def test_images_of_equal_length_are_told_apart(tmp_path):
+    """Uncompressed files of one size have one length, and the same first kilobytes where the images end alike."""
     for number in range(3):
-        picture = make_picture(tmp_path / "a" / f"{number}.bmp", (64, 64), "mychar")
+        picture = make_image(tmp_path / "a" / f"{number}.bmp", (64, 64), "mychar")
         content = bytearray(b"\xff" * (picture.stat().st_size - 54))
         content[-1] = number
         picture.write_bytes(picture.read_bytes()[:54] + content)
     assert _warnings(data_of(tmp_path, {"resolution": 64, "subsets": [{"image_dir": str(tmp_path / "a")}]})) == ""
 
 
-def test_one_picture_in_two_datasets_is_no_copy(tmp_path):
-    make_picture(tmp_path / "a" / "one.png", (64, 64), "mychar")
+def test_one_image_in_two_datasets_is_no_copy(tmp_path):
+    make_image(tmp_path / "a" / "one.png", (64, 64), "mychar")
     values = {"subsets": [{"image_dir": str(tmp_path / "a")}]}
     assert _warnings(data_of(tmp_path, {"resolution": 64, **values}, {"resolution": 48, **values})) == ""
 
 
-def test_pictures_that_are_enlarged_a_lot_are_named(tmp_path):
+def test_images_that_are_enlarged_a_lot_are_named(tmp_path):
     said = _warnings(_captioned(tmp_path, ["mychar"], size=(40, 25)))
-    assert "1 picture is much smaller" in said
+    assert "1 image is much smaller" in said
     assert "0.png (2.6 times)" in said
     assert _warnings(_captioned(tmp_path / "other", ["mychar"], size=(40, 40))) == ""
 
 
-def test_pictures_that_are_mostly_cropped_are_named(tmp_path):
+def test_images_that_are_mostly_cropped_are_named(tmp_path):
     assert "0.png (40% is seen)" in _warnings(_captioned(tmp_path, ["mychar"], size=(160, 64)))
     assert _warnings(_captioned(tmp_path / "less", ["mychar"], size=(120, 64))) == ""
     buckets = {"enable_bucket": True, "min_bucket_reso": 32, "bucket_reso_steps": 16}
     assert _warnings(_captioned(tmp_path / "buckets", ["mychar"], size=(160, 64), dataset=buckets)) == ""
 
 
-def test_pictures_below_one_bucket_step_are_named(tmp_path):
+def test_images_below_one_bucket_step_are_named(tmp_path):
     values = {"enable_bucket": True, "bucket_no_upscale": True, "bucket_reso_steps": 32, "min_bucket_reso": 32}
     said = _warnings(_captioned(tmp_path, ["mychar"], size=(30, 64), dataset=values))
     assert "smaller than one bucket step" in said

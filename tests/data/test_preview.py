@@ -1,8 +1,8 @@
-"""preview.py: a table that a person can read, and a picture of what the model sees."""
+"""preview.py: a table that a person can read, and an image of what the model sees."""
 
 import numpy as np
 import pytest
-from datasets import data_of, make_picture, prompts
+from datasets import data_of, make_image, prompts
 from PIL import Image
 
 from library.data.image_table import ImageTable
@@ -12,7 +12,7 @@ from library.data.preview import SHEET_NAME, bucket_table, show_dataset
 def _data(tmp_path, count=3, *, words=None, **subset):
     for number in range(count):
         size = (100, 60) if number else (64, 64)
-        make_picture(tmp_path / "a" / f"{number}.png", size, f"mychar, number {number}")
+        make_image(tmp_path / "a" / f"{number}.png", size, f"mychar, number {number}")
     buckets = {"enable_bucket": True, "min_bucket_reso": 16, "bucket_reso_steps": 16, "batch_size": 2}
     values = {"resolution": 64, **buckets, "subsets": [{"image_dir": str(tmp_path / "a"), **subset}]}
     return data_of(tmp_path, values, words=words or prompts(2))
@@ -20,7 +20,7 @@ def _data(tmp_path, count=3, *, words=None, **subset):
 
 def test_buckets_with_counts(tmp_path):
     assert bucket_table(_data(tmp_path, num_repeats=3).table).splitlines() == [
-        "dataset       bucket  pictures   samples   batches",
+        "dataset       bucket  images   samples   batches",
         "      1        64x64         1         3         2",
         "      1        80x48         2         6         3",
     ]
@@ -29,7 +29,7 @@ def test_buckets_with_counts(tmp_path):
 def test_every_sample_with_caption_ids_bucket_and_crop(tmp_path, capsys):
     assert show_dataset(_data(tmp_path, num_repeats=2)) is None
     shown = capsys.readouterr().out
-    assert "all 3 pictures" in shown
+    assert "all 3 images" in shown
     for number in range(3):
         assert f"{number}.png" in shown
         assert f"caption: mychar mychar1, number {number}" in shown
@@ -41,7 +41,7 @@ def test_every_sample_with_caption_ids_bucket_and_crop(tmp_path, capsys):
 
 def test_a_warm_up_is_shown_as_it_begins(tmp_path, capsys):
     for share, steps, caption in ((0.5, 100, "mychar"), (0.5, 0, "mychar, red, blue"), (0, 100, "mychar, red, blue")):
-        make_picture(tmp_path / "a" / "0.png", caption="mychar, red, blue")
+        make_image(tmp_path / "a" / "0.png", caption="mychar, red, blue")
         subset = {"image_dir": str(tmp_path / "a"), "token_warmup_step": share}
         show_dataset(data_of(tmp_path, {"resolution": 32, "subsets": [subset]}), max_steps=steps)
         assert f"caption: {caption}\n" in capsys.readouterr().out
@@ -49,7 +49,7 @@ def test_a_warm_up_is_shown_as_it_begins(tmp_path, capsys):
 
 def test_crops_mirrors_and_masks_are_told(tmp_path, capsys):
     for number in range(6):
-        make_picture(tmp_path / "a" / f"{number}.png", (50, 32), "mychar", "RGBA")
+        make_image(tmp_path / "a" / f"{number}.png", (50, 32), "mychar", "RGBA")
     subset = {"image_dir": str(tmp_path / "a"), "alpha_mask": True, "flip_aug": True}
     show_dataset(data_of(tmp_path, {"resolution": 32, "subsets": [subset]}))
     shown = capsys.readouterr().out
@@ -67,15 +67,15 @@ def test_several_encoders_and_long_prompts(tmp_path, capsys):
 
 
 def test_a_sample_without_the_word_is_pointed_out(tmp_path, capsys):
-    make_picture(tmp_path / "a" / "x.png", (64, 64), "a girl")
+    make_image(tmp_path / "a" / "x.png", (64, 64), "a girl")
     show_dataset(_data(tmp_path, 1))
     assert capsys.readouterr().out.count("teaches it nothing") == 1
 
 
-def test_only_the_first_pictures_of_many_are_shown(tmp_path, capsys):
+def test_only_the_first_images_of_many_are_shown(tmp_path, capsys):
     show_dataset(_data(tmp_path, 40, num_repeats=2))
     shown = capsys.readouterr().out
-    assert "the first 30 of 40 pictures" in shown
+    assert "the first 30 of 40 images" in shown
     assert shown.count("caption:") == 30
 
 
@@ -91,14 +91,14 @@ def test_the_contact_sheet_shows_what_the_model_sees(tmp_path, capsys):
         pixels = np.asarray(sheet)
     assert pixels.shape == (286, 256, 3)
     assert np.array_equal(pixels[96:160, 96:160], seen)
-    assert (pixels[:96] == 211).all()  # neither black nor white, which pictures may be
+    assert (pixels[:96] == 211).all()  # neither black nor white, which images may be
     assert (pixels[256:] < 200).any()  # the text below
 
 
 def test_what_a_mask_hides_is_dark(tmp_path):
     picture = Image.new("RGBA", (64, 64), "white")
     picture.paste((255, 255, 255, 0), (0, 0, 32, 64))
-    make_picture(tmp_path / "a" / "0.png", caption="mychar")
+    make_image(tmp_path / "a" / "0.png", caption="mychar")
     picture.save(tmp_path / "a" / "0.png")
     subset = {"image_dir": str(tmp_path / "a"), "alpha_mask": True}
     file = show_dataset(data_of(tmp_path, {"resolution": 64, "subsets": [subset]}), str(tmp_path))

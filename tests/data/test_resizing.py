@@ -51,7 +51,7 @@ def test_an_image_of_the_size_is_returned_as_it_is():
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 @pytest.mark.parametrize("source", [(1, 1), (1, 7), (50, 3)])
 @pytest.mark.parametrize("target", [(1, 1), (3, 20), (64, 64)])
-def test_a_plain_picture_stays_plain_at_any_size(interpolation, source, target):
+def test_a_plain_image_stays_plain_at_any_size(interpolation, source, target):
     image = np.full((source[1], source[0], 3), (7, 128, 250), dtype=np.uint8)
     made = resize(image, target, interpolation)
     assert made.shape == (target[1], target[0], 3)

@@ -51,7 +51,7 @@ MALFORMED = {
         in_subset('conditioning_data_dir = "m"'),
         [FIRST_SUBSET, '"m"', "--masked_loss"],
     ),
-    "folder's key beside metadata": (in_listed('class_tokens = "x"'), [FIRST_SUBSET, '"x"', "a folder of pictures"]),
+    "folder's key beside metadata": (in_listed('class_tokens = "x"'), [FIRST_SUBSET, '"x"', "a folder of images"]),
     "caption files beside metadata": (in_listed('caption_extension = ".txt"'), [FIRST_SUBSET, '".txt"', "folder"]),
     # Structure
     "no image_dir": (

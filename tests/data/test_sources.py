@@ -79,10 +79,10 @@ def test_folder_that_does_not_exist(tmp_path):
 
 
 def test_metadata_flag(caplog):
-    (dataset,) = load_flags(["--in_json=meta.json", "--train_data_dir=pictures", "--reg_data_dir=r", "--cache_info"])
+    (dataset,) = load_flags(["--in_json=meta.json", "--train_data_dir=images", "--reg_data_dir=r", "--cache_info"])
     (subset,) = dataset.subsets
     assert (dataset.kind, subset.kind) == ("finetuning", "finetuning")
-    assert (subset.metadata_file, subset.image_dir) == ("meta.json", "pictures")
+    assert (subset.metadata_file, subset.image_dir) == ("meta.json", "images")
     assert not subset.cache_info
     assert "--reg_data_dir" in caplog.text
 
@@ -94,7 +94,7 @@ def test_metadata_flag_with_absolute_paths_needs_no_folder():
 
 def test_file_makes_folder_flags_idle(tmp_path, caplog):
     (dataset,) = load(tmp_path, MINIMAL, ["--train_data_dir=x", "--in_json=y"])
-    assert [subset.image_dir for subset in dataset.subsets] == ["pictures"]
+    assert [subset.image_dir for subset in dataset.subsets] == ["images"]
     assert "--train_data_dir, --in_json: ignored" in caplog.text
 
 
@@ -102,7 +102,7 @@ def test_file_makes_folder_flags_idle(tmp_path, caplog):
 
 
 def test_toml_and_json_mean_the_same(tmp_path):
-    content = {"datasets": [{"resolution": 512, "subsets": [{"image_dir": "pictures"}]}]}
+    content = {"datasets": [{"resolution": 512, "subsets": [{"image_dir": "images"}]}]}
     (from_json,) = load(tmp_path, content)
     (from_toml,) = load(tmp_path, MINIMAL)
     assert from_json.subsets[0].place != from_toml.subsets[0].place
@@ -133,7 +133,7 @@ def test_valid_toml_that_the_toml_package_cannot_read(tmp_path):
         ("[general\n", ["line 1"]),
         ("[general]\na = {b = 1\n", ["line 2"]),
         ("[datasets]\nx = 1\n[[datasets]]\ny = 1\n", ["line 3"]),
-        ('image_dir = "d:\\pictures\\x"\n', ["line 1", "single quotes"]),
+        ('image_dir = "d:\\images\\x"\n', ["line 1", "single quotes"]),
         ("flip_aug = true\nflip_aug = false\n", ["line 2"]),
     ],
 )
@@ -167,7 +167,7 @@ def test_folder_instead_of_a_file(tmp_path):
 
 
 def test_file_in_another_encoding(tmp_path):
-    (tmp_path / "data.toml").write_bytes(MINIMAL.replace("pictures", "Bücher").encode("latin-1"))
+    (tmp_path / "data.toml").write_bytes(MINIMAL.replace("images", "Bücher").encode("latin-1"))
     assert "is not UTF-8" in refusal(lambda: load_flags([f"--dataset_config={tmp_path / 'data.toml'}"]))
 
 

@@ -1,4 +1,4 @@
-"""training_data.py and batches.py: pictures of a dataset file as batches."""
+"""training_data.py and batches.py: images of a dataset file as batches."""
 
 import io
 import pickle
@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from datasets import data_of, make_picture, prompts
+from datasets import data_of, make_image, prompts
 from departures import departure
 from golden_data import golden_arrays, golden_cases
 from PIL import Image
@@ -47,7 +47,7 @@ def _filled(data, *, to_disk=False):
 
 
 def _both_sides(data):
-    """Samples of the first picture, by whether they are mirrored."""
+    """Samples of the first image, by whether they are mirrored."""
     source = SampleSource(data.table, data.prompts, seed=data.seed, cache=data.cache)
     samples = {}
     for position in range(30):
@@ -99,7 +99,7 @@ def test_golden_dataset_item_as_a_batch(case, tmp_path):
 
 @pytest.mark.parametrize("case", golden_cases("sdxl_conditioning"))
 def test_golden_sdxl_conditioning(case, tmp_path):
-    make_picture(tmp_path / "images" / "a.png", tuple(case["image_wh"]), "mychar")
+    make_image(tmp_path / "images" / "a.png", tuple(case["image_wh"]), "mychar")
     names = ("resolution", "bucket_reso_steps", "bucket_no_upscale", "min_bucket_reso", "max_bucket_reso")
     values = {name: case[name] for name in names} | {"enable_bucket": True}
     data = data_of(tmp_path, {**values, "subsets": [{"image_dir": str(tmp_path / "images"), "flip_aug": True}]})
@@ -122,7 +122,7 @@ EVERYTHING = {"shuffle_caption": True, "flip_aug": True, "color_aug": True, "ran
 def varied(tmp_path):
     """Three shapes, tags, everything random that there is."""
     for number, size in enumerate([(60, 40), (40, 60), (50, 50), (64, 41), (52, 49)]):
-        make_picture(tmp_path / "a" / f"{number}.png", size, f"mychar, red, blue, green, yellow, {number}")
+        make_image(tmp_path / "a" / f"{number}.png", size, f"mychar, red, blue, green, yellow, {number}")
     buckets = {"enable_bucket": True, "min_bucket_reso": 16, "bucket_reso_steps": 8}
     subset = {"image_dir": str(tmp_path / "a"), **EVERYTHING}
     return data_of(tmp_path, {"resolution": 32, "batch_size": 2, **buckets, "subsets": [subset]}, words=prompts(2))
@@ -158,7 +158,7 @@ def test_epochs_differ_and_come_again(varied):
     assert texts[1] != texts[2]
 
 
-def test_repeats_of_a_picture_are_drawn_independently(varied):
+def test_repeats_of_a_image_are_drawn_independently(varied):
     batches = list(varied.loader())
     captions = [caption for batch in batches for caption in batch.captions]
     assert len(set(captions)) > len(captions) * 0.8
@@ -197,7 +197,7 @@ def test_persistent_workers_without_workers_are_no_error(varied):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_picture_that_is_gone_is_one_sentence_from_any_process(varied, workers):
+def test_a_image_that_is_gone_is_one_sentence_from_any_process(varied, workers):
     Path(varied.table[2].path).unlink()
     with pytest.raises(UserError) as error:
         list(varied.loader(workers=workers))
@@ -216,7 +216,7 @@ def test_a_source_can_be_sent_to_another_process(varied):
 
 def _one_folder(tmp_path, captions, *, size=(48, 32), mode="RGB", dataset=None, words=None, **subset):
     for number, caption in enumerate(captions):
-        make_picture(tmp_path / "a" / f"{number}.png", size, caption, mode)
+        make_image(tmp_path / "a" / f"{number}.png", size, caption, mode)
     values = {"resolution": 32, "batch_size": 4, **(dataset or {})}
     options = {"masked_loss": True} if "conditioning_data_dir" in subset else {}
     values["subsets"] = [{"image_dir": str(tmp_path / "a"), **subset}]
@@ -232,10 +232,10 @@ def test_pixels_are_those_of_the_file_cut_to_the_bucket(tmp_path):
     assert batch.keys == [str(tmp_path / "a" / "0.png")]
 
 
-def test_a_picture_of_another_size_is_not_trained_with_the_old_numbers(tmp_path):
+def test_a_image_of_another_size_is_not_trained_with_the_old_numbers(tmp_path):
     data = _one_folder(tmp_path, ["mychar"], size=(32, 32))
     list(data.loader())
-    make_picture(tmp_path / "a" / "0.png", (48, 40))
+    make_image(tmp_path / "a" / "0.png", (48, 40))
     with pytest.raises(UserError, match=r"0\.png had 32x32 pixels when this run began and now has 48x40"):
         list(data.loader(workers=1))
 
@@ -255,7 +255,7 @@ def test_names_and_folders_do_not_count_but_captions_and_contents_do(tmp_path):
         file.rename(file.with_name(f"renamed {file.name}"))
     assert both("first") == both("moved")
     first = both("first")
-    make_picture(tmp_path / "first" / "a" / "1.png", (48, 32), mode="RGBA")
+    make_image(tmp_path / "first" / "a" / "1.png", (48, 32), mode="RGBA")
     fingerprint, contents, cached = both("first")
     assert fingerprint == first[0]
     assert contents != first[1]
@@ -278,7 +278,7 @@ def test_latents_stand_in_for_pixels(tmp_path, to_disk):
     assert (batch.latents.shape, batch.latents.dtype) == ((3, 4, 4, 4), torch.float32)
 
 
-def test_cached_pictures_draw_the_captions_of_uncached_ones(tmp_path):
+def test_cached_images_draw_the_captions_of_uncached_ones(tmp_path):
     data = _one_folder(tmp_path, ["mychar, a, b, c, d"] * 3, shuffle_caption=True, flip_aug=True)
     (before,) = data.loader()
     _filled(data)
@@ -308,7 +308,7 @@ def test_a_word_that_is_cut_off_is_not_present(tmp_path):
 
 
 def test_templates_replace_captions(tmp_path):
-    make_picture(tmp_path / "a" / "0.png", (32, 32), "a caption")
+    make_image(tmp_path / "a" / "0.png", (32, 32), "a caption")
     values = {"resolution": 32, "subsets": [{"image_dir": str(tmp_path / "a"), "num_repeats": 20}]}
     data = data_of(tmp_path, values, words=prompts(2), templates=OBJECT_TEMPLATES)
     captions = [batch.captions[0] for batch in data.loader()]
@@ -330,9 +330,9 @@ def test_a_warm_up_given_as_a_share_needs_the_number_of_steps(tmp_path):
     assert [batch.captions for batch in data.loader(max_steps=1)] == [["mychar, a, b, c, d, e"]]
 
 
-def test_regularisation_pictures_have_the_prior_weight(tmp_path):
-    make_picture(tmp_path / "a" / "0.png", (32, 32), "mychar")
-    make_picture(tmp_path / "reg" / "0.png", (32, 32), "girl")
+def test_regularisation_images_have_the_prior_weight(tmp_path):
+    make_image(tmp_path / "a" / "0.png", (32, 32), "mychar")
+    make_image(tmp_path / "reg" / "0.png", (32, 32), "girl")
     subsets = [{"image_dir": str(tmp_path / "a")}, {"image_dir": str(tmp_path / "reg"), "is_reg": True}]
     data = data_of(tmp_path, {"resolution": 32, "batch_size": 2, "subsets": subsets}, prior_loss_weight=0.25)
     (batch,) = data.loader()
@@ -340,8 +340,8 @@ def test_regularisation_pictures_have_the_prior_weight(tmp_path):
 
 
 def test_datasets_of_several_resolutions_share_an_epoch(tmp_path):
-    make_picture(tmp_path / "a" / "0.png", (64, 64), "mychar")
-    make_picture(tmp_path / "b" / "0.png", (64, 64), "mychar")
+    make_image(tmp_path / "a" / "0.png", (64, 64), "mychar")
+    make_image(tmp_path / "b" / "0.png", (64, 64), "mychar")
     sizes = [
         {
             "resolution": side,
@@ -357,10 +357,10 @@ def test_datasets_of_several_resolutions_share_an_epoch(tmp_path):
 
 
 def test_folder_flags(tmp_path):
-    make_picture(tmp_path / "train" / "3_mychar girl" / "0.png")
-    own = make_picture(tmp_path / "train" / "1_mychar" / "0.png", caption="a .txt does not outvote the folder's name")
+    make_image(tmp_path / "train" / "3_mychar girl" / "0.png")
+    own = make_image(tmp_path / "train" / "1_mychar" / "0.png", caption="a .txt does not outvote the folder's name")
     own.with_suffix(".caption").write_text("mychar, own caption")
-    make_picture(tmp_path / "reg" / "1_girl" / "0.png")
+    make_image(tmp_path / "reg" / "1_girl" / "0.png")
     options = DatasetOptions(
         train_data_dir=str(tmp_path / "train"), reg_data_dir=str(tmp_path / "reg"), resolution=(32, 32)
     )
@@ -370,7 +370,7 @@ def test_folder_flags(tmp_path):
 
 
 def test_a_metadata_file_for_the_train_folder(tmp_path):
-    make_picture(tmp_path / "train" / "0.png", (48, 32))
+    make_image(tmp_path / "train" / "0.png", (48, 32))
     (tmp_path / "meta.json").write_text('{"0.png": {"caption": "mychar", "tags": "one, two"}}')
     options = DatasetOptions(
         train_data_dir=str(tmp_path / "train"),
@@ -388,9 +388,9 @@ def test_a_metadata_file_for_the_train_folder(tmp_path):
 def test_alpha_masks_are_ones_where_there_are_none(tmp_path):
     transparent = Image.new("RGBA", (32, 32), (9, 9, 9, 255))
     transparent.paste((9, 9, 9, 51), (0, 0, 8, 32))
-    make_picture(tmp_path / "a" / "0.png", (32, 32), "mychar")
+    make_image(tmp_path / "a" / "0.png", (32, 32), "mychar")
     transparent.save(tmp_path / "a" / "1.png")
-    make_picture(tmp_path / "b" / "2.png", (32, 32), "mychar")
+    make_image(tmp_path / "b" / "2.png", (32, 32), "mychar")
     subsets = [{"image_dir": str(tmp_path / "a"), "alpha_mask": True}, {"image_dir": str(tmp_path / "b")}]
     (batch,) = data_of(tmp_path, {"resolution": 32, "batch_size": 4, "subsets": subsets}).loader()
     masks = {key[-5]: mask for key, mask in zip(batch.keys, batch.masks, strict=True)}
@@ -401,13 +401,13 @@ def test_alpha_masks_are_ones_where_there_are_none(tmp_path):
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_masks_are_cut_and_mirrored_as_their_pictures(tmp_path, cached):
-    """Picture and mask are the same file, so what is cut of them must be the same as well."""
+def test_masks_are_cut_and_mirrored_as_their_images(tmp_path, cached):
+    """Image and mask are the same file, so what is cut of them must be the same as well."""
     (tmp_path / "masks").mkdir()
     for number in range(3):
         shade = Image.linear_gradient("L").rotate(90).resize((90 + number, 50))
         for file in (
-            make_picture(tmp_path / "a" / f"{number}.png", caption="mychar"),
+            make_image(tmp_path / "a" / f"{number}.png", caption="mychar"),
             tmp_path / "masks" / f"{number}.png",
         ):
             shade.convert("RGB").save(file)
@@ -423,9 +423,9 @@ def test_masks_are_cut_and_mirrored_as_their_pictures(tmp_path, cached):
     assert left.min() < 0.4 < 0.6 < left.max()
 
 
-def test_mask_pictures_win_over_transparency(tmp_path):
+def test_mask_images_win_over_transparency(tmp_path):
     for folder, shade in (("a", 0), ("masks", 255)):
-        make_picture(tmp_path / folder / "0.png", caption="mychar")
+        make_image(tmp_path / folder / "0.png", caption="mychar")
         Image.new("RGBA", (32, 32), (shade, shade, shade, 0 if folder == "a" else 255)).save(
             tmp_path / folder / "0.png"
         )
@@ -478,14 +478,14 @@ def test_validation_is_the_same_every_time(split):
     assert all(caption.startswith("mychar, a, b, ") for caption in captions)
 
 
-def test_validation_weights_make_the_mean_over_all_pictures(split):
+def test_validation_weights_make_the_mean_over_all_images(split):
     for processes in (1, 2):
         loaders = [split.validation_loader(process_index=i, num_processes=processes) for i in range(processes)]
         weights = [batch.weight for loader in loaders for batch in loader]
         assert sum(weights) / processes == pytest.approx(1)
 
 
-def test_validation_pictures_are_cached_too(split):
+def test_validation_images_are_cached_too(split):
     assert len(split.latent_entries()) == 8
 
 
@@ -505,11 +505,11 @@ def test_a_loader_is_given_what_it_is_made_for(varied):
 
 
 def _taught_folder(tmp_path):
-    """Three pictures that teach the word, in two buckets; one without the word and a regularisation picture."""
+    """Three images that teach the word, in two buckets; one without the token and a regularisation image."""
     for number, size in enumerate([(64, 64), (64, 64), (128, 64)]):
-        make_picture(tmp_path / "taught" / f"{number}.png", size, f"mychar, {{red|blue}}, number {number}")
-    make_picture(tmp_path / "taught" / "other.png", (64, 64), "a cat")
-    make_picture(tmp_path / "reg" / "0.png", (64, 64), "mychar as regularisation")
+        make_image(tmp_path / "taught" / f"{number}.png", size, f"mychar, {{red|blue}}, number {number}")
+    make_image(tmp_path / "taught" / "other.png", (64, 64), "a cat")
+    make_image(tmp_path / "reg" / "0.png", (64, 64), "mychar as regularisation")
     taught = {"image_dir": str(tmp_path / "taught"), "caption_extension": ".txt", "shuffle_caption": True}
     taught |= {"enable_wildcard": True, "caption_dropout_rate": 0.5}
     reg = {"image_dir": str(tmp_path / "reg"), "caption_extension": ".txt", "is_reg": True}
@@ -541,7 +541,7 @@ def test_the_concept_is_what_teaches_the_word(tmp_path):
     assert data.concept().captions(9) == captions
 
 
-def test_templates_teach_with_every_picture_but_regularisation(tmp_path):
+def test_templates_teach_with_every_image_but_regularisation(tmp_path):
     data = data_of(tmp_path, _taught_folder(tmp_path), templates=OBJECT_TEMPLATES)
     assert len(data.concept().pictures(10)) == 4
     captions = [caption for caption, _ in data.concept().captions(16)]
@@ -575,12 +575,12 @@ def test_fixed_batches_are_the_same_at_every_call(validation, tmp_path):
 
 def test_a_word_that_a_wildcard_may_leave_out_is_searched_for(tmp_path):
     for number in range(40):
-        make_picture(tmp_path / "p" / f"{number:02d}.png", (64, 64), f"{{a girl|a girl|mychar}} number {number}")
+        make_image(tmp_path / "p" / f"{number:02d}.png", (64, 64), f"{{a girl|a girl|mychar}} number {number}")
     subset = {"image_dir": str(tmp_path / "p"), "caption_extension": ".txt", "enable_wildcard": True}
     data = data_of(tmp_path, {"resolution": 64, "subsets": [subset]})
     assert len(data.concept().pictures(100)) == 40
     captions = [caption for caption, _ in data.concept().captions(16)]
-    # From all over the pictures.
+    # From all over the images.
     assert captions == [f"mychar number {number * 40 // 16}" for number in range(16)]
     shares = [bool(held) for batch in data.concept().fixed_batches(128, held_out=False) for held in batch.has_token]
     assert len(shares) == 128
@@ -597,7 +597,7 @@ def test_a_word_that_a_wildcard_may_leave_out_is_searched_for(tmp_path):
     ],
 )
 def test_calm_captions_are_joined_as_in_the_training(more, wanted, tmp_path):
-    make_picture(tmp_path / "p" / "0.png", (64, 64), "mychar ||| small, red;blue")
+    make_image(tmp_path / "p" / "0.png", (64, 64), "mychar ||| small, red;blue")
     subset = {"image_dir": str(tmp_path / "p"), "caption_extension": ".txt", **more}
     data = data_of(tmp_path, {"resolution": 64, "subsets": [subset]})
     (caption, _) = data.concept().captions(1)[0]
@@ -607,8 +607,8 @@ def test_calm_captions_are_joined_as_in_the_training(more, wanted, tmp_path):
 
 def test_there_are_no_fixed_batches_without_the_word(tmp_path):
     for number in range(4):
-        make_picture(tmp_path / "p" / f"{number}.png", (64, 64), "a cat")
-    make_picture(tmp_path / "taught" / "0.png", (64, 64), "mychar")
+        make_image(tmp_path / "p" / f"{number}.png", (64, 64), "a cat")
+    make_image(tmp_path / "taught" / "0.png", (64, 64), "mychar")
     plain = {"resolution": 64, "validation_split": 0.5, "subsets": [{"image_dir": str(tmp_path / "p")}]}
     taught = {"resolution": 64, "subsets": [{"image_dir": str(tmp_path / "taught")}]}
     data = data_of(tmp_path, plain, taught, caption_extension=".txt")
@@ -616,9 +616,9 @@ def test_there_are_no_fixed_batches_without_the_word(tmp_path):
     assert sum(map(len, data.concept().fixed_batches(5, held_out=False))) == 5
 
 
-def test_a_word_that_no_calm_caption_keeps_is_said(tmp_path):
+def test_a_word_that_no_deterministic_caption_keeps_is_said(tmp_path):
     caption = ", ".join(["cat"] * 60 + ["mychar"])
-    make_picture(tmp_path / "p" / "0.png", (64, 64), caption)
+    make_image(tmp_path / "p" / "0.png", (64, 64), caption)
     data = data_of(
         tmp_path, {"resolution": 64, "subsets": [{"image_dir": str(tmp_path / "p"), "shuffle_caption": True}]}
     )

@@ -194,7 +194,7 @@ def test_rows_that_are_not_finite_do_not_replace_a_good_file(tmp_path, suffix, b
     before = path.read_bytes()
     broken = some_rows()
     broken["emb_params"][1, 5] = bad
-    with pytest.raises(UserError, match="not finite"):
+    with pytest.raises(UserError, match="NaN or infinite"):
         write_embedding(path, broken, RECORD)
     assert path.read_bytes() == before
 
@@ -543,8 +543,8 @@ class NotATensor:
         ({"emb_params": torch.ones(2, 3, dtype=torch.int64)}, "int64"),
         ({"emb_params": torch.ones(0, 768)}, r"\[0, 768\]"),
         ({"emb_params": torch.tensor(1.0)}, "not an embedding"),
-        ({"emb_params": torch.full((3, 768), float("nan"))}, "not finite"),
-        ({"emb_params": torch.full((3, 768), 1e300, dtype=torch.float64)}, "not finite"),
+        ({"emb_params": torch.full((3, 768), float("nan"))}, "NaN or infinite"),
+        ({"emb_params": torch.full((3, 768), 1e300, dtype=torch.float64)}, "NaN or infinite"),
         ({"emb_params": ROWS, "extra": NotATensor()}, "could run code"),
         (NotATensor(), "could run code"),
     ],

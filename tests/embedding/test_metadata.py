@@ -171,7 +171,7 @@ def test_the_words_of_the_clients():
 @pytest.mark.parametrize(
     ("key", "cure"),
     [
-        ("modelspec.thumbnail", "Give a smaller picture as --metadata_thumbnail."),
+        ("modelspec.thumbnail", "Give a smaller image as --metadata_thumbnail."),
         ("modelspec.description", "Shorten --metadata_description."),
         ("ss_training_comment", "Shorten --training_comment."),
         ("ss_tag_frequency", "--no_metadata leaves it out."),

@@ -2,7 +2,7 @@
 
 import ftfy
 import pytest
-from datasets import data_of, make_picture, prompts
+from datasets import data_of, make_image, prompts
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -124,7 +124,7 @@ def test_rules_are_rewritten_with_the_captions():
 def test_captions_are_repaired_before_the_word_is_looked_for(tmp_path, capsys):
     """Presence, dropout, shuffling, lengths, validation and what --debug_dataset shows go by the repaired text."""
     folder = tmp_path / "images"
-    make_picture(folder / "a.png", caption="ｒｅｄ，ｍｙｃｈａｒ，“big”", size=(64, 64))
+    make_image(folder / "a.png", caption="ｒｅｄ，ｍｙｃｈａｒ，“big”", size=(64, 64))
     subset = {"image_dir": str(folder), "caption_prefix": "ﬁne", "class_tokens": "x", "caption_extension": ".txt"}
     data = data_of(tmp_path, {"resolution": 64, "subsets": [subset]}, words=prompts(2))
     assert check(data.table, data.prompts).warnings == []
@@ -143,14 +143,14 @@ def test_captions_are_repaired_before_the_word_is_looked_for(tmp_path, capsys):
 
 def test_held_out_captions_are_repaired(tmp_path):
     for name in "ab":
-        make_picture(tmp_path / "images" / f"{name}.png", caption="“mychar”")
+        make_image(tmp_path / "images" / f"{name}.png", caption="“mychar”")
     subset = {"image_dir": str(tmp_path / "images")}
     data = data_of(tmp_path, {"resolution": 64, "validation_split": 0.5, "subsets": [subset]})
     assert [batch.captions for batch in data.validation_loader()] == [['"mychar"']]
 
 
 def test_class_tokens_of_a_folder_are_repaired(tmp_path):
-    make_picture(tmp_path / "images" / "a.png")
+    make_image(tmp_path / "images" / "a.png")
     subset = {"image_dir": str(tmp_path / "images"), "class_tokens": "ｍｙｃｈａｒ ﬁne"}
     data = data_of(tmp_path, {"resolution": 64, "subsets": [subset]})
     assert [batch.captions for batch in data.loader()] == [["mychar fine"]]

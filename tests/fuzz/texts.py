@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from datasets import make_picture, prompts
+from datasets import make_image, prompts
 from hypothesis import strategies as st
 
 from fuzz.mutations import FRAGMENTS, HOSTILE, edited, edits, encoded, json_text, spliced, splices, toml_text, values
@@ -52,8 +52,8 @@ def dataset_tree(kind: str) -> dict[str, Any]:
 def lay_out_images(folder: Path) -> None:
     """Two images with captions, their masks, and metadata, in ``folder``."""
     for name, size in (("a.png", (40, 30)), ("b.png", (33, 70))):
-        make_picture(folder / "images" / name, size, "mychar, red, green")
-        make_picture(folder / "masks" / name, size)
+        make_image(folder / "images" / name, size, "mychar, red, green")
+        make_image(folder / "masks" / name, size)
     (folder / "metadata.json").write_text(json.dumps(_METADATA), encoding="utf-8")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import make_picture
+from datasets import make_image
 from hypothesis import strategies as st
 
 from fuzz.mutations import poked, pokes
@@ -89,7 +89,7 @@ class _Encoder:
 
 def _npz(folder: Path):
     os.chdir(folder)
-    image = make_picture(folder / "a.png", (70, 66), mode="RGBA")
+    image = make_image(folder / "a.png", (70, 66), mode="RGBA")
     framing = Framing((70, 66), (64, 64))
     entry = LatentEntry(image, (70, 66), framing, (0.0, 0.0, 70.0, 66.0), True, True)
 

@@ -17,7 +17,7 @@ from tiny_models import FAMILIES, build_pipeline, ldm_vae, save_folder, save_sin
 
 from library.model.base_model import BaseModel
 from library.model.family import STABLE_DIFFUSION, STABLE_DIFFUSION_XL
-from library.model.frozen_layers import FrozenLayer, fold
+from library.model.frozen_layers import FrozenLayer, quantize
 from library.support import stored_tensors
 from library.support.errors import UserError
 
@@ -218,15 +218,15 @@ def test_no_part_is_ever_held_twice(form, mmap, tmp_path):
 
 
 def test_float8_weights_are_those_of_the_cast_ones(tiny_sdxl, pipelines):
-    folded = open_model(tiny_sdxl, "sdxl").unet(torch.bfloat16, float8=True)
+    quantized = open_model(tiny_sdxl, "sdxl").unet(torch.bfloat16, float8=True)
     whole = pipelines["sdxl"].unet
-    layers = {name: layer for name, layer in folded.named_modules() if isinstance(layer, FrozenLayer)}
+    layers = {name: layer for name, layer in quantized.named_modules() if isinstance(layer, FrozenLayer)}
     assert len(layers) == sum(isinstance(layer, torch.nn.Linear | torch.nn.Conv2d) for layer in whole.modules())
     for name, layer in layers.items():
-        weight, scale = fold(whole.get_submodule(name).weight.to(torch.bfloat16))
+        weight, scale = quantize(whole.get_submodule(name).weight.to(torch.bfloat16))
         assert torch.equal(layer.weight.view(torch.uint8), weight.view(torch.uint8))
         assert torch.equal(layer.scale, scale)
-    for name, norm in folded.named_modules():
+    for name, norm in quantized.named_modules():
         if isinstance(norm, torch.nn.GroupNorm | torch.nn.LayerNorm):
             assert torch.equal(norm.weight, whole.get_submodule(name).weight.to(torch.bfloat16))
 

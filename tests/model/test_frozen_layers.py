@@ -9,7 +9,15 @@ from held_memory import HeldMemory
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from library.model.frozen_layers import FLOAT8, FrozenConv2d, FrozenLayer, FrozenLinear, fold, freeze_layers, unfold
+from library.model.frozen_layers import (
+    FLOAT8,
+    FrozenConv2d,
+    FrozenLayer,
+    FrozenLinear,
+    dequantize,
+    freeze_layers,
+    quantize,
+)
 
 
 def layers() -> list[tuple[nn.Module, tuple[int, ...]]]:
@@ -64,11 +72,11 @@ def saved_for_backward(model: nn.Module, *inputs) -> int:
 def test_float8_layers_compute_with_the_unfolded_weight(number, dtype):
     layer, shape = layers()[number]
     layer = layer.to(dtype)
-    folded = frozen(layer, float8=True)
+    quantized = frozen(layer, float8=True)
     reference = copy.deepcopy(layer).requires_grad_(False)
-    reference.weight.copy_(unfold(*fold(layer.weight), dtype))
+    reference.weight.copy_(dequantize(*quantize(layer.weight), dtype))
     for found, expected in zip(
-        result_and_gradient(folded, shape, dtype), result_and_gradient(reference, shape, dtype), strict=True
+        result_and_gradient(quantized, shape, dtype), result_and_gradient(reference, shape, dtype), strict=True
     ):
         assert found.dtype == dtype
         torch.testing.assert_close(found, expected)
@@ -87,13 +95,13 @@ def test_folding_keeps_small_and_large_weights(spread):
     weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) * spread
     weight[0] = 0
     for dtype in (torch.float32, torch.bfloat16):
-        error = (unfold(*fold(weight), dtype).float() - weight).norm() / weight.norm()
+        error = (dequantize(*quantize(weight), dtype).float() - weight).norm() / weight.norm()
         assert error < 0.03
 
 
 def test_folding_for_half_precision_loses_nothing_to_small_scales():
     weight = torch.full((2, 8), 2e-4)
-    torch.testing.assert_close(unfold(*fold(weight), torch.float16), weight.half())
+    torch.testing.assert_close(dequantize(*quantize(weight), torch.float16), weight.half())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -102,29 +110,29 @@ def test_unfolding_rounds_once(dtype):
     weight = torch.arange(256, dtype=torch.uint8).repeat(64, 1).view(FLOAT8)
     scale = torch.logspace(-9, 1, 64).unsqueeze(1)
     expected = (weight.float() * scale).to(dtype)
-    assert torch.equal(unfold(weight, scale, dtype).nan_to_num(0), expected.nan_to_num(0))
+    assert torch.equal(dequantize(weight, scale, dtype).nan_to_num(0), expected.nan_to_num(0))
 
 
 def test_unfolding_makes_no_float32_copy():
-    weight, scale = fold(torch.randn(64, 256))
+    weight, scale = quantize(torch.randn(64, 256))
     with HeldMemory() as memory:
-        unfold(weight, scale, torch.bfloat16)
+        dequantize(weight, scale, torch.bfloat16)
     assert memory.most == 2 * weight.numel()
 
 
 @EVERY_LAYER
 def test_only_the_stored_weight_is_kept_for_the_backward_pass(number):
     layer, shape = layers()[number]
-    folded = frozen(layer, float8=True)
+    quantized = frozen(layer, float8=True)
     x = torch.randn(shape, requires_grad=True)
-    assert saved_for_backward(folded, x) == 0
-    assert folded.weight.dtype == FLOAT8
-    assert folded.weight.element_size() == 1
-    assert folded.weight.numel() == layer.weight.numel()
+    assert saved_for_backward(quantized, x) == 0
+    assert quantized.weight.dtype == FLOAT8
+    assert quantized.weight.element_size() == 1
+    assert quantized.weight.numel() == layer.weight.numel()
 
     class Naive(nn.Module):  # what an ordinary forward with a cast would keep
         def forward(self, x):
-            return nn.functional.linear(x, unfold(folded.weight, folded.scale, x.dtype))
+            return nn.functional.linear(x, dequantize(quantized.weight, quantized.scale, x.dtype))
 
     if isinstance(layer, nn.Linear):
         assert saved_for_backward(Naive(), x) >= layer.weight.numel() * 4
@@ -153,9 +161,9 @@ def test_plain_frozen_convolutions_change_nothing(number):
 @pytest.mark.parametrize("number", [0, 2], ids=["linear", "conv"])
 def test_gradient_checkpointing_gives_the_same_gradient(number, reentrant):
     layer, shape = layers()[number]
-    folded = frozen(layer, float8=True)
-    expected = result_and_gradient(folded, shape)
-    found = result_and_gradient(lambda x: checkpoint(folded, x, use_reentrant=reentrant), shape)
+    quantized = frozen(layer, float8=True)
+    expected = result_and_gradient(quantized, shape)
+    found = result_and_gradient(lambda x: checkpoint(quantized, x, use_reentrant=reentrant), shape)
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
 
@@ -221,36 +229,36 @@ def gradient_of(model: UNet2DConditionModel, dtype=torch.float32) -> torch.Tenso
 
 
 def test_a_whole_unet_trains_through_float8_weights(unet):
-    folded = copy.deepcopy(unet)
-    replaced = freeze_layers(folded, float8=True)
+    quantized = copy.deepcopy(unet)
+    replaced = freeze_layers(quantized, float8=True)
     assert replaced == sum(isinstance(m, nn.Linear | nn.Conv2d) for m in unet.modules())
-    assert not any(isinstance(m, nn.Linear | nn.Conv2d) for m in folded.modules())
-    assert {FrozenLinear, FrozenConv2d} == {type(m) for m in folded.modules() if isinstance(m, FrozenLayer)}
-    assert folded.dtype == unet.dtype
-    cosine = torch.cosine_similarity(gradient_of(folded).flatten(), gradient_of(unet).flatten(), dim=0)
+    assert not any(isinstance(m, nn.Linear | nn.Conv2d) for m in quantized.modules())
+    assert {FrozenLinear, FrozenConv2d} == {type(m) for m in quantized.modules() if isinstance(m, FrozenLayer)}
+    assert quantized.dtype == unet.dtype
+    cosine = torch.cosine_similarity(gradient_of(quantized).flatten(), gradient_of(unet).flatten(), dim=0)
     assert cosine > 0.98
 
 
 def test_a_whole_unet_in_bfloat16_with_checkpointing(unet):
-    folded = copy.deepcopy(unet).to(torch.bfloat16)
-    freeze_layers(folded, float8=True)
-    plain = gradient_of(folded, torch.bfloat16)
-    folded.enable_gradient_checkpointing()
-    assert torch.equal(gradient_of(folded, torch.bfloat16), plain)
+    quantized = copy.deepcopy(unet).to(torch.bfloat16)
+    freeze_layers(quantized, float8=True)
+    plain = gradient_of(quantized, torch.bfloat16)
+    quantized.enable_gradient_checkpointing()
+    assert torch.equal(gradient_of(quantized, torch.bfloat16), plain)
 
 
 def test_float8_stores_a_quarter_of_float32_and_keeps_fewer_activations(unet):
-    folded, convolutions = copy.deepcopy(unet), copy.deepcopy(unet)
-    freeze_layers(folded, float8=True)
+    quantized, convolutions = copy.deepcopy(unet), copy.deepcopy(unet)
+    freeze_layers(quantized, float8=True)
     freeze_layers(convolutions)
 
     def stored(model):
         return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 
-    assert stored(folded) < 0.27 * stored(unet)
+    assert stored(quantized) < 0.27 * stored(unet)
     assert stored(convolutions) == stored(unet)
     context = torch.randn(1, 7, 32, requires_grad=True)
     latents = torch.randn(1, 4, 16, 16)
-    kept = [saved_for_backward(m, latents, torch.tensor([500]), context) for m in (unet, convolutions, folded)]
+    kept = [saved_for_backward(m, latents, torch.tensor([500]), context) for m in (unet, convolutions, quantized)]
     assert kept[1] < 0.95 * kept[0]
     assert kept[2] <= kept[1]

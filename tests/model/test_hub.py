@@ -124,7 +124,7 @@ def test_what_the_hub_does_not_allow_is_found_before_a_model_is_loaded(refused, 
     hub.refuse.append(refused)
     assert run("sd1", command("--huggingface_token=secret")) == 1
     said = capsys.readouterr().err
-    assert f"--huggingface_repo_id {REPO}: the Hugging Face hub does not agree" in said
+    assert f"--huggingface_repo_id {REPO}: the request to the Hugging Face Hub failed" in said
     assert "secret" not in said
 
 
@@ -132,7 +132,7 @@ def test_without_a_connection(hub, command, monkeypatch, capsys):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert run("sd1", command()) == 1
     said = capsys.readouterr().err
-    assert "--huggingface_repo_id someone/words: the Hugging Face hub does not agree" in said
+    assert "--huggingface_repo_id someone/words: the request to the Hugging Face Hub failed" in said
     assert "offline" in said.lower()
 
 
@@ -146,7 +146,7 @@ def test_a_state_on_the_hub_is_gone_on_from(place, hub, command, tmp_path, capsy
     capsys.readouterr()
     argv = command("--max_train_steps=4", "--resume_from_huggingface", f"--resume={place}", folder="rest")
     assert run("sd1", argv) == 0
-    assert "Going on after step 2 of 4" in capsys.readouterr().err
+    assert "Resuming after step 2 of 4" in capsys.readouterr().err
     whole, rest = (load_file(tmp_path / name / RESULT)["emb_params"] for name in ("out", "rest"))
     assert torch.equal(rest, whole)
 
@@ -156,8 +156,8 @@ def test_a_state_on_the_hub_is_gone_on_from(place, hub, command, tmp_path, capsy
     [
         ("someone/words", "it must be user/name/path"),
         ("words", "it must be user/name/path"),
-        (f"{REPO}/state:main:picture", "Types are model, dataset, space"),
-        (f"{REPO}/nothing", f"--resume {REPO}/nothing: the Hugging Face hub does not agree"),
+        (f"{REPO}/state:main:image", "Types are model, dataset, space"),
+        (f"{REPO}/nothing", f"--resume {REPO}/nothing: the request to the Hugging Face Hub failed"),
     ],
 )
 def test_places_that_are_none(place, sentence, hub, command, trainers, capsys):  # noqa: F811

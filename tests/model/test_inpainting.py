@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from datasets import make_picture
+from datasets import make_image
 from diffusers import AutoencoderKL, StableDiffusionInpaintPipeline, StableDiffusionXLInpaintPipeline
 from diffusers import UNet2DConditionModel as DiffusersUNet
 from option_effects import Bench, epoch_of, plan, shows
@@ -119,7 +119,7 @@ def inpainting_pipeline(family, folder, embedding):
 
 
 def filled_in(pipe, folder, prompt):
-    """The picture of diffusers' pipeline, given the same noise and the same draw of what is around the hole."""
+    """The image of diffusers' pipeline, given the same noise and the same draw of what is around the hole."""
     image, hole = scene(prompt)
     around, scale = posterior(folder, (image * (1 - hole))[None], [prompt.seed ^ 1 << 63])
     picture = pipe(
@@ -144,7 +144,7 @@ def test_a_sample_is_what_diffusers_paints(family, models, dataset, tmp_path, tr
     argv = arguments(family, models[family], dataset, tmp_path / "out", PIXELS, "--train_inpainting")
     assert run(family, argv) == 0
     pipe = inpainting_pipeline(family, models[family], tmp_path / "out" / f"{TOKEN}.safetensors")
-    image = str(make_picture(tmp_path / "scene.png", (64, 64)))
+    image = str(make_image(tmp_path / "scene.png", (64, 64)))
     prompt = SamplePrompt(f"a {TOKEN} here", "dark", 64, 64, steps=3, scale=5.0, seed=3, image=image)
     wanted = [prompt, replace(prompt, scale=1.0), replace(prompt, image=None)]
     pictures = [filled_in(pipe, models[family], each) for each in wanted]
@@ -234,7 +234,7 @@ def test_a_widened_unet_answers_as_before_whatever_is_around(family, request):
     assert wide.conv_in.weight[:, 4:].abs().max() == 0
 
 
-def test_the_learning_report_paints_whole_pictures(bench, monkeypatch, seen):
+def test_the_learning_report_paints_whole_images(bench, monkeypatch, seen):
     monkeypatch.setattr(learning_report, "_STEPS", 1)
     monkeypatch.setattr(learning_report, "_LOSS_SAMPLES", 4)
     outcome = bench(PIXELS, "--train_inpainting", "--learning_report")
@@ -317,7 +317,7 @@ def test_the_key_of_a_dataset_is_as_good_as_the_option(keys, general, flags, on,
 
 
 def test_the_contact_sheet_shows_what_is_hidden(models, tmp_path):
-    make_picture(tmp_path / "images" / "0.png", (64, 64), TOKEN)
+    make_image(tmp_path / "images" / "0.png", (64, 64), TOKEN)
     file = tmp_path / "data.toml"
     file.write_text(f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{tmp_path / 'images'}'\n")
     argv = arguments("sd1", models["sd1"], file, tmp_path / "out", PIXELS, "--train_inpainting", "--debug_dataset")
@@ -332,7 +332,7 @@ def test_the_contact_sheet_shows_what_is_hidden(models, tmp_path):
 
 
 def test_the_scene_of_a_prompt(tmp_path):
-    make_picture(tmp_path / "wide.png", (128, 64))
+    make_image(tmp_path / "wide.png", (128, 64))
     mask = np.zeros((64, 128), dtype=np.uint8)
     mask[:, 64:], mask[:8] = 255, 128  # what is as light as dark counts as white
     Image.fromarray(mask).save(tmp_path / "mask.png")
@@ -366,7 +366,7 @@ def sampled(bench, tmp_path, lines, *more, **details):
 
 
 def test_samples_are_painted_into_images(bench, tmp_path, seen):
-    make_picture(tmp_path / "a b.png", (80, 64))
+    make_image(tmp_path / "a b.png", (80, 64))
     mask = np.zeros((64, 80), dtype=np.uint8)
     mask[:32] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")
@@ -387,8 +387,8 @@ def test_samples_are_painted_into_images(bench, tmp_path, seen):
 
 
 def test_what_cannot_be_drawn_is_said_before_a_model_is_loaded(bench, tmp_path):
-    make_picture(tmp_path / "a.png", (80, 64))
-    make_picture(tmp_path / "small.png", (40, 32))
+    make_image(tmp_path / "a.png", (80, 64))
+    make_image(tmp_path / "small.png", (40, 32))
     for flags, sentence in [
         ("--i nowhere.png", f'The sample prompt "{TOKEN}": The image nowhere.png does not exist.'),
         (f"--i {tmp_path / 'a.png'} --m {tmp_path / 'small.png'}", "has 40x32 pixels, but"),

@@ -17,7 +17,7 @@ MINIATURE = Path(__file__).parents[2] / "configs" / "quickstart" / "sd" / "vae"
 
 @torch.no_grad()
 def tiles_of_diffusers(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    """What diffusers' own tiling makes of it, with tiles of half the picture."""
+    """What diffusers' own tiling makes of it, with tiles of half the image."""
     twin = AutoencoderKL.from_pretrained(MINIATURE)
     twin.load_state_dict(vae.state_dict())
     twin.tile_latent_min_size, twin.tile_sample_min_size = 8, 64
@@ -25,7 +25,7 @@ def tiles_of_diffusers(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tenso
     return twin.decode(latents).sample
 
 
-def test_a_picture_that_memory_is_too_small_for_is_drawn_in_tiles(tmp_path, caplog):
+def test_a_image_that_memory_is_too_small_for_is_drawn_in_tiles(tmp_path, caplog):
     """Each of a batch that needs it, and nothing else."""
     vae = FrozenVae(AutoencoderKL.from_pretrained(MINIATURE), "cpu", torch.float32)
     files = make_photos(tmp_path, count=2, size=(96, 128))

@@ -49,7 +49,7 @@ def test_help_is_grouped_complete_and_needs_no_torch():
     )
     shown = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert all(f"\n  --{name}" in shown for name, _ in declared_options())
-    assert "\nThe new word:\n" in shown
+    assert "\nThe token:\n" in shown
     assert "=false\n" not in shown.split("An option that a --config_file")[0]
     assert "(default: 1600)" not in shown  # the range is named with it
     assert "default: 1600" in " ".join(shown.split())
@@ -144,7 +144,7 @@ def test_a_slip_on_the_command_line_is_named(run, arguments, sentence):
     [
         ("pretrained_model_name_or_path", "--pretrained_model_name_or_path is missing"),
         ("token_string", "--token_string is missing"),
-        ("train_data_dir", "No pictures are given"),
+        ("train_data_dir", "No images are given"),
         ("output_dir", "--output_dir is missing"),
     ],
 )
@@ -299,7 +299,7 @@ def test_likely_mistakes_are_warned_of(run, warnings, arguments, part):
         (["--xformers", "--mem_eff_attn"], "--xformers is not used"),
         (["--torch_compile", "--dynamo_backend=no"], "--torch_compile has no effect"),
         (["--dynamo_backend=eager"], "--dynamo_backend has no effect"),
-        (["--prior_loss_weight=0.5"], "without regularisation pictures"),
+        (["--prior_loss_weight=0.5"], "without regularisation images"),
         (["--min_bucket_reso=128"], "--min_bucket_reso has no effect without --enable_bucket"),
         (["--use_object_template", "--use_style_template"], "--use_style_template is not used"),
         (["--vae_batch_size=4"], "without --cache_latents"),

@@ -1,4 +1,4 @@
-"""The distance of pictures to a concept: 0 for copies, the nearest picture counts, sizes do not matter."""
+"""The distance of images to a concept: 0 for copies, the nearest image counts, sizes do not matter."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def test_copies_are_at_distance_0():
     assert concept_distance(list(noise), list(noise)) == 0
 
 
-def test_the_nearest_picture_counts_and_pictures_are_averaged():
+def test_the_nearest_image_counts_and_images_are_averaged():
     concept = [flat(0), flat(100)]
     assert concept_distance([flat(10)], concept) == pytest.approx(10)
     assert concept_distance([flat(10), flat(94)], concept) == pytest.approx((10 + 6) / 2)

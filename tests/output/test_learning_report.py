@@ -19,7 +19,7 @@ from library.support.errors import UserError
 
 @pytest.fixture(autouse=True)
 def _few_small_steps(monkeypatch):
-    """The pictures of the tiny models say nothing anyway, nor do many of them or many samples of their loss."""
+    """The images of the tiny models say nothing anyway, nor do many of them or many samples of their loss."""
     monkeypatch.setattr(learning_report, "PICTURES", 4)
     monkeypatch.setattr(learning_report, "_STEPS", 2)
     monkeypatch.setattr(learning_report, "_LOSS_SAMPLES", 12)
@@ -53,7 +53,7 @@ def test_what_is_written(family, tmp_path, request, capsys, monkeypatch):
         assert found["after"][name] > 0
         assert found["before"][name] != found["after"][name]
     printed = capsys.readouterr().out
-    assert "What the word learned (16 pictures each, drawn from the same noise):" in printed
+    assert "What the token learned (16 images each, drawn from the same noise):" in printed
     assert f"{found['after']['distance']:.2f}" in printed
     assert f"{found['after']['loss']:.5f}" in printed
     with Image.open(tmp_path / "out" / f"{TOKEN}_report.png") as sheet:
@@ -78,13 +78,13 @@ def test_without_an_init_word_the_start_is_compared(tmp_path, tiny_sd1):
     assert again["after"]["loss"] != pytest.approx(again["before"]["loss"], rel=1e-5)
 
 
-def test_held_out_pictures_are_used_for_the_loss(tmp_path, tiny_sd1):
+def test_held_out_images_are_used_for_the_loss(tmp_path, tiny_sd1):
     assert reported("sd1", tmp_path, tiny_sd1, dataset="validation_split = 0.5")["loss_on_held_out_pictures"] is True
 
 
 @pytest.mark.parametrize("strange", ["mychar_(x)", "[V", "my\\"])
 def test_a_word_with_brackets_is_replaced_like_any_other(strange, tmp_path, tiny_sd1):
-    """What is drawn and measured with the init word does not depend on what the new word is called."""
+    """What is drawn and measured with the init word does not depend on what the token is called."""
     plain = reported("sd1", tmp_path, tiny_sd1, "--learning_rate=1")
     more = (f"--token_string={strange}", f"--output_name={TOKEN}", "--learning_rate=1")
     found = reported("sd1", tmp_path, tiny_sd1, *more, caption=f"a photo of {strange} (new)")
@@ -93,8 +93,8 @@ def test_a_word_with_brackets_is_replaced_like_any_other(strange, tmp_path, tiny
     assert found["after"]["distance"] != found["before"]["distance"]
 
 
-def caption_pictures(tmp_path, captions, dataset=""):
-    """A dataset file of pictures with these captions."""
+def caption_images(tmp_path, captions, dataset=""):
+    """A dataset file of images with these captions."""
     file = write_dataset(tmp_path, count=len(captions), dataset=dataset, caption="")
     pictures = sorted((tmp_path / "images").glob("*.txt"))
     for picture, caption in zip(pictures, captions, strict=True):
@@ -105,7 +105,7 @@ def caption_pictures(tmp_path, captions, dataset=""):
 def test_only_captions_that_hold_the_word_count(tmp_path, tiny_sd1):
     found = []
     for name, captions in (("a", [TOKEN, f"new {TOKEN}"]), ("b", [TOKEN, f"new {TOKEN}", "a cat", "a dog"])):
-        data = caption_pictures(tmp_path / name, captions)
+        data = caption_images(tmp_path / name, captions)
         argv = arguments("sd1", tiny_sd1, data, tmp_path / name, "--learning_report", "--learning_rate=1e-12")
         assert run("sd1", argv) == 0
         found.append(numbers_in(tmp_path / name))
@@ -113,8 +113,8 @@ def test_only_captions_that_hold_the_word_count(tmp_path, tiny_sd1):
 
 
 def test_without_a_held_out_caption_the_training_is_measured(tmp_path, tiny_sd1, capsys):
-    data = caption_pictures(tmp_path, [TOKEN] * 2)
-    caption_pictures(tmp_path / "more", ["a cat"] * 4)
+    data = caption_images(tmp_path, [TOKEN] * 2)
+    caption_images(tmp_path / "more", ["a cat"] * 4)
     folder = (tmp_path / "more" / "images").as_posix()
     held = f"[[datasets]]\nresolution = 64\nvalidation_split = 0.5\n[[datasets.subsets]]\nimage_dir = '{folder}'\n"
     data.write_text(data.read_text() + held)
@@ -123,7 +123,7 @@ def test_without_a_held_out_caption_the_training_is_measured(tmp_path, tiny_sd1,
     found = json.loads((tmp_path / "out" / f"{TOKEN}_report.json").read_text())
     assert found["loss_on_held_out_pictures"] is False
     assert found["after"]["loss"] > 0
-    assert "No held-out caption holds the word" in capsys.readouterr().err
+    assert "No held-out caption holds the token" in capsys.readouterr().err
 
 
 def test_a_report_that_cannot_be_written_is_still_printed(tmp_path, tiny_sd1, monkeypatch, capsys):
@@ -134,7 +134,7 @@ def test_a_report_that_cannot_be_written_is_still_printed(tmp_path, tiny_sd1, mo
     data = write_dataset(tmp_path, caption=TOKEN)
     assert run("sd1", arguments("sd1", tiny_sd1, data, tmp_path / "out", "--learning_report")) == 0
     said = capsys.readouterr()
-    assert "What the word learned" in said.out
+    assert "What the token learned" in said.out
     assert [path.name for path in (tmp_path / "out").iterdir()] == [f"{TOKEN}.safetensors"]
     assert f"{TOKEN}_report.png cannot be written" in said.err
 
@@ -155,14 +155,14 @@ def test_the_report_of_another_run_is_kept(tmp_path, caplog):
     assert "a_report.png of an earlier run was kept: it is now a_report-1.png." in caplog.text
 
 
-def test_no_distance_of_spoiled_pictures(tmp_path, tiny_sd1, monkeypatch, capsys):
+def test_no_distance_of_spoiled_images(tmp_path, tiny_sd1, monkeypatch, capsys):
     decode = FrozenVae.decode
     monkeypatch.setattr(FrozenVae, "decode", lambda vae, latents: decode(vae, latents) * torch.nan)
     data = write_dataset(tmp_path, caption=TOKEN)
     assert run("sd1", arguments("sd1", tiny_sd1, data, tmp_path / "out", "--learning_report")) == 0
     said = capsys.readouterr()
-    assert "What the word learned" not in said.out
-    assert "The learning report could not be made; the embedding is complete without it. The picture of" in said.err
+    assert "What the token learned" not in said.out
+    assert "The learning report could not be made; the embedding is complete without it. The image of" in said.err
     assert (tmp_path / "out" / f"{TOKEN}.safetensors").is_file()
 
 
@@ -176,13 +176,13 @@ def test_the_same_report_twice(tmp_path, tiny_sd1):
     assert reported("sd1", tmp_path, tiny_sd1) == first
 
 
-def test_a_dataset_of_the_users_own_has_no_pictures_to_compare_with(tmp_path, tiny_sd1, capsys):
+def test_a_dataset_of_the_users_own_has_no_images_to_compare_with(tmp_path, tiny_sd1, capsys):
     argv = arguments("sd1", tiny_sd1, None, tmp_path, "--learning_report", "--dataset_class=mine.Data")
     assert run("sd1", argv) == 1
-    assert "--learning_report compares with the training pictures" in capsys.readouterr().err
+    assert "--learning_report compares with the training images" in capsys.readouterr().err
 
 
-def test_the_sheet_keeps_proportions_and_scales_small_and_large_pictures():
+def test_the_sheet_keeps_proportions_and_scales_small_and_large_images():
     red = np.zeros((64, 128, 3), np.uint8)
     red[..., 0] = 255
     sheet = np.asarray(comparison_sheet([("a", [red] * 9), ("b", [red.repeat(8, 0).repeat(8, 1)])]))

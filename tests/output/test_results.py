@@ -245,6 +245,6 @@ def test_a_thumbnail_that_would_make_the_embedding_unreadable_is_refused(dataset
         file.truncate(20_000_000)
     given = arguments("sd1", tiny_sd1, dataset, tmp_path / "out", f"--metadata_thumbnail={thumbnail}")
     assert run("sd1", given) == 1
-    assert "Give a smaller picture as --metadata_thumbnail." in capsys.readouterr().err
+    assert "Give a smaller image as --metadata_thumbnail." in capsys.readouterr().err
     assert not (tmp_path / "out" / f"{TOKEN}.safetensors").exists()
     assert run("sd1", [*given, "--save_model_as=pt"]) == 0  # which has no place for it

@@ -1,4 +1,4 @@
-"""Sample pictures during training: when, under which names, with which rows, and that they change nothing."""
+"""Sample images during training: when, under which names, with which rows, and that they change nothing."""
 
 import re
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ from library.model.vae import FrozenVae
 from library.options.options import DatasetOptions, SampleOptions, SaveOptions
 from library.output import learning_report
 from library.output import sample_images as sample_album
-from library.output.sample_images import SampleAlbum, epoch_mark, step_mark
+from library.output.sample_images import SampleImages, epoch_mark, step_mark
 from library.support.errors import UserError
 
 PROMPTS = f"a photo of {TOKEN} --w 64 --h 64 --s 2 --d 7\n# a note\nno word --n bad --w 72 --h 64 --s 2 --l 1\n"
@@ -24,7 +24,7 @@ PROMPTS = f"a photo of {TOKEN} --w 64 --h 64 --s 2 --d 7\n# a note\nno word --n 
 
 @pytest.fixture
 def command(tmp_path, tiny_sd1):
-    """Builds the command line of a run over two pictures, batch size 1: two steps are an epoch."""
+    """Builds the command line of a run over two images, batch size 1: two steps are an epoch."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text(PROMPTS)
     data = write_dataset(tmp_path, caption=f"a photo of {TOKEN}", subset="", dataset="", count=4)
@@ -54,14 +54,14 @@ def marks(folder) -> list[str]:
         (["--sample_every_n_epochs=2", "--sample_every_n_steps=1", "--sample_at_first"], ["e000000", "e000002"]),
     ],
 )
-def test_pictures_come_when_they_are_due(flags, wanted, command, tmp_path):
+def test_images_come_when_they_are_due(flags, wanted, command, tmp_path):
     assert run("sd1", command(*flags)) == 0
     assert marks(tmp_path / "out") == [f"{mark}_{number}" for mark in wanted for number in ("00", "01")]
     sizes = [Image.open(file).size for file in sorted((tmp_path / "out" / "sample").iterdir())]
     assert sizes == [(64, 64), (72, 64)] * len(wanted)
 
 
-def test_pictures_show_the_rows_of_their_moment(command, tmp_path):
+def test_images_show_the_rows_of_their_moment(command, tmp_path):
     assert run("sd1", command("--sample_every_n_steps=2", "--sample_at_first", "--learning_rate=1")) == 0
     files = sorted((tmp_path / "out" / "sample").glob("*_7.png"))
     pictures = [np.asarray(Image.open(file)).astype(int) for file in files]
@@ -122,7 +122,7 @@ def test_a_decoder_that_overflows_changes_nothing(command, tmp_path, monkeypatch
     assert marks(tmp_path / "drawn")
 
 
-def test_a_picture_that_is_lost_costs_no_training(command, tmp_path, monkeypatch, capsys):
+def test_a_image_that_is_lost_costs_no_training(command, tmp_path, monkeypatch, capsys):
     """Too little memory for one, a full disk for another, a surprise with the last; the third is drawn and written."""
     prompts = tmp_path / "three.txt"
     prompts.write_text("".join(f"{TOKEN} --w {width} --h 64 --s 1 --d 7\n" for width in (256, 64, 72, 80)))
@@ -145,9 +145,7 @@ def test_a_picture_that_is_lost_costs_no_training(command, tmp_path, monkeypatch
     monkeypatch.setattr(sample_album, "write_png", full_disk)
     assert run("sd1", command(f"--sample_prompts={prompts}", "--sample_every_n_steps=3", folder="drawn")) == 0
     said = capsys.readouterr().err
-    assert (
-        said.count("A sample picture was lost; the training goes on without it. OutOfMemoryError: out of memory") == 1
-    )
+    assert said.count("A sample image was lost; the training goes on without it. OutOfMemoryError: out of memory") == 1
     assert said.count("the training goes on without it. ValueError: odd") == 1
     assert said.count("cannot be written: No space left on device.") == 1
     (kept,) = (tmp_path / "drawn" / "sample").iterdir()
@@ -173,7 +171,7 @@ def test_a_file_in_the_folders_place_is_refused(command, tmp_path, trainers, cap
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "sample").write_text("mine")
     assert run("sd1", command("--sample_at_first")) == 1
-    assert "sample is a file, but sample pictures go into a folder of this name" in capsys.readouterr().err
+    assert "sample is a file, but sample images go into a folder of this name" in capsys.readouterr().err
     assert trainers == []
 
 
@@ -187,7 +185,7 @@ def test_weak_prompts_are_said(command, tmp_path, capsys):
     prompts.write_text(f"{'cat, ' * 60} --w 64 --h 64 --s 1\n")
     assert run("sd1", command(f"--sample_prompts={prompts}", "--sample_at_first")) == 0
     said = capsys.readouterr().err
-    assert f"No prompt of --sample_prompts holds the word {TOKEN}" in said
+    assert f"No prompt of --sample_prompts holds the token {TOKEN}" in said
     assert "has 120 tokens; only the first 75 count" in said
 
 
@@ -210,8 +208,8 @@ def test_where_a_prompt_holds_the_word(word, prompt, holds, tmp_path, caplog):
     sample = SampleOptions(sample_prompts=str(tmp_path / "p.txt"), sample_at_first=True)
     with caplog.at_level("WARNING"):
         options = SimpleNamespace(sample=sample, save=SaveOptions(output_dir=str(tmp_path)), dataset=DatasetOptions())
-        SampleAlbum.create(options, words(word=word))
-    assert ("No prompt of --sample_prompts holds the word" in caplog.text) != holds
+        SampleImages.create(options, words(word=word))
+    assert ("No prompt of --sample_prompts holds the token" in caplog.text) != holds
 
 
 def test_prompts_that_are_never_drawn_are_said(command, tmp_path, capsys):

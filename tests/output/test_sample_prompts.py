@@ -29,7 +29,7 @@ def with_effect(values: dict) -> dict:
 
 
 def expected_prompt(values: dict) -> SamplePrompt:
-    """What a picture is drawn from where a file holds these values."""
+    """What an image is drawn from where a file holds these values."""
     fields = {FIELDS[key]: value for key, value in with_effect(values).items() if value is not None}
     for side in fields.keys() & {"width", "height"}:
         fields[side] = max(64, fields[side] // 8 * 8)
@@ -201,7 +201,7 @@ def test_seeds_that_cannot_be_used(seed, tmp_path, caplog):
         ("p.json", "{", "not valid JSON"),
         ("p.json", '{"prompt": "a"}', "must hold a list"),
         ("p.json", '["a", 1]', "must hold a list"),
-        ("p.json", '["a", {"prompt": 1}]', "prompt must be a text in quotes, not 1"),
+        ("p.json", '["a", {"prompt": 1}]', "prompt must be a string in quotes, not 1"),
         ("p.json", '[{"prompt": "a", "width": "64"}]', "width must be a whole number of pixels, such as 512, not '64'"),
         ("p.json", '[{"prompt": "a", "height": 64.5}]', "height must be"),
         ("p.json", '[{"prompt": "a", "height": 4104}]', "height (--h) 4104 is too large; the most is 4096 pixels"),

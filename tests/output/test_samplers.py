@@ -69,7 +69,7 @@ def test_lms_names_the_package_it_needs(monkeypatch):
 
 
 class Oracle:
-    """A network that knows the one clean picture, and the schedule it was trained on.
+    """A network that knows the one clean image, and the schedule it was trained on.
 
     It also notes the noise it finds in each input: which shows whether the sampler's inputs are as noisy as it says.
     """
@@ -92,7 +92,7 @@ class Oracle:
 
 
 def denoise(sampler, oracle: Oracle, steps: int) -> torch.Tensor:
-    """The picture that the sampler makes from noise."""
+    """The image that the sampler makes from noise."""
     generator = torch.Generator().manual_seed(1)
     sampler.set_timesteps(steps)
     step = sampler.step
@@ -117,7 +117,7 @@ def picture() -> torch.Tensor:
 def unlikeness(name: str, oracle: Oracle) -> float:
     """How far the inputs of a run were from what they should be.
 
-    Of a deterministic sampler every input is the picture and the noise it began with, mixed as the schedule says for
+    Of a deterministic sampler every input is the image and the noise it began with, mixed as the schedule says for
     the timestep. What other samplers mix in has a spread of 1, too.
     """
     if name in ANCESTRAL:
@@ -134,7 +134,7 @@ def usual_unlikeness(name: str, v_prediction: bool) -> float:
 @pytest.mark.parametrize("zero_terminal_snr", [False, True])
 @pytest.mark.parametrize("v_prediction", [False, True])
 @pytest.mark.parametrize("name", DISTINCT)
-def test_a_perfect_predictor_leads_to_the_picture(name, v_prediction, zero_terminal_snr, steps, picture):
+def test_a_perfect_predictor_leads_to_the_image(name, v_prediction, zero_terminal_snr, steps, picture):
     oracle = Oracle(picture, v_prediction=v_prediction, zero_terminal_snr=zero_terminal_snr)
     sampler = make_sampler(name, v_prediction=v_prediction, zero_terminal_snr=zero_terminal_snr)
     found = denoise(sampler, oracle, steps)

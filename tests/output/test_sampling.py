@@ -1,4 +1,4 @@
-"""Drawing pictures: what diffusers' pipelines draw with the trained file, whatever the sampler, batch or seed."""
+"""Drawing images: what diffusers' pipelines draw with the trained file, whatever the sampler, batch or seed."""
 
 from dataclasses import replace
 
@@ -40,7 +40,7 @@ def difference(one: np.ndarray, other: np.ndarray) -> int:
     return int(np.abs(one.astype(int) - other.astype(int)).max())
 
 
-def diffusers_picture(trained, prompt: SamplePrompt, sampler: str, text: str | None = None) -> np.ndarray:
+def diffusers_image(trained, prompt: SamplePrompt, sampler: str, text: str | None = None) -> np.ndarray:
     family, model, _, file = trained
     pipe = fresh_pipeline(model)
     load_as_printed(pipe, family, file)
@@ -59,19 +59,19 @@ def diffusers_picture(trained, prompt: SamplePrompt, sampler: str, text: str | N
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler_a", "dpmsolver++"])
-def test_the_picture_is_diffusers_own(trained, sampler):
+def test_the_image_is_diffusers_own(trained, sampler):
     (got,) = trained[2].setup.pipeline.draw([varied(sampler=sampler)])
     assert got.shape == (64, 64, 3)
     assert got.dtype == np.uint8
-    assert difference(got, diffusers_picture(trained, PROMPT, sampler)) <= 1
-    assert difference(got, diffusers_picture(trained, PROMPT, sampler, "a photo of a cat in a park")) > 1
+    assert difference(got, diffusers_image(trained, PROMPT, sampler)) <= 1
+    assert difference(got, diffusers_image(trained, PROMPT, sampler, "a photo of a cat in a park")) > 1
 
 
 def test_sizes_need_not_be_square_and_guidance_may_be_off(trained):
     wide = varied(width=96, scale=1.0)
     (got,) = trained[2].setup.pipeline.draw([wide])
     assert got.shape == (64, 96, 3)
-    assert difference(got, diffusers_picture(trained, wide, "ddim")) <= 1
+    assert difference(got, diffusers_image(trained, wide, "ddim")) <= 1
 
 
 def test_seeds_decide_and_batches_do_not(trained, monkeypatch):
@@ -112,11 +112,11 @@ def test_only_prompts_with_the_word_depend_on_the_rows(trained):
 def test_a_solver_takes_no_more_steps_than_it_can(trained, monkeypatch):
     monkeypatch.setattr(samplers, "_MOST_STEPS", {"DPMSolverMultistepScheduler": 3})
     (got,) = trained[2].setup.pipeline.draw([varied(steps=1000, sampler="dpmsolver++")])
-    assert difference(got, diffusers_picture(trained, varied(steps=3), "dpmsolver++")) <= 1
+    assert difference(got, diffusers_image(trained, varied(steps=3), "dpmsolver++")) <= 1
 
 
 @pytest.mark.parametrize("where", ["latents", "pixels"])
-def test_a_spoiled_picture_is_no_picture(where, trained, monkeypatch, caplog):
+def test_a_spoiled_image_is_no_image(where, trained, monkeypatch, caplog):
     setup = trained[2].setup
     pipeline = setup.pipeline
     if where == "pixels":
@@ -126,7 +126,7 @@ def test_a_spoiled_picture_is_no_picture(where, trained, monkeypatch, caplog):
         rows = [torch.full_like(start, torch.nan) for start in setup.starts]
     with setup.rows.holding(rows), pytest.raises(UserError) as error:
         pipeline.draw([PROMPT, varied(seed=4)], batch_size=2)
-    assert 'The picture of "a photo of mychar in a park" comes out with values that are not finite' in str(error.value)
+    assert 'The image of "a photo of mychar in a park" comes out with NaN or infinite values' in str(error.value)
     assert "The VAE overflows" not in caplog.text
 
 

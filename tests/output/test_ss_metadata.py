@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import data_of, make_picture
+from datasets import data_of, make_image
 from option_effects import train
 from runs import TOKEN, arguments
 from safetensors import safe_open
@@ -64,9 +64,9 @@ def addnet_hashes(content: bytes) -> tuple[str, str]:
 def dataset(folder: Path, **changes: str) -> Path:
     """Two folders of images, one of regularisation, and one of them once more in a second dataset."""
     for number, caption in enumerate(CAPTIONS):
-        make_picture(folder / "10_mychar" / f"{number}.png", (64, 64), caption)
-    make_picture(folder / "more" / "0.png", (64, 64), "mychar, tree")
-    make_picture(folder / "reg" / "0.png", (64, 64), "a girl")
+        make_image(folder / "10_mychar" / f"{number}.png", (64, 64), caption)
+    make_image(folder / "more" / "0.png", (64, 64), "mychar, tree")
+    make_image(folder / "reg" / "0.png", (64, 64), "a girl")
     subsets = [("10_mychar", "num_repeats = 3"), ("more", ""), ("reg", "is_reg = true")]
     text = "[general]\ncaption_extension = '.txt'\n"
     for names, size in ((subsets, 64), (subsets[:1], 128)):
@@ -193,7 +193,7 @@ def test_what_does_not_apply_is_left_out(tmp_path, tiny_sd1):
 def test_captions_that_are_sentences_do_not_make_a_large_file(tmp_path):
     words = ",".join(f"tag{number}" for number in range(6000))
     for name in ("a", "b"):
-        make_picture(tmp_path / name / "0.png", (64, 64), f"mychar,{words},tag7")
+        make_image(tmp_path / name / "0.png", (64, 64), f"mychar,{words},tag7")
     subsets = [{"image_dir": str(tmp_path / name)} for name in ("a", "b")]
     one, two = (
         tag_frequency(data_of(tmp_path, {"resolution": 64, "subsets": subsets[:count]}).table) for count in (1, 2)

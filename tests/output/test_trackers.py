@@ -79,7 +79,7 @@ def test_golden_log_calls(case, tmp_path, tiny_sd1, recorders):
         pytest.importorskip("prodigyopt")
     data = write_dataset(tmp_path, count=case["images"], subset=f"num_repeats = {case['num_repeats']}")
     data.write_text(data.read_text().replace("batch_size = 2", f"batch_size = {case['batch_size']}"))
-    # When pictures are drawn and files are saved is another test's business.
+    # When images are drawn and files are saved is another test's business.
     flags = [flag for flag in case["argv"] if not flag.startswith(("--sample", "--save"))]
     argv = arguments("sd1", tiny_sd1, data, tmp_path / "out", f"--logging_dir={tmp_path / 'logs'}", *flags)
     train("sd1", argv, tmp_path / "out")

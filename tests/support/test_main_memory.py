@@ -45,7 +45,7 @@ def memory_of_a_step(*, float8: bool, apart: bool) -> tuple[int, int]:
     return before // 1024, after // 1024
 
 
-def test_unfolded_weights_leave_no_holes():
+def test_dequantized_weights_leave_no_holes():
     """Each is freed as soon as it was used; without a hand the heap keeps the place of many of them."""
     before, after = memory_of_a_step(float8=True, apart=True)
     whole_before, _ = memory_of_a_step(float8=False, apart=False)

@@ -129,7 +129,7 @@ def test_two_nodes_equal_one_process_with_accumulation(dataset, tmp_path, tiny_s
     assert_moved_alike([one], [two], trainers[0].setup.starts)
 
 
-def test_pictures_of_all_processes_reach_the_trackers_and_the_report(dataset, tmp_path, tiny_sd1):
+def test_images_of_all_processes_reach_the_trackers_and_the_report(dataset, tmp_path, tiny_sd1):
     """Each draws its share; the numbers of the report are those of one process."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(f"{TOKEN} {number} --w 64 --h 64 --s 2 --d {number}" for number in range(3)))
@@ -249,7 +249,7 @@ def init(self, *arguments, **options):
     self.device_ids, self.device_type = [0], "cpu"
 DDP.__init__ = init
 """
-# How many pictures each call draws, by process.
+# How many images each call draws, by process.
 COUNTING = """
 def draw(self, wanted, **details):
     with open({folder!r} + "/drawn_" + os.environ["RANK"] + "_of_" + os.environ["WORLD_SIZE"], "a") as file:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from datasets import make_picture
+from datasets import make_image
 
 from library.support.signals import ended_gently, in_one_piece, signals_handled, undisturbed
 
@@ -77,7 +77,7 @@ def test_during_the_imports(name, tmp_path):
         "import pathlib, time\npathlib.Path('begun').touch()\n"
         "try:\n    time.sleep(60)\nexcept BaseException:\n    time.sleep(60)\n"
     )
-    make_picture(tmp_path / "d" / "1_mychar" / "a.png", (64, 64))  # images are found before torch is imported
+    make_image(tmp_path / "d" / "1_mychar" / "a.png", (64, 64))  # images are found before torch is imported
     argv = [sys.executable, str(ROOT / "train_textual_inversion.py"), *ARGUMENTS, f"--output_dir={tmp_path / 'out'}"]
     argv += ["--pretrained_model_name_or_path=.", "--resolution=64"]
     process = subprocess.Popen(

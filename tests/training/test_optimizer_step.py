@@ -17,7 +17,7 @@ from library.training.optimizer_step import Learner
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory, tiny_sd1):
-    """Four photographs, of which two lack the word, in batches of one."""
+    """Four photographs, of which two lack the token, in batches of one."""
     folder = tmp_path_factory.mktemp("data")
     data = write_dataset(folder, count=4)
     for number in (2, 4):

@@ -175,7 +175,7 @@ def test_known_names_mind_no_case(name):
         ("AdamW8bits", 'Did you mean "AdamW8bit"?'),
         ("adam", 'Did you mean "Adam"?'),
         ("DAdaptAdm", 'Did you mean "DAdaptAdam"?'),
-        ("Optimizer", "is no known optimizer"),
+        ("Optimizer", "unknown optimizer"),
         ("torch.optim.Adan", "torch.optim has no class Adan"),
         ("torch.nn.Linear", "is not an optimizer"),
         ("LBFGS", "computes the loss several times"),

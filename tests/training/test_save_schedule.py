@@ -103,8 +103,8 @@ def test_golden_run_schedule_samples(case):
         moments += [f"{step:06}"] if schedule.after_step(step) else []
         epoch, ends = -(-step // run.steps_per_epoch), step % run.steps_per_epoch == 0 or step == run.total_steps
         moments += [f"e{epoch:06}"] if ends and schedule.after_epoch(epoch) else []
-    first_pictures = [re.match(r"sample n_(\w+)_00_", event) for event in case["events"]]
-    assert moments == [found[1] for found in first_pictures if found]
+    first_images = [re.match(r"sample n_(\w+)_00_", event) for event in case["events"]]
+    assert moments == [found[1] for found in first_images if found]
 
 
 @pytest.mark.parametrize("case", golden_cases("sample_timing"))
@@ -188,7 +188,7 @@ def test_epoch_ratio(epochs, ratio, every):
     assert SaveSchedule.create(options, epochs).every_n_epochs == every
 
 
-def test_pictures_after_steps():
+def test_images_after_steps():
     schedule = SampleSchedule.create(SampleOptions(sample_every_n_steps=3))
     assert [step for step in range(1, 10) if schedule.after_step(step)] == [3, 6, 9]
     assert not any(schedule.after_epoch(epoch) for epoch in range(1, 10))

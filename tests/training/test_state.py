@@ -37,7 +37,7 @@ STATES = {step: f"{TOKEN}-step{step:08d}-state" for step in range(1, 9)}
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """Five photographs in batches of two: an epoch is three batches, the last of one picture. Much is random."""
+    """Five photographs in batches of two: an epoch is three batches, the last of one image. Much is random."""
     return write_dataset(
         tmp_path_factory.mktemp("data"),
         count=5,
@@ -78,7 +78,7 @@ def test_a_resumed_run_ends_in_the_same_bits(family, command, tmp_path, request,
         argv = command(folder.name, *more, f"--resume={whole / STATES[step]}", family=family, model=model)
         assert run(family, argv) == 0
         spoken = capsys.readouterr()
-        assert f"Going on after step {step} of 7" in spoken.err
+        assert f"Resuming after step {step} of 7" in spoken.err
         assert_same(tensors(folder), tensors(whole))
         later = {f"{TOKEN}-step{number:08d}.safetensors" for number in range(step + 1, 8)}
         assert {path.name for path in folder.iterdir() if path.is_file()} == {RESULT, *later}
@@ -129,7 +129,7 @@ def test_accumulation_epochs_and_norms(command, tmp_path, capsys):
         f"{TOKEN}-state"
     ]
     assert run("sd1", command("rest", *more, f"--resume={whole / f'{TOKEN}-000002-state'}")) == 0
-    assert "Going on after step 4 of 8" in capsys.readouterr().err
+    assert "Resuming after step 4 of 8" in capsys.readouterr().err
     assert_same(tensors(tmp_path / "rest"), tensors(whole))
 
 
@@ -239,18 +239,18 @@ def test_what_must_be_as_it_was(more, sentence, state, command, trainers, capsys
 def test_what_makes_it_another_run_is_said(state, command, capsys):
     assert run("sd1", command("out", f"--resume={state}", "--seed=2", "--noise_offset=0.1", "--max_grad_norm=0.5")) == 0
     said = capsys.readouterr().err
-    assert "does not go on exactly as it would have" in said
+    assert "will not reproduce the original run exactly" in said
     assert (
         "--max_grad_norm was 1.0 in the saved state and is now 0.5; --noise_offset was not given in the saved state"
         in said
     )
     assert "--seed was 1 and is 2." in said
     assert run("sd1", command("more", f"--resume={state}", "--optimizer_type=adamw", "--save_every_n_steps=5")) == 0
-    assert "does not go on exactly" not in capsys.readouterr().err
+    assert "will not reproduce the original" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("cached", ["--cache_latents_to_disk", "--cache_latents", "--cache_latents=false"])
-def test_a_moved_folder_changes_nothing_and_an_edited_picture_is_said(cached, command, dataset, tmp_path, capsys):
+def test_a_moved_folder_changes_nothing_and_an_edited_image_is_said(cached, command, dataset, tmp_path, capsys):
     def moved(name):
         shutil.copytree(dataset.parent / "images", tmp_path / name / "images")
         file = tmp_path / name / "dataset.toml"
@@ -276,7 +276,7 @@ def test_a_moved_folder_changes_nothing_and_an_edited_picture_is_said(cached, co
     assert (tmp_path / "whole" / f"{TOKEN}-1.safetensors").read_bytes() == whole
 
 
-def test_other_pictures_and_another_length_are_said(command, dataset, tmp_path, capsys):
+def test_other_images_and_another_length_are_said(command, dataset, tmp_path, capsys):
     more = ["--save_state_on_train_end", "--lr_scheduler=cosine"]
     assert run("sd1", command("first", *more, "--max_train_steps=2")) == 0
     file = tmp_path / "other.toml"
@@ -285,9 +285,7 @@ def test_other_pictures_and_another_length_are_said(command, dataset, tmp_path, 
     capsys.readouterr()
     assert run("sd1", command("out", *more, f"--resume={state}", f"--dataset_config={file}")) == 0
     said = capsys.readouterr().err
-    assert (
-        "the pictures, their captions or their settings are not the same; the schedule was over 2 steps and is" in said
-    )
+    assert "the images, their captions or their settings are not the same; the schedule was over 2 steps and is" in said
 
 
 def test_what_the_vectors_began_with_is_remembered(command, tmp_path):
@@ -326,7 +324,7 @@ def test_a_schedule_that_no_state_can_hold_is_found_at_the_start(kind, command, 
     more = [f"--lr_scheduler_type={__name__}.{kind}", "--max_train_steps=1"]
     assert run("sd1", command("without", *more)) == 0
     assert run("sd1", command("with", *more, "--save_state")) == 1
-    assert "keeps something that a state cannot hold" in capsys.readouterr().err
+    assert "has state that cannot be saved" in capsys.readouterr().err
     assert not (tmp_path / "with").exists()
 
 
@@ -406,8 +404,8 @@ def test_options_that_a_state_does_not_know_are_no_difference():
     state.check(Options())
     assert state.changes(Options(), 9, "d", 1) == []
     assert state.changes(Options(), 10, "e", 2) == [
-        "the pictures, their captions or their settings are not the same",
-        "there were 1 processes and are 2",
+        "the images, their captions or their settings are not the same",
+        "saved with 1 process, now 2",
     ]
 
 
@@ -579,7 +577,7 @@ def test_resume_latest(command, tmp_path, capsys):
     shutil.rmtree(tmp_path / "out" / f"{TOKEN}-state")
     (tmp_path / "out" / RESULT).unlink()
     assert run("sd1", command("out", *more, "--resume=latest")) == 0
-    assert "Going on after step 6 of 7" in capsys.readouterr().err
+    assert "Resuming after step 6 of 7" in capsys.readouterr().err
     assert_same(tensors(tmp_path / "out"), wanted)
     assert not list((tmp_path / "out").glob("*-1*"))
 

@@ -16,7 +16,7 @@ MAX_OVERFLOWS = 30
 MAX_SILENT_STEPS = 10
 
 
-class LearningWatch:
+class DivergenceGuard:
     """Looks at every step of one run. ``taught`` tells whether the rows have ever received a gradient."""
 
     def __init__(self, names: Sequence[str], total_steps: int, *, scales_loss: bool) -> None:
@@ -29,12 +29,12 @@ class LearningWatch:
         self.overflows = 0
 
     def check_loss(self, loss: float, step: int) -> None:
-        """Raise UserError for the loss of step ``step`` (from 1) if it is not finite."""
+        """Raise UserError for the loss of step ``step`` (from 1) if it is NaN or infinite."""
         if not math.isfinite(loss):
             raise _spoiling(f"the loss of step {step} is {loss}")
 
     def check_gradient(self, norms: Tensor, step: int) -> bool:
-        """Stop a run before a gradient that is not finite reaches the rows, or when they get none at all.
+        """Stop a run before a NaN or infinite gradient reaches the rows, or when they get none at all.
 
         ``norms`` [text encoders, N], on the CPU, are the lengths of the rows' gradients at step ``step`` (from 1).
         Returns whether they are finite, which they need not be in fp16: such a step is to be skipped. Raises UserError.
@@ -43,7 +43,7 @@ class LearningWatch:
             self.overflows += 1
             # fp16's scaler lowers its scale after such a step, which settles within a few.
             if not self.scales_loss or self.overflows == MAX_OVERFLOWS:
-                raise _spoiling(f"the gradient of step {step} is not finite")
+                raise _spoiling(f"the gradient of step {step} is NaN or infinite")
             return False
         self.overflows = 0
         if not self.taught:
@@ -52,11 +52,11 @@ class LearningWatch:
 
     def _first_gradient(self, norms: Tensor) -> None:
         if not norms.any():
-            # One such step can be chance: a black mask, a picture of weight 0, a timestep of pure noise.
+            # One such step can be chance: a black mask, an image of weight 0, a timestep of pure noise.
             self.silent_steps += 1
             if self.silent_steps == self.patience:
                 raise UserError(
-                    f"Training stopped: the captions hold the word, but in {self.silent_steps} steps the new vectors "
+                    f"Training stopped: the captions hold the token, but in {self.silent_steps} steps the new vectors "
                     "received a gradient of exactly zero. Look at the masks (black everywhere?), --prior_loss_weight "
                     "and the timestep limits; in fp16 try --mixed_precision=bf16, with --xformers leave it out."
                 )
@@ -71,7 +71,7 @@ class LearningWatch:
 
 
 def _spoiling(reason: str) -> UserError:
-    """The error for a step that is not finite, with what to try."""
+    """The error for a step that is NaN or infinite, with what to try."""
     return UserError(
         f"Training stopped: {reason}. Going on would only spoil the embedding. Try --mixed_precision=bf16 or no in "
         "place of fp16, a lower --learning_rate, or --no_half_vae; if it happens at the first step, the model "

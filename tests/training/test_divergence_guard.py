@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from library.support.errors import UserError
-from library.training.learning_watch import MAX_OVERFLOWS, MAX_SILENT_STEPS, LearningWatch
+from library.training.divergence_guard import MAX_OVERFLOWS, MAX_SILENT_STEPS, DivergenceGuard
 
 NAMES = ("mychar", "mychar1")
 GOOD, NONE = torch.ones(1, 2), torch.zeros(1, 2)
 OVERFLOW = torch.tensor([[1.0, math.inf]])
 
 
-def watch(total_steps: int = 100, scales_loss: bool = False) -> LearningWatch:
-    return LearningWatch(NAMES, total_steps, scales_loss=scales_loss)
+def watch(total_steps: int = 100, scales_loss: bool = False) -> DivergenceGuard:
+    return DivergenceGuard(NAMES, total_steps, scales_loss=scales_loss)
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
@@ -26,7 +26,7 @@ def test_a_loss_that_is_not_finite(loss):
 
 
 def test_a_gradient_that_is_not_finite_stops_at_once_without_a_scaler():
-    with pytest.raises(UserError, match="the gradient of step 3 is not finite"):
+    with pytest.raises(UserError, match="the gradient of step 3 is NaN or infinite"):
         watch().check_gradient(OVERFLOW, 3)
 
 
@@ -34,7 +34,7 @@ def test_overflows_of_a_scaler_stop_only_when_they_do_not_end():
     patient = watch(scales_loss=True)
     for step in range(1, 2 * MAX_OVERFLOWS):
         patient.check_gradient(OVERFLOW if step % MAX_OVERFLOWS else GOOD, step)
-    with pytest.raises(UserError, match="not finite"):
+    with pytest.raises(UserError, match="NaN or infinite"):
         patient.check_gradient(OVERFLOW, step + 1)
 
 
