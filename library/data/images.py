@@ -331,8 +331,8 @@ def frame_mask(
 ) -> np.ndarray:
     """Read a mask image and resize and cut it as its image was: float32 [h, w] in [0, 1], from the red channel.
 
-    ``cut`` is that of the image's Image; None is the centre cut, as in latent caches. Raises UserError, naming both
-    files, where the mask has not the image's size.
+    ``cut`` is that of the image's :class:`Picture`; None is the centre cut, as in latent caches. Raises UserError,
+    naming both files, where the mask has not the image's size.
     """
     mask = read_image(path)
     check_mask_size((mask.shape[1], mask.shape[0]), path, image_size, image_path)
@@ -400,37 +400,6 @@ def _face_start(framing: Framing, lengths: tuple[int, int], centre: int, face: F
     elif framing.face_shares[0] < framing.face_shares[1] and face_side >= max(40, min(framing.bucket) // 10 + 1):
         start += rng.randint(-(face_side // 20), face_side // 20)
     return max(0, min(start, whole - window))
-
-
-def color_augment(pixels: np.ndarray, rng: random.Random) -> np.ndarray:
-    """In a third of the calls turn the hue of uint8 [H, W, 3] by up to 16 degrees, or bend its gamma by up to 5 %."""
-    if rng.random() > 0.33:
-        return pixels
-    if rng.random() > 0.5:
-        return shift_hue(pixels, rng.uniform(-16, 16))
-    return shift_gamma(pixels, rng.uniform(0.95, 1.05))
-
-
-def shift_gamma(pixels: np.ndarray, gamma: float) -> np.ndarray:
-    """Raise values, taken as [0, 1], to the power of ``gamma``: black and white stay."""
-    table = (np.arange(256) / 255) ** gamma * 255
-    bent: np.ndarray = table.round().astype(np.uint8)[pixels]
-    return bent
-
-
-def shift_hue(pixels: np.ndarray, degrees: float) -> np.ndarray:
-    """Turn the hue of uint8 [H, W, 3] by ``degrees``; saturation, value and greys stay."""
-    colours = pixels.astype(np.float32)
-    value, chroma = colours.max(2), np.ptp(colours, axis=2)
-    red, green, blue = np.moveaxis(colours, 2, 0)
-    safe = np.where(chroma > 0, chroma, 1)
-    sextant = np.select(
-        [value == red, value == green], [(green - blue) / safe, 2 + (blue - red) / safe], 4 + (red - green) / safe
-    )
-    # Each channel is full within one sextant of its own hue, falls to nothing over the next: the usual HSV formula.
-    turned = [(shift + sextant + degrees / 60) % 6 for shift in (5, 3, 1)]
-    mixed = [value - chroma * np.minimum(t, 4 - t).clip(0, 1) for t in turned]
-    return np.stack(mixed, axis=2).round().clip(0, 255).astype(np.uint8)
 
 
 def flip(array: np.ndarray) -> np.ndarray:

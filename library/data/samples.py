@@ -16,9 +16,10 @@ from library.data.batch_order import BatchRef
 from library.data.batches import Batch, Sample, collate
 from library.data.buckets import size_conditioning_crop
 from library.data.captions import CaptionMoment, deterministic_rules, process_caption
+from library.data.colours import color_augment
 from library.data.image_entry import ImageEntry
 from library.data.image_table import ImageTable
-from library.data.images import Cut, channels_first, color_augment, flip, frame_image, frame_mask
+from library.data.images import Cut, channels_first, flip, frame_image, frame_mask
 from library.data.latent_cache import LatentCache
 from library.data.random_masks import random_mask
 from library.embedding.tokenizer import PromptTokenizer

@@ -152,7 +152,7 @@ def check_token_string(placeholder: Placeholder, tokenizers: "Sequence[CLIPToken
             f'--token_string "{text}" would never be found: text is repaired before it is read, and this becomes '
             f'"{read}" in every caption. Give --token_string="{read}", or another made-up token.'
         )
-    if not any(ids := [tok.encode(text.lower(), add_special_tokens=False) for tok in tokenizers]):
+    if not any(tok.encode(text.lower(), add_special_tokens=False) for tok in tokenizers):
         raise UserError(
             f"--token_string {text!r} contains no characters that CLIP can tokenize. Give a word such as mychar."
         )

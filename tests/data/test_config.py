@@ -221,7 +221,7 @@ def test_subsets_without_repeats_are_left_out(tmp_path, caplog):
     assert "[[datasets.subsets]] number 1 is left out: its num_repeats is 0" in caplog.text
 
 
-@pytest.mark.parametrize("again", ["images", "images/", "./pictures", "x/../pictures"])
+@pytest.mark.parametrize("again", ["images", "images/", "./images", "x/../images"])
 def test_the_same_folder_counts_once(tmp_path, caplog, again):
     content = MINIMAL + f"[[datasets.subsets]]\nimage_dir = '{again}'\n[[datasets.subsets]]\nimage_dir = 'pictures2'\n"
     (dataset,) = load(tmp_path, content)

@@ -20,7 +20,7 @@ def _data(tmp_path, count=3, *, words=None, **subset):
 
 def test_buckets_with_counts(tmp_path):
     assert bucket_table(_data(tmp_path, num_repeats=3).table).splitlines() == [
-        "dataset       bucket  images   samples   batches",
+        "dataset       bucket    images   samples   batches",
         "      1        64x64         1         3         2",
         "      1        80x48         2         6         3",
     ]

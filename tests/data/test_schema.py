@@ -87,8 +87,8 @@ MALFORMED = {
     "boolean as text": (in_general('flip_aug = "true"'), ["[general]", '"true"', "true or false"]),
     "decimal as whole number": (in_dataset("validation_split = 0"), [FIRST, "0", "0.0 to below 1.0"]),
     "decimal as text": (in_dataset('network_multiplier = "1.0"'), [FIRST, '"1.0"', "decimal point"]),
-    "text as number": (in_subset("caption_prefix = 3"), [FIRST_SUBSET, '"caption_prefix"', "3", "text"]),
-    "text as list": (in_subset('class_tokens = ["a"]'), [FIRST_SUBSET, '["a"]', "text"]),
+    "text as number": (in_subset("caption_prefix = 3"), [FIRST_SUBSET, '"caption_prefix"', "3", "string"]),
+    "text as list": (in_subset('class_tokens = ["a"]'), [FIRST_SUBSET, '["a"]', "string"]),
     "resolution as text": (in_general('resolution = "512"'), ["[general]", '"512"', "[width, height]"]),
     "resolution with one side": (in_general("resolution = [512]"), ["[general]", "[512]", "[width, height]"]),
     "resolution with three sides": (
