@@ -116,7 +116,7 @@ def test_whatever_an_optimizer_and_a_schedule_keep(name, command, tmp_path, trai
     assert_same(tensors(tmp_path / "rest"), tensors(tmp_path / "whole"))
     whole, rest = trainers
     assert whole.setup.learner.rates() == rest.setup.learner.rates()
-    assert not torch.equal(whole.starts[0], tensors(tmp_path / "whole")["emb_params"])
+    assert not torch.equal(whole.setup.starts[0], tensors(tmp_path / "whole")["emb_params"])
 
 
 def test_accumulation_epochs_and_norms(command, tmp_path, capsys):
