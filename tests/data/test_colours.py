@@ -17,7 +17,9 @@ def test_gamma_keeps_black_and_white_and_bends_the_middle():
 
 @pytest.mark.parametrize("degrees", [-16.0, 0.0, 7.5, 120.0])
 def test_the_hue_is_turned_as_colorsys_does(degrees):
-    pixels = np.vstack([np.random.default_rng(0).integers(0, 256, (45, 3)), [[0, 0, 0], [255, 255, 255], [77, 77, 77], [255, 0, 0]]])
+    pixels = np.vstack(
+        [np.random.default_rng(0).integers(0, 256, (45, 3)), [[0, 0, 0], [255, 255, 255], [77, 77, 77], [255, 0, 0]]]
+    )
     made = shift_hue(pixels[None].astype(np.uint8), degrees)[0]
     for pixel, result in zip(pixels, made, strict=True):
         hue, saturation, value = colorsys.rgb_to_hsv(*(pixel / 255))
