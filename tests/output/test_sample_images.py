@@ -207,7 +207,8 @@ def test_where_a_prompt_holds_the_word(word, prompt, holds, tmp_path, caplog):
     (tmp_path / "p.txt").write_text(prompt)
     sample = SampleOptions(sample_prompts=str(tmp_path / "p.txt"), sample_at_first=True)
     with caplog.at_level("WARNING"):
-        options = SimpleNamespace(sample=sample, save=SaveOptions(output_dir=str(tmp_path)), dataset=DatasetOptions())
+        save = SaveOptions(output_dir=str(tmp_path), output_name="a")
+        options = SimpleNamespace(sample=sample, save=save, dataset=DatasetOptions())
         SampleImages.create(options, words(word=word))
     assert ("No prompt of --sample_prompts holds the token" in caplog.text) != holds
 

@@ -79,7 +79,7 @@ def test_seeds_decide_and_batches_do_not(trained, monkeypatch):
 
     To 0.03 % of what another seed changes, as measured; another caption changes 5 % and more of it.
     """
-    monkeypatch.setattr(sampling, "_to_pictures", lambda pixels: list(pixels.clamp(-1, 1)))
+    monkeypatch.setattr(sampling, "_to_images", lambda pixels: list(pixels.clamp(-1, 1)))
     pipeline = trained[2].setup.pipeline
     wanted = [varied(seed=seed, sampler="euler_a") for seed in (1, 2, 1)] + [varied(seed=4, width=72)]
     alone, together = pipeline.draw(wanted), pipeline.draw(wanted, batch_size=3)

@@ -405,7 +405,7 @@ def test_options_that_a_state_does_not_know_are_no_difference():
     assert state.changes(Options(), 9, "d", 1) == []
     assert state.changes(Options(), 10, "e", 2) == [
         "the images, their captions or their settings are not the same",
-        "saved with 1 process, now 2",
+        "the state was saved with 1 process, now 2",
     ]
 
 
