@@ -82,7 +82,7 @@ def files_of(folder: Path) -> set[str]:
 
 
 def test_a_wheel_holds_the_package_and_the_configurations_once(installed):
-    code = {name for name in files_of(ROOT / "library") if name.endswith(".py")}
+    code = {name for name in files_of(ROOT / "library") if name.endswith((".py", ".html"))}
     configs = {f"configs/{name}" for name in files_of(ROOT / "configs")}
     assert files_of(installed / "library") == code | configs
     rest = {path.name for path in installed.iterdir() if path.suffix != ".dist-info"}
