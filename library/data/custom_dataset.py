@@ -87,7 +87,7 @@ class CustomData:
         if not batch.has_token.any():
             report.warnings.append(
                 f'The first batch of {self.name} does not hold the token "{self.prompts.placeholder.text}", so it '
-                f"teaches it nothing. Ids of the word start at {self.prompts.first_new_id()}."
+                f"teaches it nothing. Ids of the token start at {self.prompts.first_new_id()}."
             )
         return report
 

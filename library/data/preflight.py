@@ -274,7 +274,7 @@ def _require_rows(kept: set[int], prompts: PromptTokenizer) -> None:
         )
     if missing := [name for row, name in enumerate(word.names) if row not in kept]:
         raise UserError(
-            "Every caption cuts off or lacks these vectors of the word, so they could never learn: "
+            "Every caption cuts off or lacks these vectors of the token, so they could never learn: "
             f"{first_names(missing)}. Only {capacity} tokens of a caption are read. "
             f'Move "{word.text}" to the front of the captions'
             f"{_longer(prompts)}."
@@ -306,7 +306,7 @@ def _warn_of_small_images(table: ImageTable, report: Report) -> None:
         names = [f"{table[index].path} ({_times(scale[index])})" for index in small[: NAMES_SHOWN + 1]]
         report.warnings.append(
             f"{_are(len(small), 'image')} much smaller than what the model sees and enlarged, so the "
-            f"word learns the blur too: {first_names(names)}. Use larger images, a lower resolution or "
+            f"token learns the blur too: {first_names(names)}. Use larger images, a lower resolution or "
             "bucket_no_upscale."
         )
 
