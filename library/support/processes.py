@@ -6,11 +6,18 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
 # What torch's launcher sets, and accelerate's, and those of MPI.
 _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 _COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+# Microseconds of computing in each so many microseconds: version 2 of control groups has one file, version 1 two.
+_CONTAINER_LIMITS = (
+    ("/sys/fs/cgroup/cpu.max",),
+    ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
+)
 
 
 def rank() -> int:
@@ -58,5 +65,15 @@ def _number(names: tuple[str, ...], otherwise: int) -> int:
 
 
 def usable_cores() -> int:
-    """Processor cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Processor cores that this process may run on: those it is bound to, and no more than its container's share."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(bound, _container_cores() or bound)
+
+
+def _container_cores() -> int | None:
+    """Cores that Linux' control groups leave to this process, rounded up; None without a limit."""
+    for names in _CONTAINER_LIMITS:
+        with suppress(OSError, ValueError, ZeroDivisionError):  # "max": no limit
+            quota, period = map(int, " ".join(Path(name).read_text("ascii") for name in names).split())
+            return max(1, -(-quota // period)) if quota > 0 else None
+    return None

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_models import save_folder
 
+from library.support import processes
 from library.training.state import TrainingState
 
 ROOT = Path(__file__).parents[2]
@@ -133,15 +134,16 @@ def test_images_of_all_processes_reach_the_trackers_and_the_report(dataset, tmp_
     """Each draws its share; the numbers of the report are those of one process."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(f"{TOKEN} {number} --w 64 --h 64 --s 2 --d {number}" for number in range(3)))
-    quick = "from library.output import learning_report\nlearning_report._STEPS, learning_report._LOSS_SAMPLES = 2, 8\n"
+    quick = "from library.output import learning_report as report\nreport.PICTURES, report._STEPS = 4, 2\n"
+    quick += "report._LOSS_SAMPLES = 8\n"
     drawn = f"from library.output.sampling import SamplingPipeline\noriginal = SamplingPipeline.draw\n{COUNTING}"
     file = script(tmp_path, quick + drawn.format(folder=str(tmp_path)))
     reports = []
-    for folder, processes in (("one", 1), ("two", 2)):
+    for folder, count in (("one", 1), ("two", 2)):
         argv = arguments("sd1", tiny_sd1, dataset, tmp_path / folder, "--learning_report", "--max_train_steps=1")
         argv += ["--no_report=false"]
         argv += [f"--sample_prompts={prompts}", "--sample_at_first", f"--logging_dir={tmp_path / folder / 'logs'}"]
-        done = start("torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", file, *argv)
+        done = start("torch.distributed.run", "--standalone", f"--nproc_per_node={count}", file, *argv)
         assert done.returncode == 0, done.stderr
         (events,) = {path.parent for path in (tmp_path / folder / "logs").rglob("events*")}
         reader = EventAccumulator(str(events)).Reload()
@@ -152,7 +154,7 @@ def test_images_of_all_processes_reach_the_trackers_and_the_report(dataset, tmp_
         assert sorted(samples) == ["0", "1", "2"]
         assert done.stdout.count("to go on") + done.stdout.count(f"{TOKEN}.html") == 1
     counts = {path.name: path.read_text().split() for path in tmp_path.glob("drawn*")}
-    assert counts["drawn_1_of_2"].count("8") == counts["drawn_0_of_2"].count("8") == 2
+    assert counts["drawn_1_of_2"].count("2") == counts["drawn_0_of_2"].count("2") == 2
     one, two = (report["before"] for report in reports)
     assert (two["loss"], two["distance"]) == pytest.approx((one["loss"], one["distance"]), rel=0.02)
 
@@ -400,3 +402,27 @@ def test_a_port_that_is_taken_in_between_is_left_for_another(monkeypatch, tmp_pa
         monkeypatch.setattr(sys.modules[__name__], "free_port", lambda: next(ports))
         done = two_processes(file, [])
     assert [(code, out) for code, out, _ in done] == [(0, f"2 {fine}\n")] * 2, done
+
+
+@pytest.mark.parametrize(
+    ("contents", "cores"),
+    [
+        (["200000 100000"], 2),
+        (["150000 100000"], 2),
+        (["10000 100000"], 1),
+        (["max 100000"], 8),
+        (["900000 100000"], 8),
+        ([None, "300000", "100000"], 3),
+        ([None, "-1", "100000"], 8),
+        ([None, None, None], 8),
+        (["nonsense"], 8),
+    ],
+)
+def test_cores_are_those_of_the_container(contents, cores, tmp_path, monkeypatch):
+    files = [tmp_path / name for name in ("max", "quota", "period")]
+    for file, content in zip(files, contents, strict=False):
+        if content is not None:
+            file.write_text(f"{content}\n")
+    monkeypatch.setattr(processes, "_CONTAINER_LIMITS", ((files[0],), files[1:]))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert processes.usable_cores() == cores
