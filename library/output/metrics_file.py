@@ -6,13 +6,15 @@ passes over what it does not know.
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from library.support.atomic_files import write_atomically
 
 Line = dict[str, Any]
+_T = TypeVar("_T")
+MOST_ROWS = 24  # of a table that grows with the run
 ENDING = "_metrics.jsonl"
 # What tells that a line is of the end of an epoch, or of the run.
 _OF_AN_EPOCH, _OF_THE_END = {"loss/validation"}, {"result", "verdict"}
@@ -85,3 +87,24 @@ def _number(value: Any) -> Any:
     if not isinstance(value, float):
         return value
     return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def sample_files(lines: Sequence[Line]) -> dict[int, dict[int, str]]:
+    """The names of the sample images' files, by the step at which they were drawn and the number of their prompt."""
+    drawn: dict[int, dict[int, str]] = {}
+    for line in lines:
+        if isinstance(line.get("samples"), dict):
+            drawn.setdefault(line["step"], {}).update({int(number): name for number, name in line["samples"].items()})
+    return dict(sorted(drawn.items()))
+
+
+def moment(step: int) -> str:
+    """When something was, for a reader."""
+    return f"step {step:,}" if step else "at first"
+
+
+def spread(items: Sequence[_T]) -> list[_T]:
+    """At most so many of the items, from all over them, the first and the last among them."""
+    if len(items) <= MOST_ROWS:
+        return list(items)
+    return [items[number * (len(items) - 1) // (MOST_ROWS - 1)] for number in range(MOST_ROWS)]

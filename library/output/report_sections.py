@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from library.output.charts import Point, Series, line_chart, shown, smoothed
 from library.output.learning_report import LearningReport
-from library.output.metrics_file import Line
+from library.output.metrics_file import Line, moment, sample_files, spread
 from library.output.run_facts import ImageFact, RunFacts
 from library.output.sample_prompts import SamplePrompt
 from library.output.thumbnails import Thumbnails
@@ -18,7 +18,6 @@ from library.training.loss_bands import BANDS, band_name
 
 _T = TypeVar("_T")
 MOST_VECTORS = 8  # that are drawn and named one by one
-MOST_ROWS = 24  # of a table that grows with the run
 _PHOTO, _SAMPLE, _SHEET = 320, 320, 1600  # sides in pixels: twice what they have on the page, for sharp screens
 
 
@@ -111,7 +110,7 @@ def _nearest_table(lines: Sequence[Line], labels: Sequence[str]) -> str:
         return ""
     head = "".join(f"<th>{escape(label)}</th>" for label in labels)
     rows = []
-    for line in _spread(list({line["step"]: line for line in found}.values())):
+    for line in spread(list({line["step"]: line for line in found}.values())):
         cells = "".join(f'<td class="words">{_words(line["nearest"].get(label, []))}</td>' for label in labels)
         rows.append(f'<tr><td class="number">{line["step"]:,}</td>{cells}</tr>')
     return (
@@ -128,19 +127,16 @@ def samples_section(
     lines: Sequence[Line], prompts: Sequence[SamplePrompt | None], folder: Path, thumbnails: Thumbnails
 ) -> Section:
     """The sample images: a row for each time they were drawn, a column for each prompt."""
-    drawn: dict[int, dict[str, str]] = {}
-    for line in lines:
-        if isinstance(line.get("samples"), dict):
-            drawn.setdefault(line["step"], {}).update(line["samples"])
+    drawn = sample_files(lines)
     asked = {number: prompt for number, prompt in enumerate(prompts) if prompt is not None}
     if not drawn or not asked:
         return Section("samples", "Sample images", "", "")
     head = "".join(f"<th>{_prompt(prompt)}</th>" for prompt in asked.values())
     rows = []
-    for step in _spread(sorted(drawn)):
-        label = f"step {step:,}" if step else "at first"
+    for step in spread(list(drawn)):
+        label = moment(step)
         cells = "".join(
-            f"<td>{_image(drawn[step].get(str(number)), folder, thumbnails, f'prompt {number + 1}, {label}')}</td>"
+            f"<td>{_image(drawn[step].get(number), folder, thumbnails, f'prompt {number + 1}, {label}')}</td>"
             for number in asked
         )
         rows.append(f"<tr><th>{label}</th>{cells}</tr>")
@@ -243,13 +239,6 @@ def _charts(charts: Iterable[str]) -> str:
     drawn = [chart for chart in charts if chart]
     shape = " four" if len(drawn) in (2, 4) else ""
     return f'<div class="charts{shape}">{"".join(drawn)}</div>' if drawn else ""
-
-
-def _spread(items: Sequence[_T]) -> list[_T]:
-    """At most so many of the items, from all over them, the first and the last among them."""
-    if len(items) <= MOST_ROWS:
-        return list(items)
-    return [items[number * (len(items) - 1) // (MOST_ROWS - 1)] for number in range(MOST_ROWS)]
 
 
 def value(number: float | None, unit: str = "") -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from library.model.device_report import peak_memory
@@ -17,9 +18,10 @@ from library.output import html_report, metrics_file
 from library.output.closing_block import closing_block
 from library.output.html_report import HtmlReport, Standing
 from library.output.learning_report import LearningReport, LearningReporting
-from library.output.metrics_file import Line, MetricsFile
+from library.output.metrics_file import Line, MetricsFile, sample_files
 from library.output.results import USAGE_ENDING, Results, make_room
 from library.output.run_facts import RunFacts
+from library.output.sample_grid import GRID_ENDING, PREVIEW_ENDING, run_of_image, sample_grid, write_for_run
 from library.output.sample_images import SampleImages
 from library.output.vector_meter import VectorMeter, VectorState
 from library.output.verdict import Verdict, judge
@@ -147,7 +149,18 @@ class RunReport(Callback):
         self.listed.update(found.values())
         if found:
             self._note({"step": progress.step, "samples": found})
+            self._draw_grid()
         self._draw()
+
+    def _draw_grid(self) -> None:
+        """Write the grid of the sample images anew, and the newest one as the embedding's preview."""
+        album, lines = self.watched.album, self.metrics.lines()
+        grid = sample_grid(album.folder, lines, [prompt.prompt if prompt else "" for prompt in album.prompts])
+        if grid is not None:
+            write_for_run(album.folder / f"{album.output_name}{GRID_ENDING}", grid, self.metrics.run)
+        newest = list(sample_files(lines).values())[-1]
+        with Image.open(album.folder / newest[min(newest)]) as image:
+            write_for_run(_beside(self.watched.file, PREVIEW_ENDING), image.convert("RGB"), self.metrics.run)
 
     @_shown
     def close(self) -> None:
@@ -254,6 +267,9 @@ class RunReport(Callback):
             self.metrics.path: metrics_file.run_of_metrics(self.metrics.path),
             self.page_path: html_report.run_of_report(self.page_path),
         }
+        if self.watched.album.prompts:
+            preview = _beside(self.watched.file, PREVIEW_ENDING)
+            runs[preview] = run_of_image(preview)
         make_room(self.watched.file, [path for path, run in runs.items() if run != self.metrics.run])
 
     @contextmanager

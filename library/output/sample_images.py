@@ -42,6 +42,7 @@ class SampleImages:
     schedule: SampleSchedule
     folder: Path
     output_name: str
+    sampler: str  # of prompts that name none
 
     @classmethod
     def create(cls, options: Options, tokenizer: PromptTokenizer) -> "SampleImages":
@@ -60,7 +61,7 @@ class SampleImages:
         if drawn and folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file, but sample images go into a folder of this name. Move the file.")
         name = required(options.save.output_name, "output_name")
-        return cls(tuple(drawn), SampleSchedule.create(options.sample), folder, name)
+        return cls(tuple(drawn), SampleSchedule.create(options.sample), folder, name, options.sample.sample_sampler)
 
     def draw(
         self,
@@ -104,8 +105,16 @@ class SampleImages:
     def _write(self, prompt: SamplePrompt, picture: np.ndarray, mark: str) -> None:
         seed = "" if prompt.seed is None else f"_{prompt.seed}"
         notes = PngInfo()
-        notes.add_itxt("parameters", prompt.prompt)  # where other programs look for the prompt
+        notes.add_itxt("parameters", parameters(prompt, self.sampler))
         write_png(self.folder / f"{self.output_name}_{mark}{seed}.png", Image.fromarray(picture), notes)
+
+
+def parameters(prompt: SamplePrompt, sampler: str) -> str:
+    """How an image was drawn, in the form of AUTOMATIC1111, which image browsers and other programs read."""
+    negative = [f"Negative prompt: {prompt.negative_prompt}"] if prompt.negative_prompt else []
+    seed = [] if prompt.seed is None else [f"Seed: {prompt.seed}"]
+    drawn = [f"Steps: {prompt.steps}", f"Sampler: {prompt.sampler or sampler}", f"CFG scale: {prompt.scale:g}"]
+    return "\n".join([prompt.prompt, *negative, ", ".join([*drawn, *seed, f"Size: {prompt.width}x{prompt.height}"])])
 
 
 class Sampling(Callback):

@@ -67,7 +67,8 @@ def test_images_show_the_rows_of_their_moment(command, tmp_path):
     pictures = [np.asarray(Image.open(file)).astype(int) for file in files]
     assert len(pictures) == 3  # at step 2, 4, and before
     assert all(np.abs(one - pictures[-1]).max() > 0 for one in pictures[:-1])
-    assert Image.open(files[0]).text == {"parameters": f"a photo of {TOKEN}"}
+    wanted = f"a photo of {TOKEN}\nSteps: 2, Sampler: ddim, CFG scale: 7.5, Seed: 7, Size: 64x64"
+    assert Image.open(files[0]).text == {"parameters": wanted}
 
 
 @shows("sample_sampler")
