@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from library.data.config import load_dataset_configs
 from library.embedding.files import write_embedding
 from library.embedding.metadata import TrainingRecord
+from library.embedding.tool import main as embedding_tool
 from library.options.data import DatasetOptions
 
 ROOT = Path(__file__).parents[1]
@@ -96,12 +97,18 @@ def trainings() -> list[list[str]]:
     return [command for command in words if any(word.endswith("train_textual_inversion.py") for word in command)]
 
 
+def tools() -> list[list[str]]:
+    """The commands for embedding files, without what starts them."""
+    words = [command for block in BASH for command in commands(block)]
+    return [command[3:] for command in words if command[1:3] == ["-m", "library.embedding"]]
+
+
 def test_the_pages_hold_the_commands_they_should():
     assert len(set_ups()) == 2
     assert len(trainings()) >= 4
     assert Path(trainings()[0][0]).name == "python"  # the launcher is for several GPUs
     others = [command for block in BASH for command in commands(block) if command not in trainings()]
-    others = [command for command in others if command[:4] != shlex.split(SET_UP)[:4]]
+    others = [command for command in others if command[:4] != shlex.split(SET_UP)[:4] and command[3:] not in tools()]
     assert [command[2:] for command in others] == [
         ["pytest", "-q", "-n", "auto"],  # what is running now
         ["pytest", "-m", "gpu"],  # run by test_gpu_session.py
@@ -119,6 +126,17 @@ def test_set_up(line):
     extras = re.fullmatch(r"\.\[(.+)\]", wanted[1])[1].split(",")
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert all(re.search(rf"^{extra} = \[", project, re.MULTILINE) for extra in extras)
+
+
+@pytest.mark.parametrize("command", tools(), ids=lambda command: command[0])
+def test_tools(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mychar", "mychar-step00000800", "mychar-step00001200"):
+        write_embedding(
+            Path(f"output/{name}.safetensors"), {"emb_params": torch.ones(4, 768)}, TrainingRecord("mychar", 4)
+        )
+    assert embedding_tool(command) == 0
+    assert (Path(command[-1]).is_file() and "Written: " in capsys.readouterr().out) or command[0] == "inspect"
 
 
 def embedding_for(family: str, given: list[str], folder: Path) -> Path:

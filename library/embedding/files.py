@@ -106,12 +106,17 @@ def read_embedding(path: Path | str) -> dict[str, Tensor]:
     run. Raises :class:`UserError` for a file that is missing, damaged, unsafe or not an
     embedding.
     """
+    return {key: _as_rows(rows, key, Path(path)) for key, rows in stored_rows(path).items()}
+
+
+def stored_rows(path: Path | str) -> dict[str, Tensor]:
+    """The tensors of an embedding file by the keys of :func:`read_embedding`, just as they are stored."""
     path = Path(path)
     weights = open_weights(path, mmap=False)
     names = [name for name in weights.shapes if not name.startswith("string_to_token.")]  # the id of a token
     chosen = _choose(names, path)
     tensors = weights.read(chosen.values())
-    return {key: _as_rows(tensors[name], key, path) for key, name in chosen.items()}
+    return {key: tensors[name] for key, name in chosen.items()}
 
 
 def rows_from_file(path: Path | str, keys: Sequence[str], widths: Sequence[int], count: int) -> list[Tensor | None]:
@@ -244,15 +249,15 @@ def _as_rows(rows: Tensor, key: str, path: Path) -> Tensor:
 
 
 def _other_base(path: Path | str, content: Mapping[str, Tensor], keys: Sequence[str], widths: Sequence[int]) -> str:
-    found = _describe({key: rows.shape[1] for key, rows in content.items()})
-    wanted = _describe(dict(zip(keys, widths, strict=True)))
+    found = base_of_widths({key: rows.shape[1] for key, rows in content.items()})
+    wanted = base_of_widths(dict(zip(keys, widths, strict=True)))
     return (
         f"--weights {path} belongs to {found}; this model is {wanted}. "
         "Give an embedding of the same base, or train on the base that this file was made for."
     )
 
 
-def _describe(widths: Mapping[str, int]) -> str:
+def base_of_widths(widths: Mapping[str, int]) -> str:
     """Name a base by its encoders' widths: ``Stable Diffusion XL (clip_l 768, clip_g 1280)``."""
     sizes = ", ".join(f"{key} {width}" if key in PAIR else f"vectors of width {width}" for key, width in widths.items())
     if set(widths) & set(PAIR):
