@@ -15,7 +15,7 @@ import numpy as np
 
 from library.data.caption_files import DEFAULT_EXTENSIONS, caption_extensions, caption_name, read_caption
 from library.data.config import DatasetConfig, SubsetConfig
-from library.data.images import IMAGE_EXTENSIONS, check_mask_size, image_size
+from library.data.images import IMAGE_EXTENSIONS, UNREAD_EXTENSIONS, check_mask_size, image_size
 from library.data.metadata_files import NO_FILE, FolderCache, read_metadata
 from library.support.errors import NAMES_SHOWN, UserError, counted, first_names
 
@@ -126,6 +126,7 @@ def _load_folder(subset: SubsetConfig) -> ImageSet:
     folder, all_lines = subset.source, subset.captions.wildcard
     present = _file_names(folder, "image_dir")
     names = sorted(name for name in present if _is_image(name))
+    _tell_of_unread_images(folder, present)
     extensions = caption_extensions(subset.caption_extension, subset.class_tokens)
     caption_names = [caption_name(name, extensions, present) for name in names]
     paths = [os.path.join(folder, name) for name in names]
@@ -139,6 +140,18 @@ def _load_folder(subset: SubsetConfig) -> ImageSet:
         _tell_of_unread_captions(subset, names, present, extensions)
         return ImageSet(subset, paths, [caption or subset.class_tokens for caption in captions], _size_array(sizes))
     return ImageSet(subset, paths, captions, _size_array(sizes), _without_caption(paths, captions))
+
+
+def _tell_of_unread_images(folder: str, present: set[str]) -> None:
+    """Say which files are images of formats that are not read."""
+    others = sorted(
+        name for name in present if not name.startswith(".") and os.path.splitext(name)[1].lower() in UNREAD_EXTENSIONS
+    )
+    if others:
+        logger.warning(
+            'The folder "%s" has %s in formats that are not read, which %s left out: %s. Save as PNG, JPEG or WebP.',
+            *(folder, counted(len(others), "image"), "is" if len(others) == 1 else "are", first_names(others)),
+        )
 
 
 def _tell_of_unread_captions(

@@ -252,3 +252,15 @@ def test_an_empty_folder_that_a_file_names_is_an_error(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty.* holds no images"):
         _sets(tmp_path, {"image_dir": str(tmp_path / "full")}, {"image_dir": str(tmp_path / "empty")})
+
+
+def test_images_of_formats_that_are_not_read_are_said(tmp_path, caplog):
+    images = tmp_path / "images"
+    make_image(images / "a.png")
+    for name in ("a.HEIC", "b.gif", ".hidden.tif", "c.txt"):
+        (images / name).write_bytes(b"")
+    (found,) = _sets(tmp_path, {"image_dir": str(images)})
+    assert len(found) == 1
+    assert f'The folder "{images}" has 2 images in formats that are not read, which are left out: a.HEIC, b.gif.' in (
+        caplog.text
+    )
