@@ -34,30 +34,8 @@ IMAGE_EXTENSIONS: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 IMAGE_EXTENSIONS += (".avif",) if features.check("avif") else ()
 IMAGE_EXTENSIONS += (".jxl",) if "JXL" in Image.OPEN else ()
 # What people have besides, and what would be left out without a word: from phones, cameras and drawing programs.
-UNREAD_EXTENSIONS = frozenset(
-    [
-        ".heic",
-        ".heif",
-        ".gif",
-        ".tif",
-        ".tiff",
-        ".jfif",
-        ".jp2",
-        ".avif",
-        ".jxl",
-        ".psd",
-        ".svg",
-        ".ico",
-        ".tga",
-        ".dng",
-        ".cr2",
-        ".cr3",
-        ".nef",
-        ".arw",
-        ".raf",
-        ".orf",
-    ]
-) - {*IMAGE_EXTENSIONS}
+_OTHERS = "heic heif gif tif tiff jfif jp2 avif jxl psd svg ico tga dng cr2 cr3 nef arw raf orf"
+UNREAD_EXTENSIONS = {f".{ending}" for ending in _OTHERS.split()} - {*IMAGE_EXTENSIONS}
 
 # What Pillow may take a file for, whatever its name says. Others of its readers start programs, or are hardly used.
 _FORMATS: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "BMP")
