@@ -177,7 +177,6 @@ def first_rows(job: Job, tables: Sequence[torch.nn.Embedding]) -> list[Tensor]:
 
 def optimizer_and_rates(job: Job, rows: TrainableRows, spread: float) -> tuple[OptimizerChoice, LearningRateSchedule]:
     """The optimizer over the rows alone, and its learning rates; ``spread`` is that of the token embedding table."""
-    rows.to(job.device)
     choice = build_optimizer(job.options.optimizer, rows.parameters())
     schedule = build_lr_schedule(job.options.schedule, choice, job.plan.total_steps)
     slow = slow_learning_warning(choice, job.plan.total_steps, spread)
@@ -190,6 +189,7 @@ def build_learner(job: Job, rows: TrainableRows, tables: Sequence[torch.nn.Embed
     """What steps the rows; with ``--resume`` as it was when the state was saved."""
     state, accelerator = job.state, job.accelerator
     spread = max(table_spread(table.weight) for table in tables)
+    rows.to(job.device)
     choice, schedule = optimizer_and_rates(job, rows, spread)
     watch = DivergenceGuard(
         job.word.placeholder.names, job.plan.total_steps, scales_loss=accelerator.scaler is not None
