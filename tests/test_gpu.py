@@ -55,7 +55,7 @@ def on_the_cpu(bench):
             with pytest.MonkeyPatch.context() as environment:
                 environment.setenv("ACCELERATE_USE_CPU", "true")
                 made[family, *more] = bench(*more, family=family, steps=STEPS)
-                assert made[family, *more].job.device.type == "cpu"
+                assert made[family, *more].rows[-1][0].device.type == "cpu"
         return made[family, *more]
 
     return run
@@ -86,7 +86,7 @@ def needs_gpu(on_gpu):
 def assert_computed_there(outcome: Outcome, on_gpu: bool) -> None:
     """The run was on the device, taught every vector, and its rows are finite."""
     kind = "cuda" if on_gpu else "cpu"
-    assert outcome.job.device.type == next(outcome.setup.task.unet.parameters()).device.type == kind
+    assert next(outcome.setup.task.unet.parameters()).device.type == kind
     assert ("Computing on the GPU" in outcome.said) == on_gpu
     for start, *steps in zip(outcome.setup.starts, *outcome.rows, strict=True):
         assert {rows.device.type for rows in steps} == {kind}

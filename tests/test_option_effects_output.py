@@ -174,7 +174,7 @@ def test_the_file_of_a_gui_runs_as_it_is(tmp_path, tiny_sd1):
     file = tmp_path / "gui.toml"
     file.write_text(small_gui_file(tmp_path, tiny_sd1), encoding="utf-8")
     done = train("sd1", [f"--config_file={file}"], tmp_path / "output")
-    assert done.files == ["last.safetensors"]
+    assert done.files == ["last.html", "last.safetensors", "last_metrics.jsonl", "last_usage.txt"]
     rows = done.tensors("last.safetensors")["emb_params"]
     assert (rows.shape, rows.dtype) == ((4, 32), torch.float16)
     assert done.rates == pytest.approx([0, 5e-5, 1e-4, 5e-5])

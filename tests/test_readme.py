@@ -143,7 +143,7 @@ def embedding_for(family: str, given: list[str], folder: Path) -> Path:
     """An embedding of the tiny models' widths with as many vectors as a command asks for."""
     count = int(next(word.partition("=")[2] for word in given if word.startswith("--num_vectors_per_token=")))
     widths = {"clip_l": 32, "clip_g": 64} if family == "sdxl" else {"emb_params": 32}
-    tensors = {key: torch.randn(count, width) for key, width in widths.items()}
+    tensors = {key: 0.02 * torch.randn(count, width) for key, width in widths.items()}
     write_embedding(folder / "before.safetensors", tensors, TrainingRecord("mychar", count))
     return folder / "before.safetensors"
 

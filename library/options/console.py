@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
@@ -113,12 +114,23 @@ def hold_back() -> None:
 
 @contextmanager
 def silenced() -> Iterator[None]:
-    """Within a ``with``: no log record but errors; for what is only tried out."""
-    logging.disable(logging.WARNING)
+    """Within a ``with``: no log record of this thread but errors; for what is only tried out.
+
+    Other threads are heard: what the one that reads the checkpoint's hash has to say may come at any moment.
+    """
+    silent = threading.get_ident()
+
+    def heard(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR or record.thread != silent
+
+    handlers = [*logging.getLogger().handlers, *logging.getLogger("library").handlers]
+    for handler in handlers:
+        handler.addFilter(heard)
     try:
         yield
     finally:
-        logging.disable(logging.NOTSET)
+        for handler in handlers:
+            handler.removeFilter(heard)
 
 
 def release() -> None:

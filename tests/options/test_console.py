@@ -3,11 +3,12 @@
 import io
 import logging
 import sys
+import threading
 
 import pytest
 from tqdm import tqdm
 
-from library.options.console import keep_talking, set_up_logging
+from library.options.console import keep_talking, set_up_logging, silenced
 from library.options.options import RuntimeOptions
 from library.support.errors import UserError
 
@@ -58,3 +59,15 @@ def test_a_log_file_belongs_to_the_main_process(tmp_path, monkeypatch):
     logging.getLogger("library.x").error("lost")
     assert file.read_text() == "what the main process said\n"
     assert [line.split()[1:] for line in screen.getvalue().splitlines()] == [["ERROR", "lost"]]
+
+
+def test_only_the_thread_that_tries_something_out_is_silent(caplog):
+    logger = logging.getLogger("library.anything")
+    with silenced():
+        logger.warning("not said")
+        logger.error("an error")
+        other = threading.Thread(target=logger.warning, args=("of another thread",))
+        other.start()
+        other.join()
+    logger.warning("afterwards")
+    assert [record.getMessage() for record in caplog.records] == ["an error", "of another thread", "afterwards"]
