@@ -109,7 +109,7 @@ def test_training_is_the_same_to_the_bit(flags, dataset, tmp_path, tiny_sd1, pro
         bits[name] = [[rows[0].numpy().tobytes() for rows in outcome.rows], outcome.losses, outcome.rates]
         files = sorted(file for file in outcome.folder.glob("*.safetensors"))
         bits[name] += [[{key: t.numpy().tobytes() for key, t in load_file(file).items()} for file in files]]
-        samples = sorted(outcome.folder.glob("sample/*.png"))
+        samples = sorted(outcome.folder.glob(f"sample/{TOKEN}_[e0-9]*.png"))
         bits[name] += [[file.read_bytes() for file in samples]]
     assert bits["with"] == bits["without"]
 
