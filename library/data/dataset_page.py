@@ -173,6 +173,7 @@ _OWN = {
     "is_reg": ("`false`", "These are regularization images: --prior_loss_weight weighs them."),
 }
 _IMAGES_FROM = {DREAMBOOTH: "a folder", FINETUNING: "a metadata file", MASK: "a folder with masks"}
+_LEVELS = (FILE, GENERAL, DATASET, SUBSET)
 # The tables of the page: the levels at which their keys may stand.
 _TABLES = {
     (FILE,): "Tables of the file",
@@ -193,12 +194,8 @@ def page() -> str:
 
 def _keys(levels: tuple[str, ...]) -> Iterator[str]:
     """The keys that may stand at these levels and no other, in the schema's order."""
-    everywhere = {name: None for level in (FILE, GENERAL, DATASET, SUBSET) for name in _known(level)}
-    return (name for name in everywhere if levels == tuple(level for level in _levels() if name in _known(level)))
-
-
-def _levels() -> tuple[str, ...]:
-    return FILE, GENERAL, DATASET, SUBSET
+    everywhere = dict.fromkeys(name for level in _LEVELS for name in _known(level))
+    return (name for name in everywhere if levels == tuple(level for level in _LEVELS if name in _known(level)))
 
 
 def _known(level: str) -> dict[str, Key]:
@@ -208,7 +205,7 @@ def _known(level: str) -> dict[str, Key]:
 
 def _row(name: str) -> tuple[str, ...]:
     """The cells of one key."""
-    key = next(_known(level)[name] for level in _levels() if name in _known(level))
+    key = next(_known(level)[name] for level in _LEVELS if name in _known(level))
     option = OPTION_NAMES.get(name, name)
     if option in _OPTIONS:
         default, shown, meaning = default_of(_OPTIONS[option]), f"`--{option}`", help_of(_OPTIONS[option])

@@ -7,7 +7,7 @@ import logging
 import os
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,7 +51,11 @@ def list_images(folder: str, option: str = "image_dir") -> list[str]:
 
 
 def _is_image(name: str) -> bool:
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
+    return _ends_in(name, IMAGE_EXTENSIONS)
+
+
+def _ends_in(name: str, extensions: Collection[str]) -> bool:
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in extensions
 
 
 def _file_names(folder: str, option: str) -> set[str]:
@@ -144,9 +148,7 @@ def _load_folder(subset: SubsetConfig) -> ImageSet:
 
 def _tell_of_unread_images(folder: str, present: set[str]) -> None:
     """Say which files are images of formats that are not read."""
-    others = sorted(
-        name for name in present if not name.startswith(".") and os.path.splitext(name)[1].lower() in UNREAD_EXTENSIONS
-    )
+    others = sorted(name for name in present if _ends_in(name, UNREAD_EXTENSIONS))
     if others:
         logger.warning(
             'The folder "%s" has %s in formats that are not read, which %s left out: %s. Save as PNG, JPEG or WebP.',

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from html import escape
 from itertools import count
 from pathlib import Path
-from typing import TypeVar
 
 from library.output.charts import Point, Series, line_chart, shown, smoothed
 from library.output.learning_report import LearningReport
@@ -16,7 +15,6 @@ from library.output.thumbnails import Thumbnails
 from library.support.errors import counted
 from library.training.loss_bands import BANDS, band_name
 
-_T = TypeVar("_T")
 MOST_VECTORS = 8  # that are drawn and named one by one
 _PHOTO, _SAMPLE, _SHEET = 320, 320, 1600  # sides in pixels: twice what they have on the page, for sharp screens
 

@@ -28,8 +28,7 @@ class _Lines(tqdm):  # type: ignore[misc]  # tqdm has no types
         """Print what is left to say."""
         if not self.disable:
             self.display()
-            self.leave = True  # tqdm's own way of closing would begin another line
-            self.disable = True
+            self.disable = True  # tqdm's own way of closing would begin another line
             self._decr_instances(self)
 
 

@@ -188,8 +188,7 @@ class TrainingState:
             found.append(f"--seed was {self.seed} and is {options.training.seed}")
         if data != self.data:
             found.append("the images, their captions or their settings are not the same")
-        if processes != len(self.random_states):
-            was = len(self.random_states)
+        if processes != (was := len(self.random_states)):
             found.append(f"the state was saved with {was} {'process' if was == 1 else 'processes'}, now {processes}")
         if total_steps != self.total_steps and _depends_on_length(options.schedule):
             found.append(f"the schedule was over {self.total_steps} steps and is over {total_steps}")
