@@ -91,23 +91,24 @@ def set_ups() -> list[str]:
     return [line for block in BASH for line in block.splitlines() if line.startswith(SET_UP)]
 
 
+COMMANDS = [command for block in BASH for command in commands(block)]
+
+
 def trainings() -> list[list[str]]:
     """The commands that start a script, in the pages' order."""
-    words = [command for block in BASH for command in commands(block)]
-    return [command for command in words if any(word.endswith("train_textual_inversion.py") for word in command)]
+    return [command for command in COMMANDS if any(word.endswith("train_textual_inversion.py") for word in command)]
 
 
 def tools() -> list[list[str]]:
     """The commands for embedding files, without what starts them."""
-    words = [command for block in BASH for command in commands(block)]
-    return [command[3:] for command in words if command[1:3] == ["-m", "library.embedding"]]
+    return [command[3:] for command in COMMANDS if command[1:3] == ["-m", "library.embedding"]]
 
 
 def test_the_pages_hold_the_commands_they_should():
     assert len(set_ups()) == 2
     assert len(trainings()) >= 4
     assert Path(trainings()[0][0]).name == "python"  # the launcher is for several GPUs
-    others = [command for block in BASH for command in commands(block) if command not in trainings()]
+    others = [command for command in COMMANDS if command not in trainings()]
     others = [command for command in others if command[:4] != shlex.split(SET_UP)[:4] and command[3:] not in tools()]
     assert [command[2:] for command in others] == [
         ["pytest", "-q", "-n", "auto"],  # what is running now

@@ -106,17 +106,30 @@ def read_embedding(path: Path | str) -> dict[str, Tensor]:
     run. Raises :class:`UserError` for a file that is missing, damaged, unsafe or not an
     embedding.
     """
-    return {key: _as_rows(rows, key, Path(path)) for key, rows in stored_rows(path).items()}
+    return read_stored(path).rows
 
 
-def stored_rows(path: Path | str) -> dict[str, Tensor]:
-    """The tensors of an embedding file by the keys of :func:`read_embedding`, just as they are stored."""
+@dataclass(frozen=True)
+class StoredEmbedding:
+    """An embedding file: its rows as :func:`read_embedding` gives them, how they are stored, what it says of itself."""
+
+    rows: dict[str, Tensor]
+    dtypes: dict[str, str]
+    metadata: Mapping[str, str]
+
+
+def read_stored(path: Path | str) -> StoredEmbedding:
+    """All that an embedding file holds, read once. Raises UserError like :func:`read_embedding`."""
     path = Path(path)
     weights = open_weights(path, mmap=False)
     names = [name for name in weights.shapes if not name.startswith("string_to_token.")]  # the id of a token
     chosen = _choose(names, path)
     tensors = weights.read(chosen.values())
-    return {key: tensors[name] for key, name in chosen.items()}
+    return StoredEmbedding(
+        {key: _as_rows(tensors[name], key, path) for key, name in chosen.items()},
+        {key: str(tensors[name].dtype).removeprefix("torch.") for key, name in chosen.items()},
+        weights.metadata,
+    )
 
 
 def rows_from_file(path: Path | str, keys: Sequence[str], widths: Sequence[int], count: int) -> list[Tensor | None]:

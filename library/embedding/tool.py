@@ -14,9 +14,8 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from library.embedding.clients import usages
-from library.embedding.files import PAIR, base_of_widths, read_embedding, stored_rows, write_embedding
+from library.embedding.files import PAIR, base_of_widths, read_stored, write_embedding
 from library.embedding.metadata import TrainingRecord
-from library.model.weight_files import open_weights
 from library.support.atomic_files import write_atomically
 from library.support.errors import UserError, counted
 
@@ -38,13 +37,18 @@ class Embedding:
     @classmethod
     def read(cls, path: Path) -> "Embedding":
         """Raises UserError for what is no embedding, see ``read_embedding``."""
-        dtypes = {key: str(rows.dtype).removeprefix("torch.") for key, rows in stored_rows(path).items()}
-        return cls(path, read_embedding(path), dtypes, open_weights(path, mmap=False).metadata)
+        stored = read_stored(path)
+        return cls(path, stored.rows, stored.dtypes, stored.metadata)
 
     @property
     def count(self) -> int:
         """Its number of vectors, the same for each encoder."""
         return len(next(iter(self.rows.values())))
+
+    @property
+    def base(self) -> str:
+        """The base that vectors of these widths are for."""
+        return base_of_widths({key: rows.shape[1] for key, rows in self.rows.items()})
 
     @property
     def token(self) -> str:
@@ -63,7 +67,6 @@ class Embedding:
 
     def facts(self) -> dict[str, Any]:
         """All that can be said of it, for people and programs."""
-        widths = {key: rows.shape[1] for key, rows in self.rows.items()}
         vectors = {
             key: {
                 "dtype": self.dtypes[key],
@@ -76,7 +79,7 @@ class Embedding:
         read_by = usages(self.path.stem, self.path.suffix, self.token, self.count, pair=pair)
         return {
             "file": str(self.path),
-            "base": base_of_widths(widths),
+            "base": self.base,
             "token": self.token,
             "num_vectors": self.count,
             "vectors": vectors,
@@ -212,5 +215,4 @@ def _shapes(embedding: Embedding) -> dict[str, torch.Size]:
 
 
 def _described(embedding: Embedding) -> str:
-    widths = {key: rows.shape[1] for key, rows in embedding.rows.items()}
-    return f"{counted(embedding.count, 'vector')} for {base_of_widths(widths)}"
+    return f"{counted(embedding.count, 'vector')} for {embedding.base}"

@@ -143,9 +143,8 @@ class RunReport(Callback):
     @_shown
     def after_samples(self, progress: Progress, images: Mapping[int, np.ndarray]) -> None:
         """Note which files hold the sample images, and draw."""
-        album = self.watched.album
-        newest = {number: album.newest(number) for number in range(len(album.prompts))}
-        found = {str(number): name for number, name in newest.items() if name and name not in self.listed}
+        newest = self.watched.album.newest()
+        found = {str(number): name for number, name in newest.items() if name not in self.listed}
         self.listed.update(found.values())
         if found:
             self._note({"step": progress.step, "samples": found})
@@ -176,7 +175,7 @@ class RunReport(Callback):
 
     def _judge(self, path: Path) -> None:
         learned = self.watched.learning.report if self.watched.learning else None
-        samples = any(self.watched.album.newest(number) for number in range(len(self.watched.album.prompts)))
+        samples = bool(self.watched.album.newest())
         with self.learner.averaged_rows() as rows:
             verdict = judge(self.meter.states(rows), learned.distances if learned else None, samples=samples)
         sheet = None

@@ -96,11 +96,12 @@ class SampleImages:
                 bar.update()
         return pictures
 
-    def newest(self, number: int) -> str | None:
-        """The name of the newest image of prompt ``number`` (from 0) in the folder, by the time it was written."""
-        name = re.compile(rf"{re.escape(self.output_name)}_e?\d{{6,}}_{number:02d}_\d{{14}}(_\d+)?\.png")
-        found = [file for file in self.folder.glob("*.png") if name.fullmatch(file.name)]
-        return max(found, key=lambda file: file.stat().st_mtime_ns).name if found else None
+    def newest(self) -> dict[int, str]:
+        """The names of the newest images in the folder, by the number of their prompt (from 0) and when written."""
+        name = re.compile(rf"{re.escape(self.output_name)}_e?\d{{6,}}_(\d{{2,}})_\d{{14}}(_\d+)?\.png")
+        files = sorted(self.folder.glob("*.png"), key=lambda file: file.stat().st_mtime_ns)
+        numbered = {int(match[1]): file.name for file in files if (match := name.fullmatch(file.name))}
+        return {number: numbered[number] for number in range(len(self.prompts)) if number in numbered}
 
     def _write(self, prompt: SamplePrompt, picture: np.ndarray, mark: str) -> None:
         seed = "" if prompt.seed is None else f"_{prompt.seed}"
