@@ -19,6 +19,7 @@ from library.model import device_settings, runtime
 from library.model.base_model import BaseModel
 from library.model.family import ModelFamily
 from library.model.vae import FrozenVae
+from library.options.checks import clip_limit
 from library.options.options import Options
 from library.output.results import Results
 from library.output.sample_images import SampleImages
@@ -29,7 +30,7 @@ from library.training.diffusion import NoiseSchedule
 from library.training.divergence_guard import DivergenceGuard
 from library.training.loss_bands import LossBands
 from library.training.lr_schedulers import LearningRateSchedule, build_lr_schedule
-from library.training.optimizer_step import Learner
+from library.training.optimizer_step import Learner, StepRules
 from library.training.optimizers import (
     OptimizerChoice,
     build_optimizer,
@@ -194,7 +195,6 @@ def build_learner(job: Job, rows: TrainableRows, tables: Sequence[torch.nn.Embed
     watch = DivergenceGuard(
         job.word.placeholder.names, job.plan.total_steps, scales_loss=accelerator.scaler is not None
     )
-    keeps_norm = job.options.token.preserve_embedding_norm
     learner = Learner(
         accelerator,
         rows,
@@ -202,12 +202,21 @@ def build_learner(job: Job, rows: TrainableRows, tables: Sequence[torch.nn.Embed
         schedule,
         watch,
         progress=Progress.at(job.plan, state.step, closed=state.epoch_closed) if state else Progress(),
-        max_grad_norm=job.options.optimizer.max_grad_norm,
-        norms=[typical_norm(table.weight) for table in tables] if keeps_norm else None,
+        rules=step_rules(job.options, tables),
     )
     if state:
         learner.load_state_dict(state.learner, new_rates=bool(state.other_rates(job.options)))
     return learner
+
+
+def step_rules(options: Options, tables: Sequence[torch.nn.Embedding]) -> StepRules:
+    """What a step does besides following the gradient; ``tables`` are the frozen token embeddings."""
+    keeps_norm = options.token.preserve_embedding_norm
+    return StepRules(
+        max_grad_norm=clip_limit(options),
+        normalizes_samples=options.recipe.normalize_sample_gradients,
+        norms=[typical_norm(table.weight) for table in tables] if keeps_norm else None,
+    )
 
 
 def build_prompt_encoder(job: Job, text_encoders: list[PreTrainedModel], learner: Learner) -> PromptEncoder:

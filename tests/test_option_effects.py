@@ -12,6 +12,7 @@ import test_option_effects_data
 import test_option_effects_learning
 import test_option_effects_model
 import test_option_effects_output
+import test_option_effects_recipe
 import test_run_report
 import test_sample_images
 import test_state
@@ -28,6 +29,7 @@ MODULES = [
     test_option_effects_learning,
     test_option_effects_model,
     test_option_effects_output,
+    test_option_effects_recipe,
     test_learning_report,
     test_metadata_files,
     test_run_report,

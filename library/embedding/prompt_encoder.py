@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from library.embedding.sample_gradients import with_normalized_gradients
 from library.embedding.tokenizer import MergedEmbedding, PromptTokenizer, token_table
 from library.model.family import Conditioning, ModelFamily
 from library.support.transfers import sent
@@ -41,13 +42,16 @@ class PromptEncoder:
             self.embeddings.append(merged)
         self._cache: dict[bytes, Conditioning] = {}
 
-    def encode(self, input_ids: Sequence[torch.Tensor]) -> Conditioning:
+    def encode(self, input_ids: Sequence[torch.Tensor], shares: torch.Tensor | None = None) -> Conditioning:
         """Conditioning of B prompts; ``input_ids`` holds [B, chunks, 77] per text encoder, on the CPU.
 
         Calls the rows' module once, so that it may be called once per backward. Cached prompts are not encoded again.
+        With ``shares`` [B] each prompt's gradient is normalized: see ``with_normalized_gradients``.
         """
-        for merged, rows in zip(self.embeddings, self.rows(None), strict=True):
-            merged.rows = rows
+        rows: list[torch.Tensor] = self.rows(None)
+        if shares is not None:
+            rows = with_normalized_gradients(rows, shares)
+        self._use(rows)
         if not self._cache:
             return self._run(input_ids)
         cached = [self._cache.get(_key(input_ids, i)) for i in range(len(input_ids[0]))]
@@ -55,10 +59,16 @@ class PromptEncoder:
         if len(live) == len(cached):
             return self._run(input_ids)
         if live:
+            if shares is not None:
+                self._use([each[live] for each in rows])
             fresh = self._run([ids[live] for ids in input_ids])
             for place, i in enumerate(live):
                 cached[i] = _one(fresh, place)
         return _join([found for found in cached if found is not None], self.device)
+
+    def _use(self, rows: Sequence[torch.Tensor]) -> None:
+        for merged, each in zip(self.embeddings, rows, strict=True):
+            merged.rows = each
 
     @property
     def device(self) -> torch.device:

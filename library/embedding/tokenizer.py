@@ -291,8 +291,9 @@ class TrainableRows(nn.Module):
 class MergedEmbedding(nn.Module):
     """Stands in for a text encoder's token table: known ids from the frozen table, new ids from the rows.
 
-    ``rows`` [N, D] is set before each use and keeps its gradient; it is cast to the table's dtype here. No table with
-    more rows is ever built, and the rows are in the graph even if no new id occurs (their gradient is then zero).
+    ``rows`` [N, D], or [B, N, D] for each of B prompts, is set before each use and keeps its gradient; it is cast to
+    the table's dtype here. No table with more rows is ever built, and the rows are in the graph even if no new id
+    occurs (their gradient is then zero).
     """
 
     def __init__(self, table: nn.Embedding, first_new_id: int) -> None:
@@ -308,7 +309,10 @@ class MergedEmbedding(nn.Module):
         known: torch.Tensor = self.table(input_ids.clamp(max=self.first_new_id - 1))
         if self.rows is None:
             return known
-        offsets = input_ids - self.first_new_id
+        offsets, rows = input_ids - self.first_new_id, self.rows.to(known.dtype)
+        places = offsets.clamp(0, rows.shape[-2] - 1)
+        if rows.ndim == 3:  # the windows of a prompt follow each other
+            prompts = torch.arange(len(input_ids), device=places.device) // (len(input_ids) // len(rows))
+            places, rows = places + prompts.unsqueeze(-1) * rows.shape[1], rows.flatten(0, 1)
         # Not by indexing: on the CPU its gradient adds up in an order that changes from run to run.
-        new = functional.embedding(offsets.clamp(0, len(self.rows) - 1), self.rows.to(known.dtype))
-        return torch.where((offsets >= 0).unsqueeze(-1), new, known)
+        return torch.where((offsets >= 0).unsqueeze(-1), functional.embedding(places, rows), known)

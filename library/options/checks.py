@@ -166,6 +166,13 @@ def chosen_optimizer(options: OptimizerOptions) -> str:
     return next(iter(names.values()), "AdamW")
 
 
+def clip_limit(options: Options) -> float:
+    """The joint norm that the gradient is clipped to, 0 for none: normalized gradients are bounded by themselves."""
+    limit = options.optimizer.max_grad_norm
+    is_default = limit == OptimizerOptions().max_grad_norm
+    return 0.0 if is_default and options.recipe.normalize_sample_gradients else limit
+
+
 def _check_family(options: Options, family: str) -> None:
     if family == "sdxl" and options.model.v2:
         raise UserError("--v2 is for Stable Diffusion 2.x: use train_textual_inversion.py, or leave --v2 out for SDXL.")

@@ -69,6 +69,7 @@ class Option:
     ``needs`` are the options ("cache_latents", "loss_type huber") of which one must be in force for this one to have
     an effect, ``yields_to`` those that are used in its place; ``idle`` is why it never has one. ``table`` is where in a
     dataset file the option is a key, which it falls back on, and ``key`` the key's name where that is another.
+    ``told`` marks what an embedding file tells of its training, as ``ti.<name>``, where it is not the default.
     """
 
     help: str
@@ -90,6 +91,7 @@ class Option:
     on_resume: OnResume = OnResume.SAID
     table: str = ""
     key: str = ""
+    told: bool = False
 
     @property
     def is_flag(self) -> bool:

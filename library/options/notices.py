@@ -7,6 +7,7 @@ there.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from library.options.checks import clip_limit
 from library.options.declaration import Option
 from library.options.options import Options, as_dict, declared_options
 from library.options.output import MetadataOptions
@@ -21,7 +22,7 @@ def notices(options: Options) -> list[str]:
     """Return a sentence for each option that is given and changes nothing."""
     values, given = as_dict(options, secrets=True), _given(options)
     sentences = [_notice(name, _DECLARED[name], values) for name in values if name in given]
-    rules = (_folders, _noise, _runtime, _saving, _logs)
+    rules = (_folders, _noise, _recipe, _runtime, _saving, _logs)
     told = [sentence for rule in rules for applies, sentence in rule(options, given) if applies]
     return [*filter(None, sentences), *told]
 
@@ -70,6 +71,20 @@ def _noise(options: Options, given: set[str]) -> Iterator[Rule]:
         "adaptive_noise_scale" in given and not options.noise.noise_offset,
         "--adaptive_noise_scale has no effect without a --noise_offset above 0.",
     )
+
+
+def _recipe(options: Options, given: set[str]) -> Iterator[Rule]:
+    normalizes = options.recipe.normalize_sample_gradients
+    yield (
+        normalizes and not clip_limit(options),
+        "--normalize_sample_gradients: the gradient norm is not clipped, since no sample's is above 1.",
+    )
+    for name in ("min_snr_gamma", "scale_v_pred_loss_like_noise_pred", "v_pred_like_loss", "debiased_estimation_loss"):
+        yield (
+            normalizes and name in given,
+            f"--{name} changes the loss that is logged, but not what is learned: --normalize_sample_gradients brings "
+            "each sample's gradient to a norm of 1, whatever its loss is multiplied by.",
+        )
 
 
 def _runtime(options: Options, given: set[str]) -> Iterator[Rule]:

@@ -12,6 +12,7 @@ from library.options.data import CacheOptions, DatasetOptions
 from library.options.declaration import OnResume, Option, flag, option, option_of
 from library.options.option_types import boolean, whole_number
 from library.options.output import HubOptions, LoggingOptions, MetadataOptions, SampleOptions, SaveOptions
+from library.options.recipe import RecipeOptions
 from library.options.training import (
     DeepSpeedOptions,
     LossOptions,
@@ -121,6 +122,7 @@ class Options:
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
+    recipe: RecipeOptions = field(default_factory=RecipeOptions)
     noise: NoiseOptions = field(default_factory=NoiseOptions)
     loss: LossOptions = field(default_factory=LossOptions)
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
@@ -157,6 +159,12 @@ def declared_options() -> Iterator[tuple[str, Option]]:
 def options_with(on_resume: OnResume) -> tuple[str, ...]:
     """Names of the options that resuming treats alike, in their order."""
     return tuple(name for name, option in declared_options() if option.on_resume is on_resume)
+
+
+def told_options(options: Options) -> dict[str, Any]:
+    """Those that an embedding file tells of (see ``Option.told``) and that are not as they are by default."""
+    told, defaults = {name for name, option in declared_options() if option.told}, as_dict(Options())
+    return {name: value for name, value in as_dict(options).items() if name in told and value != defaults[name]}
 
 
 def dataset_keys(*tables: str) -> dict[str, tuple[str, Option]]:

@@ -21,7 +21,8 @@ from library.model.base_model import BaseModel
 from library.model.family import ModelFamily
 from library.model.runtime import decided_by_main
 from library.options.declaration import required
-from library.options.options import Options
+from library.options.option_types import written
+from library.options.options import Options, told_options
 from library.output.report import movement_table, movement_warning, movements, usage_card
 from library.output.ss_metadata import ss_metadata
 from library.support.atomic_files import sweep, write_atomically
@@ -91,6 +92,8 @@ class Results:
         )
         metadata = modelspec_metadata(options.metadata, trained_for, options.save.output_name)
         metadata |= ss_metadata(options, family, model, data)
+        if not options.metadata.no_metadata:
+            metadata |= {f"ti.{name}": str(written(value)) for name, value in told_options(options).items()}
         if options.save.save_model_as == "safetensors":
             check_length(metadata)
         folder = Path(required(options.save.output_dir, "output_dir"))

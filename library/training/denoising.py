@@ -40,10 +40,11 @@ class DenoisingTask:
     vae: FrozenVae | None = None
     bands: LossBands | None = None
 
-    def losses(self, batch: Batch, *, check: bool = True) -> torch.Tensor:
+    def losses(self, batch: Batch, *, check: bool = True, shares: torch.Tensor | None = None) -> torch.Tensor:
         """The loss of each of the batch's B samples, float32 [B]; ``batch`` is on the U-Net's device.
 
-        Without ``check`` nobody waits for the device: the loss of an image at which the VAE overflows is NaN.
+        Without ``check`` nobody waits for the device: the loss of an image at which the VAE overflows is NaN. With
+        ``shares`` [B] each sample's gradient is normalized: see ``with_normalized_gradients``.
         """
         pixels = _pixels(batch)
         latents = self._latents(batch, pixels, check)
@@ -51,7 +52,7 @@ class DenoisingTask:
         noisy = self.schedule.add_noise(latents, draw.input_noise, draw.timesteps)
         if batch.holes is not None:
             noisy = torch.cat([noisy, self._surroundings(batch, pixels, check)], dim=1)
-        conditioning = self.prompt_encoder.encode(batch.input_ids)
+        conditioning = self.prompt_encoder.encode(batch.input_ids, shares)
         prediction = self.family.predict_noise(self.unet, noisy, draw.timesteps, conditioning, batch.size_conditioning)
         losses = per_sample_loss(
             prediction,

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import accelerate
@@ -28,12 +29,25 @@ from library.training.state import packed
 _SCHEDULED = ("lr", "initial_lr", "max_lr", "min_lr", "betas", "momentum", "base_momentum", "max_momentum")
 
 
-class Learner:
-    """The rows with their optimizer and its schedule.
+@dataclass(frozen=True)
+class StepRules:
+    """What a step does besides following the mean gradient; by default nothing.
 
-    ``max_grad_norm`` limits the joint norm of all rows' gradient (0: no limit). With ``norms``, one per text encoder,
-    every row is brought to that length after each step. ``progress`` counts the steps; ``gradient_norm`` is that of the
-    last one's gradient over all rows, before it was limited.
+    ``max_grad_norm`` limits the joint norm of all rows' gradient (0: no limit). ``normalizes_samples``: the gradient of
+    each sample has a norm of 1 before their mean is taken. With ``norms``, one per text encoder, every row is brought
+    to that length after each step.
+    """
+
+    max_grad_norm: float = 0.0
+    normalizes_samples: bool = False
+    norms: Sequence[float] | None = None
+
+
+class Learner:
+    """The rows with their optimizer, its schedule and the ``rules`` of a step.
+
+    ``progress`` counts the steps; ``gradient_norm`` is that of the last one's gradient over all rows, before it was
+    limited.
     """
 
     def __init__(
@@ -45,12 +59,11 @@ class Learner:
         watch: DivergenceGuard,
         *,
         progress: Progress,
-        max_grad_norm: float = 0.0,
-        norms: Sequence[float] | None = None,
+        rules: StepRules,
     ) -> None:
         """The rows and the optimizer become the accelerator's; ``prepared_rows`` is what the encoders must use."""
         self.accelerator, self.rows, self.choice, self.schedule, self.watch = accelerator, rows, choice, schedule, watch
-        self.progress, self.max_grad_norm, self.norms = progress, max_grad_norm, norms
+        self.progress, self.rules = progress, rules
         self.gradient_norm = 0.0
         self.optimizer: AcceleratedOptimizer
         self.optimizer, self.prepared_rows = accelerator.prepare(choice.optimizer, rows)
@@ -180,22 +193,29 @@ class Learner:
             # The networks are skipped, but the rows stay in the graph: other processes may wait for their gradient.
             total: Tensor = sum(rows.sum() for rows in task.prompt_encoder.rows(None))
             return total * torch.zeros(1, device=self.accelerator.device)
-        return task.losses(batch.to(self.accelerator.device), check=check)
+        batch = batch.to(self.accelerator.device)
+        return task.losses(batch, check=check, shares=self._shares(batch) if self.rules.normalizes_samples else None)
+
+    def _shares(self, batch: Batch) -> Tensor:
+        """What the loss of each sample [B] counts in what a backward begins with, fp16's scale included."""
+        shares = batch.loss_weights * (batch.weight / len(batch))
+        scaler = self.accelerator.scaler
+        return shares if scaler is None else scaler.scale(shares)
 
     def _update_rows(self, finite: bool) -> None:
         """Follow the gradient, clipped jointly for all encoders; fp16's scaler sees one that is not ``finite`` too."""
         scaler = self.accelerator.scaler
         if scaler is not None:
             scaler.unscale_(self.choice.optimizer)
-        if self.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(self.rows.parameters(), self.max_grad_norm)
+        if self.rules.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(self.rows.parameters(), self.rules.max_grad_norm)
         # Not through the scaler, nor accelerate: they would read once more from the device what is known here.
         if finite:
             self.choice.optimizer.step()
         if scaler is not None:
             scaler.update()
-        if self.norms is not None:
-            self.rows.rescale(self.norms)
+        if self.rules.norms is not None:
+            self.rows.rescale(self.rules.norms)
 
 
 def _mean(taught: Tensor) -> float | None:

@@ -38,6 +38,7 @@ ADDED = {
     "caption_dropout_rate",
     "caption_dropout_every_n_epochs",
     "caption_tag_dropout_rate",
+    "normalize_sample_gradients",
     "preserve_embedding_norm",
     "learning_report",
     "no_metadata",  # of sd-scripts' LoRA script, as the next

@@ -100,10 +100,16 @@ def assert_moved_alike(one, two, starts):
 
 
 @pytest.mark.parametrize(
-    ("family", "flags"), [("sd2", []), ("sdxl", []), ("sd1", ["--train_inpainting", "--cache_latents=false"])]
+    ("family", "flags"),
+    [
+        ("sd2", []),
+        ("sdxl", []),
+        ("sdxl", ["--normalize_sample_gradients"]),
+        ("sd1", ["--train_inpainting", "--cache_latents=false"]),
+    ],
 )
 def test_two_processes_equal_one_with_accumulation(family, flags, dataset, tmp_path, trainers):  # noqa: F811
-    model = save_folder(family, tmp_path / "model", channels=9 if flags else 4)
+    model = save_folder(family, tmp_path / "model", channels=9 if "--train_inpainting" in flags else 4)
     more = [*flags, "--max_train_steps=3", "--num_vectors_per_token=2", "--optimizer_type=SGD", "--learning_rate=0.01"]
     alone = arguments(family, model, dataset, tmp_path / "one", *more, "--gradient_accumulation_steps=2")
     assert run(family, alone) == 0

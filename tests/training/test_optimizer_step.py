@@ -84,8 +84,9 @@ def test_a_plateau_is_not_seen_where_nothing_teaches(command, tmp_path):
         ["--gradient_accumulation_steps=2", "--mixed_precision=bf16", "--cache_latents=false"],
         ["--cache_text_encoder_outputs", "--noise_offset=0.1", "--ip_noise_gamma=0.1", "--min_snr_gamma=5"],
         ["--gradient_checkpointing", "--preserve_embedding_norm", "--fp8_base"],
+        ["--normalize_sample_gradients", "--gradient_accumulation_steps=2"],
     ],
-    ids=["cached", "uncached", "prompts cached", "checkpointing"],
+    ids=["cached", "uncached", "prompts cached", "checkpointing", "normalized"],
 )
 @pytest.mark.parametrize("scaler", [False, True], ids=["plain", "scaler"])
 def test_a_step_waits_for_the_device_once(more, scaler, command, tmp_path, monkeypatch):

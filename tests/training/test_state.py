@@ -122,7 +122,7 @@ def test_whatever_an_optimizer_and_a_schedule_keep(name, command, tmp_path, trai
 def test_accumulation_epochs_and_norms(command, tmp_path, capsys):
     """Steps of two batches and of one; the states are those of epochs."""
     more = ["--gradient_accumulation_steps=2", "--max_train_epochs=4", "--save_every_n_epochs=1"]
-    more += ["--preserve_embedding_norm"]
+    more += ["--preserve_embedding_norm", "--normalize_sample_gradients"]
     assert run("sd1", command("whole", *more, "--save_state", "--save_last_n_epochs_state=2")) == 0
     whole = tmp_path / "whole"
     assert sorted(path.name for path in whole.glob("*-state")) == [f"{TOKEN}-{n:06d}-state" for n in (2, 3)] + [
