@@ -40,7 +40,8 @@ class SubsetConfig:
 
     ``kind`` is "dreambooth" (a folder), "finetuning" (a metadata file) or "mask" (a folder with masks).
     ``caption_extension`` None means ``.caption``, then (without ``class_tokens``) ``.txt``. ``place`` says for messages
-    where it was asked for. A folder that was only ``found`` in a folder flag's may be empty.
+    where it was asked for. A folder that was only ``found`` in a folder flag's may be empty. In one that is
+    ``read_only`` no notes are left.
     """
 
     kind: str
@@ -63,6 +64,7 @@ class SubsetConfig:
     custom_attributes: dict[str, Any] | None = None
     place: str = ""
     found: bool = field(default=False, repr=False)
+    read_only: bool = field(default=False, repr=False)
 
     @property
     def source(self) -> str:
@@ -219,6 +221,7 @@ def _subset(table: Table, kind: str, above: _Chain) -> SubsetConfig:
         captions=_caption_rules(chain),
         place=table.place,
         found=table.found,
+        read_only=options.dry_run,
         **handed_down | {"face_crop_aug_range": face_range and (face_range[0], face_range[1])},
     )
 

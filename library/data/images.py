@@ -194,6 +194,22 @@ def _plausible(size: Size) -> bool:
     return 0 < size[0] * size[1] <= (Image.MAX_IMAGE_PIXELS or math.inf)
 
 
+def check_decodes(path: Path | str) -> None:
+    """Raise UserError, naming the file, unless its image can be decoded to the end.
+
+    Far faster than reading the pixels: PNG has checksums, and of a JPEG an eighth of the size will do.
+    """
+    with suppress(UserError), _opened(path) as image:
+        if image.format == "PNG":
+            image.verify()
+        else:
+            image.draft("L", (1, 1))
+            image.load()
+        return
+    with _opened(path) as image:  # a wrong checksum alone keeps nobody from reading the pixels
+        image.load()
+
+
 def read_image(path: Path | str, *, alpha: bool = False, size: Size | None = None) -> np.ndarray:
     """Read the first frame upright: uint8 [H, W, 3], transparency laid on white, or with ``alpha`` uint8 [H, W, 4].
 
