@@ -10,6 +10,7 @@ from library.data.training_data import TrainingData
 from library.model.device_report import peak_memory
 from library.output import html_report, metrics_file
 from library.output.results import REPORT_ENDINGS, USAGE_ENDING
+from library.output.sample_grid import PREVIEW_ENDING
 from library.setup import Job, Setup, set_up
 from library.support.errors import counted
 from library.training.optimizer_step import check_learning
@@ -103,6 +104,7 @@ def _files(job: Job) -> Iterator[str]:
     yield from _checkpoints(job)
     endings = [] if options.logging.no_report else [html_report.ENDING, metrics_file.ENDING, USAGE_ENDING]
     endings += REPORT_ENDINGS if options.sample.learning_report else ()
+    endings += [PREVIEW_ENDING] if options.sample.draws_during_training and not options.logging.no_report else []
     yield from (f"{result.with_suffix('')}{ending}" for ending in endings)
     if options.sample.draws_during_training:
         prompts = counted(sum(prompt is not None for prompt in job.album.prompts), "prompt")

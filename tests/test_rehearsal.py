@@ -13,7 +13,7 @@ def scene(tmp_path, tiny_sd1):
     file = write_dataset(tmp_path, count=3, size=(64, 64), dataset="enable_bucket = true\nmin_bucket_reso = 64")
     tables = file.read_text(encoding="utf-8")
     wide = tables[tables.index("[[datasets]]") :].replace("resolution = 64", "resolution = [128, 64]")
-    write_dataset(tmp_path / "wide", count=1, size=(128, 64))
+    write_dataset(tmp_path / "wide", count=2, size=(128, 64))
     wide = wide.replace((tmp_path / "images").as_posix(), (tmp_path / "wide" / "images").as_posix())
     file.write_text(tables + wide, encoding="utf-8")
     prompts = tmp_path / "prompts.txt"
@@ -46,7 +46,7 @@ def test_nothing_is_written_and_what_would_be_is_said(scene, capsys):
         f"  {out / 'mychar'}_metrics.jsonl\n",
         f"  {out / 'mychar'}_usage.txt\n",
         f"  {out / 'sample'}, with the images of 1 prompt each time they are drawn\n",
-        "  latents beside 4 images, where they are not cached yet\n",
+        "  latents beside 5 images, where they are not cached yet\n",
         f"  {folder / 'images' / 'metadata_cache.json'}\n",
         f"  logs for tensorboard in {folder / 'logs'}\n",
         f"  {folder / 'log.txt'}, with its messages\n",
@@ -62,9 +62,9 @@ def test_time_and_memory_are_measured(scene, capsys):
     assert found, said
     step, all_steps = float(found[1]), int(found[2]) * (60 if found[3] == "min" else 1)
     assert all_steps == pytest.approx(1000 * step, rel=0.1)
-    assert "measured in 2 trial steps on 2 images of 128x64 pixels, the largest batch of the run" in said
+    assert "measured in 2 trial steps on 4 images of 128x64 pixels, the largest batch of the run" in said
     assert re.search(r"Memory: \d+\.\d GiB of main memory at most", said)
-    assert "encoding 4 images whose latents are not cached yet and drawing sample images come on top." in said
+    assert "encoding 5 images whose latents are not cached yet and drawing sample images come on top." in said
 
 
 def test_what_the_run_writes_is_what_was_said(scene, capsys):
