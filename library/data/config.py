@@ -4,6 +4,7 @@ A value comes from the subset, else its dataset, else ``[general]``, else the co
 the disk but the file itself and the sub-folders of ``--train_data_dir`` and ``--reg_data_dir``.
 """
 
+import itertools
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -127,7 +128,7 @@ def load_dataset_configs(options: DatasetOptions, *, bucket_step: int) -> tuple[
     datasets = tuple(_dataset(table, source, options, bucket_step) for table in source.datasets)
     _check_masks(datasets, options)
     _check_inpainting(datasets, options)
-    _tell_idle_keys(datasets)
+    _tell_idle_keys(datasets, in_file=options.dataset_config is not None)
     return datasets
 
 
@@ -325,14 +326,25 @@ def _check_inpainting(datasets: tuple[DatasetConfig, ...], options: DatasetOptio
         )
 
 
-def _tell_idle_keys(datasets: tuple[DatasetConfig, ...]) -> None:
-    """Say once of each key that is given and changes nothing where it was first met."""
+def _tell_idle_keys(datasets: tuple[DatasetConfig, ...], *, in_file: bool) -> None:
+    """Say once of each key that is given and changes nothing where it was first met.
+
+    Of options without a dataset file most is said with the other options, see ``notices``.
+    """
     told = set()
     for dataset in datasets:
-        for place, sentence in _idle_keys(dataset):
+        for place, sentence in itertools.chain(_idle_bucket_keys(dataset) if in_file else (), _idle_keys(dataset)):
             if sentence not in told:
                 logger.info("%s: %s", place, sentence)
                 told.add(sentence)
+
+
+def _idle_bucket_keys(dataset: DatasetConfig) -> Iterator[tuple[str, str]]:
+    rules, usual = dataset.buckets, DatasetOptions()
+    given = {"min_bucket_reso": rules.min_reso, "max_bucket_reso": rules.max_reso, "bucket_reso_steps": rules.steps}
+    for key, value in given.items():
+        if value != getattr(usual, key) and not rules.enabled:
+            yield dataset.place, f"{key} does nothing without enable_bucket."
 
 
 def _idle_keys(dataset: DatasetConfig) -> Iterator[tuple[str, str]]:

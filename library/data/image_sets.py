@@ -64,13 +64,20 @@ def _file_names(folder: str, option: str) -> set[str]:
     try:
         with os.scandir(folder) as entries:
             # A link to nothing is listed too: what reads it names it, where leaving it out would say nothing.
-            return {entry.name for entry in entries if entry.is_file() or (entry.is_symlink() and not entry.is_dir())}
+            return {entry.name for entry in entries if not _is_folder(entry)}
     except FileNotFoundError as error:
         raise UserError(f'The folder "{folder}" does not exist. Check {option}.') from error
     except NotADirectoryError as error:
         raise UserError(f'"{folder}" is a file, but {option} must be a folder of images.') from error
     except OSError as error:
         raise UserError(f'The folder "{folder}" ({option}) cannot be read: {error.strerror or error}.') from error
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return not entry.is_file() and entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def load_image_sets(config: DatasetConfig) -> list[ImageSet]:
@@ -117,7 +124,7 @@ def _empty_message(subset: SubsetConfig) -> str:
     extensions = ", ".join(sorted(IMAGE_EXTENSIONS))
     message = f'The image folder "{subset.image_dir}" holds no images ({extensions}).'
     with os.scandir(subset.source) as entries:
-        folders = sorted(entry.name for entry in entries if entry.is_dir())[:NAMES_SHOWN]
+        folders = sorted(entry.name for entry in entries if _is_folder(entry))[:NAMES_SHOWN]
     if folders:
         message += f" It has folders ({', '.join(folders)}), but folders inside it are not searched."
     return message
