@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from library.options.console import hold_back, keep_talking, release, set_up_logging
 from library.options.parser import OptionParser, parse
@@ -29,7 +30,9 @@ def _run(parser: OptionParser, family: str, arguments: Sequence[str] | None) -> 
     hold_back()
     try:
         options = parse(parser, arguments)
-        set_up_logging(options.runtime)
+        # A log file is something that a run writes.
+        dry = options.dataset.dry_run
+        set_up_logging(replace(options.runtime, console_log_file=None) if dry else options.runtime)
         # Numpy and Pillow take a while too, and a refused option does without them.
         from library.data.found_images import find_images
         from library.model.model_paths import check_paths

@@ -10,7 +10,6 @@ from library.data.batched_data import BatchedData
 from library.data.captions import OBJECT_TEMPLATES, STYLE_TEMPLATES
 from library.data.custom_dataset import CustomData
 from library.data.found_images import FoundImages
-from library.data.latent_files import refuse_shared_names
 from library.data.preview import show_batches, show_dataset
 from library.data.training_data import TrainingData
 from library.embedding.clients import name_warnings
@@ -27,6 +26,7 @@ from library.options.launcher import with_launcher
 from library.options.notices import notices
 from library.options.options import Options, TokenOptions
 from library.output.trackers import check_trackers
+from library.rehearsal import rehearse
 from library.setup import Job
 from library.support.errors import UserError
 from library.trainer import train_and_save
@@ -39,7 +39,9 @@ logger = logging.getLogger(__name__)
 
 @runtime.lost_processes_said()
 def train(options: Options, family_name: str, found: FoundImages | None) -> Path | None:
-    """Run one training and return the path of its embedding; None after ``--debug_dataset``. Raises UserError.
+    """Run one training and return the path of its embedding. Raises UserError.
+
+    None after ``--debug_dataset`` and ``--dry_run``.
 
     ``found`` is what :func:`find_images` gives for the options.
     """
@@ -79,7 +81,11 @@ def train(options: Options, family_name: str, found: FoundImages | None) -> Path
             show_batches(data.loader(), data.prompts)
         return None
     try:
-        return train_and_save(Job.create(options, family, machine, model, word, data, state))
+        job = Job.create(options, family, machine, model, word, data, state)
+        if options.dataset.dry_run:
+            rehearse(job)
+            return None
+        return train_and_save(job)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"The device's memory is full: {error} Give the run less to hold: --gradient_checkpointing, a smaller "
@@ -112,8 +118,6 @@ def build_data(options: Options, word: NewWord, seed: int, found: FoundImages | 
         data = CustomData(options.dataset, word.prompts, max_token_length=length, templates=sentences, seed=seed)
     else:
         data = TrainingData(found.configs, word.prompts, templates=sentences, seed=seed, sets=found.sets)
-    if options.cache.cache_latents_to_disk:
-        refuse_shared_names(Path(entry.path) for entry in data.latent_entries())
     report = data.check()
     logger.info(report.text)
     for warning in report.warnings:

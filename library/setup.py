@@ -75,7 +75,7 @@ class Job:
         state: TrainingState | None = None,
     ) -> "Job":
         """Plan the run. Raises UserError for a state that it cannot go on from (see ``Results.continuing``)."""
-        if machine.accelerator.is_main_process:
+        if machine.accelerator.is_main_process and not options.dataset.dry_run:
             model.begin_hash()
         processes = machine.accelerator.num_processes
         plan = RunPlan.create(options.training, data.order.num_batches, processes)

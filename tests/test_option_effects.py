@@ -13,6 +13,7 @@ import test_option_effects_learning
 import test_option_effects_model
 import test_option_effects_output
 import test_option_effects_recipe
+import test_rehearsal
 import test_run_report
 import test_sample_images
 import test_state
@@ -32,6 +33,7 @@ MODULES = [
     test_option_effects_recipe,
     test_learning_report,
     test_metadata_files,
+    test_rehearsal,
     test_run_report,
     test_sample_images,
     test_trackers,

@@ -9,7 +9,8 @@ from library.data.batch_order import EpochOrder
 from library.data.buckets import Size
 from library.data.concept import Concept
 from library.data.image_table import ImageTable
-from library.data.latent_cache import LatentCache, LatentEntry
+from library.data.latent_cache import LatentCache
+from library.data.latent_entry import LatentEntry
 from library.data.loader import BatchLoader
 from library.data.preflight import Report
 from library.embedding.tokenizer import PromptTokenizer

@@ -4,6 +4,7 @@ A value comes from the subset, else its dataset, else ``[general]``, else the co
 the disk but the file itself and the sub-folders of ``--train_data_dir`` and ``--reg_data_dir``.
 """
 
+import itertools
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -40,7 +41,8 @@ class SubsetConfig:
 
     ``kind`` is "dreambooth" (a folder), "finetuning" (a metadata file) or "mask" (a folder with masks).
     ``caption_extension`` None means ``.caption``, then (without ``class_tokens``) ``.txt``. ``place`` says for messages
-    where it was asked for. A folder that was only ``found`` in a folder flag's may be empty.
+    where it was asked for. A folder that was only ``found`` in a folder flag's may be empty. In one that is
+    ``read_only`` no notes are left.
     """
 
     kind: str
@@ -63,6 +65,7 @@ class SubsetConfig:
     custom_attributes: dict[str, Any] | None = None
     place: str = ""
     found: bool = field(default=False, repr=False)
+    read_only: bool = field(default=False, repr=False)
 
     @property
     def source(self) -> str:
@@ -125,7 +128,7 @@ def load_dataset_configs(options: DatasetOptions, *, bucket_step: int) -> tuple[
     datasets = tuple(_dataset(table, source, options, bucket_step) for table in source.datasets)
     _check_masks(datasets, options)
     _check_inpainting(datasets, options)
-    _tell_idle_keys(datasets)
+    _tell_idle_keys(datasets, in_file=options.dataset_config is not None)
     return datasets
 
 
@@ -219,6 +222,7 @@ def _subset(table: Table, kind: str, above: _Chain) -> SubsetConfig:
         captions=_caption_rules(chain),
         place=table.place,
         found=table.found,
+        read_only=options.dry_run,
         **handed_down | {"face_crop_aug_range": face_range and (face_range[0], face_range[1])},
     )
 
@@ -322,14 +326,25 @@ def _check_inpainting(datasets: tuple[DatasetConfig, ...], options: DatasetOptio
         )
 
 
-def _tell_idle_keys(datasets: tuple[DatasetConfig, ...]) -> None:
-    """Say once of each key that is given and changes nothing where it was first met."""
+def _tell_idle_keys(datasets: tuple[DatasetConfig, ...], *, in_file: bool) -> None:
+    """Say once of each key that is given and changes nothing where it was first met.
+
+    Of options without a dataset file most is said with the other options, see ``notices``.
+    """
     told = set()
     for dataset in datasets:
-        for place, sentence in _idle_keys(dataset):
+        for place, sentence in itertools.chain(_idle_bucket_keys(dataset) if in_file else (), _idle_keys(dataset)):
             if sentence not in told:
                 logger.info("%s: %s", place, sentence)
                 told.add(sentence)
+
+
+def _idle_bucket_keys(dataset: DatasetConfig) -> Iterator[tuple[str, str]]:
+    rules, usual = dataset.buckets, DatasetOptions()
+    given = {"min_bucket_reso": rules.min_reso, "max_bucket_reso": rules.max_reso, "bucket_reso_steps": rules.steps}
+    for key, value in given.items():
+        if value != getattr(usual, key) and not rules.enabled:
+            yield dataset.place, f"{key} does nothing without enable_bucket."
 
 
 def _idle_keys(dataset: DatasetConfig) -> Iterator[tuple[str, str]]:

@@ -23,7 +23,8 @@ from library.data.batches import Batch, collate
 from library.data.buckets import Size
 from library.data.concept import Concept
 from library.data.image_table import ImageTable
-from library.data.latent_cache import PIXELS_PER_LATENT, LatentCache, LatentEntry
+from library.data.latent_cache import LatentCache
+from library.data.latent_entry import PIXELS_PER_LATENT, LatentEntry
 from library.data.loader import BatchLoader, make_loader
 from library.data.preflight import Report
 from library.data.random_masks import random_mask

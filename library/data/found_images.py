@@ -6,14 +6,19 @@ Most mistakes in a dataset end a run here, at once. What is left needs a tokeniz
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from library.data.caption_files import caption_extensions
 from library.data.captions import CaptionRules, token_presence
 from library.data.config import DatasetConfig, check_caching, load_dataset_configs
 from library.data.image_sets import ImageSet, load_image_sets
+from library.data.image_table import load_tables
+from library.data.latent_files import refuse_shared_names
+from library.data.whole_images import check_whole
 from library.embedding.placeholder import Placeholder
 from library.embedding.text_repair import repair, repaired_around
 from library.model.architectures import BUCKET_STEPS, VOCABULARY
+from library.options.console import silenced
 from library.options.declaration import required
 from library.options.options import Options
 from library.support.errors import UserError, counted, first_names
@@ -37,11 +42,22 @@ def find_images(options: Options, family: str) -> FoundImages | None:
     configs = load_dataset_configs(options.dataset, bucket_step=BUCKET_STEPS[family])
     check_caching(configs, caching=options.cache.cache_latents)
     sets = tuple(map(load_image_sets, configs))
+    _check_tables(configs, sets, to_disk=options.cache.cache_latents_to_disk)
     token = options.token
     word = Placeholder(required(token.token_string, "token_string"), token.num_vectors_per_token)
     if not (token.use_object_template or token.use_style_template):
         _require_word([found for those in sets for found in those], word)
+    if not options.cache.skip_cache_check:
+        check_whole(found for those in sets for found in those)
     return FoundImages(configs, sets)
+
+
+def _check_tables(configs: tuple[DatasetConfig, ...], sets: tuple[list[ImageSet], ...], *, to_disk: bool) -> None:
+    """Raise UserError where no table can be made of the images, or two would share a cache file on disk."""
+    with silenced():  # what there is to say is said again when the seed is known, which decides what is held out
+        tables = filter(None, load_tables(configs, 0, sets))
+    if to_disk:
+        refuse_shared_names(Path(path) for table in tables for part in table.subsets() for path in part.drawn.paths)
 
 
 def _require_word(sets: Sequence[ImageSet], word: Placeholder) -> None:

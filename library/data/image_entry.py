@@ -6,7 +6,7 @@ from pathlib import Path
 from library.data.buckets import Size, size_conditioning_crop
 from library.data.config import DatasetConfig, SubsetConfig
 from library.data.images import Framing
-from library.data.latent_cache import LatentEntry
+from library.data.latent_entry import LatentEntry
 
 
 @dataclass(frozen=True, slots=True)

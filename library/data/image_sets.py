@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,7 @@ class ImageSet:
 
     ``captions`` may hold several lines, of which the first that is not blank counts if the subset uses no wildcards.
     ``uncaptioned`` lists the images that have neither a caption nor the folder's class tokens. ``masks`` are the mask
-    files by image, where there are masks.
+    files by image, where there are masks. ``whole`` are images that were decoded once and have not changed since.
     """
 
     subset: SubsetConfig
@@ -37,6 +38,7 @@ class ImageSet:
     sizes: np.ndarray  # int32 [n, 2]: width, height as shown (EXIF orientation applied)
     uncaptioned: list[str] = field(default_factory=list)
     masks: list[str] | None = None
+    whole: frozenset[str] = frozenset()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -62,13 +64,20 @@ def _file_names(folder: str, option: str) -> set[str]:
     try:
         with os.scandir(folder) as entries:
             # A link to nothing is listed too: what reads it names it, where leaving it out would say nothing.
-            return {entry.name for entry in entries if entry.is_file() or (entry.is_symlink() and not entry.is_dir())}
+            return {entry.name for entry in entries if not _is_folder(entry)}
     except FileNotFoundError as error:
         raise UserError(f'The folder "{folder}" does not exist. Check {option}.') from error
     except NotADirectoryError as error:
         raise UserError(f'"{folder}" is a file, but {option} must be a folder of images.') from error
     except OSError as error:
         raise UserError(f'The folder "{folder}" ({option}) cannot be read: {error.strerror or error}.') from error
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return not entry.is_file() and entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def load_image_sets(config: DatasetConfig) -> list[ImageSet]:
@@ -115,7 +124,7 @@ def _empty_message(subset: SubsetConfig) -> str:
     extensions = ", ".join(sorted(IMAGE_EXTENSIONS))
     message = f'The image folder "{subset.image_dir}" holds no images ({extensions}).'
     with os.scandir(subset.source) as entries:
-        folders = sorted(entry.name for entry in entries if entry.is_dir())[:NAMES_SHOWN]
+        folders = sorted(entry.name for entry in entries if _is_folder(entry))[:NAMES_SHOWN]
     if folders:
         message += f" It has folders ({', '.join(folders)}), but folders inside it are not searched."
     return message
@@ -135,15 +144,17 @@ def _load_folder(subset: SubsetConfig) -> ImageSet:
     caption_names = [caption_name(name, extensions, present) for name in names]
     paths = [os.path.join(folder, name) for name in names]
     caption_paths = [name and os.path.join(folder, name) for name in caption_names]
+    whole: frozenset[str] = frozenset()
     if subset.cache_info:
-        captions, sizes = _read_through_cache(folder, paths, caption_paths, all_lines)
+        captions, sizes, whole = _read_through_cache(subset, paths, caption_paths)
     else:
         captions = [read_caption(path, all_lines=all_lines) if path else "" for path in caption_paths]
         sizes = [image_size(path) for path in paths]
     if subset.class_tokens is not None:
         _tell_of_unread_captions(subset, names, present, extensions)
-        return ImageSet(subset, paths, [caption or subset.class_tokens for caption in captions], _size_array(sizes))
-    return ImageSet(subset, paths, captions, _size_array(sizes), _without_caption(paths, captions))
+        captions = [caption or subset.class_tokens for caption in captions]
+        return ImageSet(subset, paths, captions, _size_array(sizes), whole=whole)
+    return ImageSet(subset, paths, captions, _size_array(sizes), _without_caption(paths, captions), whole=whole)
 
 
 def _tell_of_unread_images(folder: str, present: set[str]) -> None:
@@ -174,11 +185,15 @@ def _tell_of_unread_captions(
 
 
 def _read_through_cache(
-    folder: str, paths: list[str], caption_paths: list[str | None], all_lines: bool
-) -> tuple[list[str], list[tuple[int, int]]]:
-    """Captions and sizes of a folder with ``cache_info``: from its cache where the files have not changed since."""
-    cache = FolderCache(folder)
-    captions, sizes, entries = [], [], {}
+    subset: SubsetConfig, paths: list[str], caption_paths: list[str | None]
+) -> tuple[list[str], list[tuple[int, int]], frozenset[str]]:
+    """Captions and sizes of a folder with ``cache_info``: from its cache where the files have not changed since.
+
+    The last are the images that the cache knows to be whole.
+    """
+    cache, all_lines = FolderCache(subset.source, read_only=subset.read_only), subset.captions.wildcard
+    captions, sizes, whole = [], [], set()
+    entries: dict[str, dict[str, Any]] = {}
     for path, caption_path in zip(paths, caption_paths, strict=True):
         lines = "all" if all_lines else "first"
         stamp = [_file_stamp(path), f"{_file_stamp(caption_path)} {lines}" if caption_path else NO_FILE]
@@ -186,11 +201,14 @@ def _read_through_cache(
         if noted is None:
             caption = read_caption(caption_path, all_lines=all_lines) if caption_path else cache.noted_caption(path)
             noted = caption, image_size(path)
+        elif cache.noted_whole(path):
+            whole.add(path)
         entries[path] = {"caption": noted[0], "resolution": list(noted[1]), "stamp": stamp}
+        entries[path] |= {"whole": True} if path in whole else {}
         captions.append(noted[0])
         sizes.append(noted[1])
     cache.save(entries)
-    return captions, sizes
+    return captions, sizes, frozenset(whole)
 
 
 def _file_stamp(path: str) -> str:
@@ -286,6 +304,7 @@ def select(found: ImageSet, rows: Sequence[int]) -> ImageSet:
         found.sizes[list(rows)],
         [path for path in found.uncaptioned if path in kept],
         found.masks and [found.masks[row] for row in rows],
+        found.whole,
     )
 
 

@@ -179,6 +179,18 @@ class ImageTable:
         repeats[list(indices)] = 1
         return replace(self, _columns=replace(self._columns, repeats=repeats))
 
+    def of_largest_batch(self) -> "ImageTable":
+        """A table with the images of one batch alone, of as many pixels as any has."""
+        buckets = self.in_buckets()
+
+        def pixels(number: int) -> int:
+            (width, height), most = buckets[number].bucket.size, buckets[number].bucket.batch_size
+            return width * height * min(buckets[number].samples, most)
+
+        largest = max(range(len(buckets)), key=pixels)
+        rows = np.flatnonzero(self._columns.bucket == largest)[: buckets[largest].bucket.batch_size]
+        return replace(self, _columns=self._columns[rows])
+
     def with_deterministic_captions(self) -> "ImageTable":
         """The same table, with captions in which nothing is shuffled, dropped or held back."""
         return self._with_captions(deterministic_rules, lambda caption: caption)

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from library.data.buckets import Size
-from library.data.images import Framing, Picture, frame_image, to_tensor
+from library.data.images import Picture, frame_image, to_tensor
+from library.data.latent_entry import LatentEntry
 from library.data.latent_files import (
     Origin,
     Slot,
@@ -33,7 +34,6 @@ from library.data.latent_files import (
     refuse_foreign,
     refuse_shared_names,
     refuse_unwritable,
-    slot_shapes,
     write_slot,
 )
 from library.model.vae import FrozenVae
@@ -45,34 +45,6 @@ from library.support.progress_bar import progress_bar
 logger = logging.getLogger(__name__)
 
 _MOST_READERS = 16  # threads; each may hold a large photo, see ``images.MOST_PIXELS``
-PIXELS_PER_LATENT = 8  # along each side, in every family
-
-
-@dataclass(frozen=True, slots=True)
-class LatentEntry:
-    """One image to cache. ``crop_ltrb`` is what SDXL is told of its crop; ``flip`` asks for a mirrored variant too."""
-
-    path: Path
-    image_size: Size
-    framing: Framing
-    crop_ltrb: tuple[float, float, float, float]
-    flip: bool = False
-    alpha_mask: bool = False
-
-    @property
-    def latent_size(self) -> Size:
-        """(height, width) of the latents."""
-        return self.framing.bucket[1] // PIXELS_PER_LATENT, self.framing.bucket[0] // PIXELS_PER_LATENT
-
-    @property
-    def mask_size(self) -> Size:
-        """(height, width) of the alpha mask."""
-        return self.framing.bucket[1], self.framing.bucket[0]
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """What a cache must hold of the image: keys of its file with their shapes."""
-        return slot_shapes(self.latent_size, self.mask_size, self.flip, self.alpha_mask)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -130,12 +130,12 @@ class FolderCache:
 
     The layout is sd-scripts': ``{path: {"caption": str, "resolution": [width, height]}}``. Ours adds a ``stamp`` to
     each image: one text for the image and one for its caption file, of their size and time of change. An image
-    whose stamp differs, or that has none, is read anew. A cache that cannot be read or written
-    costs time only, so it is a warning.
+    whose stamp differs, or that has none, is read anew. ``whole`` notes that it was decoded to its end. A cache that
+    cannot be read or written costs time only, so it is a warning.
     """
 
-    def __init__(self, folder: str) -> None:
-        self.path = Path(folder) / CACHE_NAME
+    def __init__(self, folder: str, *, read_only: bool = False) -> None:
+        self.path, self.read_only = Path(folder) / CACHE_NAME, read_only
         self._entries = self._load()
 
     def _load(self) -> Entry:
@@ -167,9 +167,19 @@ class FolderCache:
         had_file = isinstance(stamp, list) and stamp[-1:] != [NO_FILE]
         return "" if had_file else entry["caption"]
 
+    def noted_whole(self, image_path: str) -> bool:
+        """Whether the image, if its stamp still fits, is known to be decodable."""
+        entry = self._entries.get(image_path)
+        return isinstance(entry, dict) and entry.get("whole") is True
+
+    def note_whole(self, image_paths: Collection[str]) -> None:
+        """Remember that these images can be decoded."""
+        noted = {path: {**entry, "whole": True} for path, entry in self._entries.items() if path in image_paths}
+        self.save(self._entries | noted)
+
     def save(self, entries: dict[str, Entry]) -> None:
         """Write the cache if it changed, in one piece: a run that is stopped leaves the old file or the new one."""
-        if entries == self._entries:
+        if self.read_only or entries == self._entries:
             return
         text = json.dumps(entries, indent=2, ensure_ascii=False)
         try:

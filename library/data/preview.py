@@ -1,19 +1,22 @@
 """``--debug_dataset``: what the model will see of the data, as a table and as a contact sheet, without loading it."""
 
 import itertools
+import math
 import textwrap
-from collections.abc import Iterable, Iterator
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from library.data.batch_order import BatchSampler
 from library.data.batches import Batch, Sample
 from library.data.captions import CaptionMoment
 from library.data.image_entry import ImageEntry
 from library.data.image_table import ImageTable
+from library.data.images import read_image
 from library.data.samples import SampleSource
 from library.data.training_data import TrainingData
 from library.embedding.tokenizer import PromptTokenizer
@@ -21,10 +24,16 @@ from library.embedding.tokenizer import PromptTokenizer
 _SHOWN = 30  # images in the table and on the sheet
 _SHOWN_BATCHES = 3  # of a dataset class of the user's own
 _COLUMNS = 6
-_CELL = 256  # pixels of the sheet for one image, along each side
+_TILE = 320  # pixels of the sheet for one image, along each side
+_GAP = 8  # pixels around it
+_CELL = _TILE + 2 * _GAP
+_TEXT_SIZE, _LINE = 15, 19  # pixels of the text below it
+_MOST_LINES = 40
+_GROUND, _DIMMED = (211, 211, 211), 0.7  # what is cropped away is mixed with the ground in this share
 _VEIL = (255, 0, 0)  # over what a mask for inpainting hides
-_LABEL = 30  # pixels of the sheet for the text below it
 SHEET_NAME = "debug_dataset.png"
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @dataclass(frozen=True)
@@ -50,8 +59,8 @@ def show_dataset(data: TrainingData, output_dir: str | None = None, max_steps: i
         return None
     file = Path(output_dir) / SHEET_NAME
     file.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet([one.sample for one in drawn]).save(file)
-    print(f"\nWhat the model sees of these images (cropped and augmented) is in {file}.")
+    contact_sheet(data.table, drawn).save(file)
+    print(f"\nWhat the model sees of these images (what is cropped away is dimmed) is in {file}.")
     return file
 
 
@@ -128,24 +137,42 @@ def _ids_text(prompts: PromptTokenizer, number: int, ids: torch.Tensor) -> str:
     return f"{name}: " + " | ".join(chunks)
 
 
-def contact_sheet(samples: list[Sample]) -> Image.Image:
-    """The images side by side as the model sees them, with the start of each caption.
+def contact_sheet(table: ImageTable, drawn: Sequence[_Drawn]) -> Image.Image:
+    """The images side by side as the model sees them, dimmed where they are cropped away, with their captions.
 
     What a mask keeps out of the loss is darkened; what is hidden for inpainting lies under a red veil.
     """
-    columns = min(_COLUMNS, max(1, len(samples)))
-    rows = -(-len(samples) // columns)
-    sheet = Image.new("RGB", (columns * _CELL, rows * (_CELL + _LABEL)), "lightgray")
+    font = ImageFont.load_default(_TEXT_SIZE)
+    labels = [_label(number, one.sample, font) for number, one in enumerate(drawn, start=1)]
+    columns = min(_COLUMNS, len(drawn))
+    rows = [range(first, min(first + columns, len(drawn))) for first in range(0, len(drawn), columns)]
+    heights = [_TILE + 2 * _GAP + max(len(labels[number]) for number in row) * _LINE for row in rows]
+    sheet = Image.new("RGB", (columns * _CELL, sum(heights)), _GROUND)
     draw = ImageDraw.Draw(sheet)
-    for number, sample in enumerate(samples):
-        left, top = number % columns * _CELL, number // columns * (_CELL + _LABEL)
-        picture = _seen(sample)
-        picture.thumbnail((_CELL - 8, _CELL - 8))
-        sheet.paste(picture, (left + (_CELL - picture.width) // 2, top + (_CELL - picture.height) // 2))
-        label = f"{number + 1}. {Path(sample.key).name}"
-        draw.text((left + 6, top + _CELL), _fitting(draw, label, _CELL - 12), fill="black")
-        draw.text((left + 6, top + _CELL + 13), _fitting(draw, sample.caption, _CELL - 12), fill="dimgray")
+    for row, top in zip(rows, itertools.accumulate(heights, initial=0), strict=False):
+        for column, number in enumerate(row):
+            tile, left = _tile(table[drawn[number].index], drawn[number].sample), column * _CELL + _GAP
+            sheet.paste(tile, (left + (_TILE - tile.width) // 2, top + _GAP + (_TILE - tile.height) // 2))
+            for line, text in enumerate(labels[number]):
+                draw.text((left, top + _GAP + _TILE + line * _LINE), text, fill="black", font=font)
     return sheet
+
+
+def _tile(entry: ImageEntry, sample: Sample) -> Image.Image:
+    """A whole image as large as a tile, and in it what the model sees."""
+    seen, cut = _seen(sample), sample.cut
+    whole, left = Image.fromarray(read_image(entry.path)), cut.left
+    if sample.flipped:
+        whole, left = ImageOps.mirror(whole), cut.resized[0] - seen.width - cut.left
+    scale = _TILE / max(cut.resized)
+    width, height = (max(1, round(side * scale)) for side in cut.resized)
+    tile = whole.resize((width, height), Image.Resampling.LANCZOS)
+    tile = Image.blend(tile, Image.new("RGB", tile.size, _GROUND), _DIMMED)
+    edges = (left, cut.top, left + seen.width, cut.top + seen.height)
+    box = [min(round(edge * scale), side) for edge, side in zip(edges, (width, height) * 2, strict=True)]
+    size = (max(1, box[2] - box[0]), max(1, box[3] - box[1]))
+    tile.paste(seen.resize(size, Image.Resampling.LANCZOS), (box[0], box[1]))
+    return tile
 
 
 def _seen(sample: Sample) -> Image.Image:
@@ -159,9 +186,27 @@ def _seen(sample: Sample) -> Image.Image:
     return Image.fromarray(pixels.round().clamp(0, 255).byte().numpy())
 
 
-def _fitting(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
-    """As much of a text as fits into ``width`` pixels."""
-    text = text.replace("\n", " ")
-    while text and draw.textlength(text) > width:
-        text = text[: max(0, min(len(text) - 1, int(len(text) * width / draw.textlength(text))))]
-    return text
+def _label(number: int, sample: Sample, font: Font) -> list[str]:
+    """The lines below an image: its file's name, and its caption."""
+    lines = [*_wrapped(f"{number}. {Path(sample.key).name}", font), *_wrapped(sample.caption, font)]
+    return lines if len(lines) <= _MOST_LINES else [*lines[: _MOST_LINES - 1], "…"]
+
+
+def _wrapped(text: str, font: Font) -> list[str]:
+    """A text in lines that are no wider than a tile; words that are wider are cut."""
+    lines = [""]
+    for word in itertools.chain.from_iterable(_pieces(whole, font) for whole in text.split()):
+        joined = f"{lines[-1]} {word}".lstrip()
+        if font.getlength(joined) <= _TILE:
+            lines[-1] = joined
+        else:
+            lines.append(word)
+    return lines
+
+
+def _pieces(word: str, font: Font) -> Iterator[str]:
+    while font.getlength(word) > _TILE:
+        fitting = bisect_right(range(1, len(word)), _TILE, key=lambda end: math.ceil(font.getlength(word[:end])))
+        yield word[:fitting]
+        word = word[fitting:]
+    yield word

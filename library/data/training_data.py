@@ -4,6 +4,7 @@ import hashlib
 import itertools
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +17,8 @@ from library.data.config import DatasetConfig
 from library.data.image_entry import ImageEntry
 from library.data.image_sets import ImageSet
 from library.data.image_table import ImageTable, load_tables
-from library.data.latent_cache import LatentCache, LatentEntry
+from library.data.latent_cache import LatentCache
+from library.data.latent_entry import LatentEntry
 from library.data.latent_files import content_hash
 from library.data.loader import BatchLoader, make_loader
 from library.data.preflight import Report, check
@@ -84,6 +86,13 @@ class TrainingData:
             except OSError as error:
                 raise UserError(f"The image {error.filename} cannot be read: {error.strerror or error}.") from error
         return hashlib.sha256("/".join([cached, *(hashes[path] for path in files)]).encode()).hexdigest()
+
+    def of_largest_batch(self) -> "TrainingData":
+        """The same data with the images of one batch alone, of as many pixels as any has, and nothing held out."""
+        alone = copy(self)
+        alone.table, alone.validation_table = self.table.of_largest_batch(), None
+        alone.order = alone.table.order(self.seed)
+        return alone
 
     def check(self) -> Report:
         """Look through captions, sizes and files; see ``preflight.check``. Raises UserError for a pointless run."""

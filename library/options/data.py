@@ -126,8 +126,8 @@ class DatasetOptions:
         table=SUBSETS,
     )
     cache_info: bool = flag(
-        "Remember captions and sizes in metadata_cache.json beside the images, for a faster start with many "
-        "thousands of them. Files that have changed since are read again.",
+        "Remember captions and sizes in metadata_cache.json beside the images, and which images are known to be "
+        "whole, for a faster start with many thousands of them. Files that have changed since are read again.",
         table=FOLDERS,
     )
     shuffle_caption: bool = flag(
@@ -254,6 +254,12 @@ class DatasetOptions:
     debug_dataset: bool = flag(
         "Show what the training would see (captions, token ids, buckets, crops) and stop. No diffusion model is loaded."
     )
+    dry_run: bool = flag(
+        "Do all but the training and write nothing: check everything, load the model, try three steps on the largest "
+        "batch, and say how long the run would take, how much memory, and which files it would write.",
+        on_resume=OnResume.FREE,
+        yields_to=("debug_dataset",),
+    )
     max_data_loader_n_workers: int = option(
         8,
         "Processes at most that prepare images while the model trains; 0 does it in between. None are started for "
@@ -294,7 +300,7 @@ class CacheOptions:
     )
     skip_cache_check: bool = flag(
         "Trust what cached files hold (image and VAE may have changed since), for a faster start with very many "
-        "images. Shapes are checked all the same.",
+        "images, which are not looked through for damaged ones either. Shapes are checked all the same.",
         needs=("cache_latents_to_disk",),
         on_resume=OnResume.FREE,
     )

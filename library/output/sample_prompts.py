@@ -3,13 +3,13 @@
 import logging
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from library.output.samplers import check_sampler
-from library.support.errors import UserError, closest
+from library.support.errors import NAMES_SHOWN, UserError, closest, counted
 from library.support.text_files import check_lines, parse_json, parse_toml, read_text
 
 logger = logging.getLogger(__name__)
@@ -95,31 +95,48 @@ def parse_prompt_line(line: str) -> _Values:
     A warning tells of flags that are unknown or cannot be read, which are left out, and of numbers with more behind
     them, where only the number counts. The number of steps is brought between 1 and 1000.
     """
+    values, problems = _parsed_line(line)
+    _tell(problems)
+    return values
+
+
+def _tell(problems: Sequence[str]) -> None:
+    """Warn of the first few, and of how many there are besides."""
+    for problem in problems[:NAMES_SHOWN]:
+        logger.warning("%s", problem)
+    if (more := len(problems) - NAMES_SHOWN) > 0:
+        logger.warning("%s of sample prompts %s wrong too.", counted(more, "more flag"), "is" if more == 1 else "are")
+
+
+def _parsed_lines(lines: Iterable[str]) -> list[_Values]:
+    parsed = [_parsed_line(line) for line in lines]
+    _tell([problem for _, problems in parsed for problem in problems])
+    return [values for values, _ in parsed]
+
+
+def _parsed_line(line: str) -> tuple[_Values, list[str]]:
+    """The keys and values of a line, and what is wrong with its flags."""
     prompt, *flags = line.split(" --")
     values: _Values = {"prompt": prompt}
+    problems = []
     for written in flags:
         name, _, value = written.partition(" ")
         flag = _FLAGS.get(name.lower())
         if flag is None:
-            logger.warning(
-                'The sample prompt "%s" is followed by "--%s", which is no flag and is left out. Flags are %s, each '
-                "with one space and a value behind it.",
-                prompt,
-                written,
-                ", ".join(f"--{known}" for known in _FLAGS),
+            problems.append(
+                f'The sample prompt "{prompt}" is followed by "--{written}", which is no flag and is left out. Flags '
+                f"are {', '.join(f'--{known}' for known in _FLAGS)}, each with one space and a value behind it."
             )
         elif (read := flag.read(value)) is None:
-            logger.warning(
-                'The flag "--%s" of the sample prompt "%s" is left out: it needs one space and %s.',
-                written,
-                prompt,
-                flag.wanted,
+            problems.append(
+                f'The flag "--{written}" of the sample prompt "{prompt}" is left out: it needs one space and '
+                f"{flag.wanted}."
             )
         else:
             values[flag.key], complete = read
             if not complete:
-                logger.warning('The flag "--%s" of the sample prompt "%s" is read as %s.', written, prompt, read[0])
-    return values
+                problems.append(f'The flag "--{written}" of the sample prompt "{prompt}" is read as {read[0]}.')
+    return values, problems
 
 
 def read_sample_prompts(path: str | Path) -> list[SamplePrompt]:
@@ -147,7 +164,7 @@ def read_sample_prompts(path: str | Path) -> list[SamplePrompt]:
 
 def _parse_text(text: str, file: str) -> list[_Values]:
     lines = [line.strip() for line in text.split("\n") if not line.startswith("#")]
-    return [parse_prompt_line(line) for line in lines if line]
+    return _parsed_lines(line for line in lines if line)
 
 
 def _parse_toml(text: str, file: str) -> list[_Values]:
@@ -168,10 +185,9 @@ def _parse_json(text: str, file: str) -> list[_Values]:
     entries = parse_json(text, file)
     if not isinstance(entries, list) or not all(isinstance(entry, dict | str) for entry in entries):
         raise UserError(f'{file} must hold a list of objects such as {{"prompt": "…", "seed": 1}}, or of texts.')
+    lines = iter(_parsed_lines(entry for entry in entries if isinstance(entry, str)))
     return [
-        parse_prompt_line(entry)
-        if isinstance(entry, str)
-        else {key: value for key, value in entry.items() if value is not None}
+        next(lines) if isinstance(entry, str) else {key: value for key, value in entry.items() if value is not None}
         for entry in entries
     ]
 

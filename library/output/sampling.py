@@ -11,7 +11,7 @@ import torch
 from diffusers.models import UNet2DConditionModel
 from torch import Tensor
 
-from library.data.latent_cache import PIXELS_PER_LATENT
+from library.data.latent_entry import PIXELS_PER_LATENT
 from library.embedding.prompt_encoder import PromptEncoder
 from library.embedding.tokenizer import PromptTokenizer
 from library.model.family import Conditioning, ModelFamily

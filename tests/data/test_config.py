@@ -378,3 +378,15 @@ def test_no_torch_is_needed():
 
     code = "import sys, library.data.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
+
+
+def test_bucket_keys_without_buckets_are_told_once(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    load(tmp_path, f"[general]\nmin_bucket_reso = 128\nbucket_reso_steps = 32\n{MINIMAL}{MINIMAL}")
+    assert [message.split(": ")[1] for message in caplog.messages] == [
+        "min_bucket_reso does nothing without enable_bucket.",
+        "bucket_reso_steps does nothing without enable_bucket.",
+    ]
+    caplog.clear()
+    load(tmp_path, f"[general]\nmin_bucket_reso = 128\nenable_bucket = true\n{MINIMAL}")
+    assert caplog.messages == []

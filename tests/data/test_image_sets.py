@@ -264,3 +264,12 @@ def test_images_of_formats_that_are_not_read_are_said(tmp_path, caplog):
     assert f'The folder "{images}" has 2 images in formats that are not read, which are left out: a.HEIC, b.gif.' in (
         caplog.text
     )
+
+
+def test_a_link_to_itself_is_named_only_if_it_is_an_image(tmp_path, caplog):
+    make_image(tmp_path / "a.png", caption="mychar")
+    (tmp_path / "notes").symlink_to(tmp_path / "notes")
+    assert [*load_image_set(subset_of(tmp_path, {"image_dir": str(tmp_path)})).paths] == [str(tmp_path / "a.png")]
+    (tmp_path / "b.png").symlink_to(tmp_path / "b.png")
+    with pytest.raises(UserError, match=r"b\.png cannot be read: Too many levels of symbolic links"):
+        load_image_set(subset_of(tmp_path, {"image_dir": str(tmp_path)}))

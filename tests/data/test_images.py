@@ -554,3 +554,19 @@ def test_only_the_formats_that_are_named_are_tried(tmp_path):
 def test_a_path_that_no_file_can_have_is_a_sentence(extension):
     with pytest.raises(UserError, match="cannot be read: embedded null byte"):
         image_size(f"a\0b.{extension}")
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("mode", ["RGB", "L", "P"])
+def test_a_text_named_transparency_is_no_transparency(tmp_path, mode, behind):
+    image = _smooth(8, 8).convert(mode)
+    image.save(tmp_path / "plain.png")
+    content = (tmp_path / "plain.png").read_bytes()
+    text = b"tEXttransparency\0some words"
+    chunk = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
+    place = content.index(b"IEND" if behind else b"IDAT") - 4
+    (tmp_path / "text.png").write_bytes(content[:place] + chunk + content[place:])
+    for alpha in (False, True):
+        assert np.array_equal(
+            read_image(tmp_path / "text.png", alpha=alpha), read_image(tmp_path / "plain.png", alpha=alpha)
+        )

@@ -18,7 +18,8 @@ from PIL import Image
 from library.data import latent_cache as latents
 from library.data.buckets import BucketChooser, BucketRules, size_conditioning_crop
 from library.data.images import Framing, frame_image, to_tensor
-from library.data.latent_cache import LatentCache, LatentEntry
+from library.data.latent_cache import LatentCache
+from library.data.latent_entry import LatentEntry
 from library.model import vae as frozen_vae
 from library.model.vae import FrozenVae, vae_fingerprint
 from library.support.errors import UserError

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 from datasets import data_of, make_image, prompts
-from PIL import Image
+from PIL import Image, ImageDraw
 
+from library.data.captions import CaptionMoment
 from library.data.image_table import ImageTable
 from library.data.preview import SHEET_NAME, bucket_table, show_dataset
 
@@ -86,13 +87,53 @@ def test_the_contact_sheet_shows_what_the_model_sees(tmp_path, capsys):
     assert file == output / SHEET_NAME
     assert str(file) in capsys.readouterr().out
     (batch,) = data.loader()
-    seen = batch.images[0].permute(1, 2, 0).numpy()
+    seen = Image.fromarray(batch.images[0].permute(1, 2, 0).numpy())
     with Image.open(file) as sheet:
         pixels = np.asarray(sheet)
-    assert pixels.shape == (286, 256, 3)
-    assert np.array_equal(pixels[96:160, 96:160], seen)
-    assert (pixels[:96] == 211).all()  # neither black nor white, which images may be
-    assert (pixels[256:] < 200).any()  # the text below
+    assert pixels.shape == (320 + 16 + 2 * 19, 336, 3)
+    # As large as its tile, on a ground that is neither black nor white, which images may be.
+    shown = Image.fromarray(pixels[8:328, 8:328]).resize((64, 64), Image.Resampling.BOX)
+    assert np.abs(np.asarray(shown, int) - np.asarray(seen, int)).mean() < 2
+    assert (pixels[:8] == 211).all()
+    assert (pixels[328:] < 100).any()  # the text below
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_what_is_cropped_away_is_dimmed(tmp_path, flipped):
+    picture = Image.new("RGB", (128, 64), "blue")
+    picture.paste("red", (0, 0, 64, 64))
+    make_image(tmp_path / "a" / "0.png", caption="mychar")
+    picture.save(tmp_path / "a" / "0.png")
+    (tmp_path / "a" / "0.txt").write_text("mychar", encoding="utf-8")
+    subset = {"image_dir": str(tmp_path / "a"), "flip_aug": flipped}
+    # A seed with which the only image is mirrored, if any is.
+    data = next(
+        data
+        for seed in range(20)
+        if (data := data_of(tmp_path, {"resolution": 64, "subsets": [subset]}, seed=seed))
+        and data.source(0).sample(0, CaptionMoment(0, 0, 1), 0).flipped is flipped
+    )
+    with Image.open(show_dataset(data, str(tmp_path))) as sheet:
+        # 128x64 fills the tile as 320x160, of which the middle 160 columns are seen.
+        colours = [sheet.getpixel((8 + column, 8 + 160)) for column in (40, 120, 200, 280)]
+    red, blue, pale_red, pale_blue = (255, 0, 0), (0, 0, 255), (224, 147, 147), (147, 147, 224)
+    expected = [pale_red, red, blue, pale_blue]
+    assert colours == (expected[::-1] if flipped else expected)
+
+
+def test_a_whole_caption_stands_below_its_image(tmp_path, monkeypatch):
+    """No line is wider than the tile, no word is lost, and one that is too wide is cut."""
+    drawn = []
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda _, place, text, **more: drawn.append((text, more["font"])))
+    data = _data(tmp_path, 1)
+    caption = "mychar, " + " ".join(f"word{number}" for number in range(40)) + " " + "x" * 100
+    data.table.sets[0].captions[0] = caption
+    show_dataset(data, str(tmp_path))
+    lines = [text for text, _ in drawn]
+    assert lines[0] == "1. 0.png"
+    assert "".join(lines[1:]).replace(" ", "") == caption.replace("mychar,", "mychar mychar1,").replace(" ", "")
+    assert all(font.size >= 14 and font.getlength(text) <= 320 for text, font in drawn)
+    assert len(lines) < 20
 
 
 def test_what_a_mask_hides_is_dark(tmp_path):
@@ -103,14 +144,14 @@ def test_what_a_mask_hides_is_dark(tmp_path):
     subset = {"image_dir": str(tmp_path / "a"), "alpha_mask": True}
     file = show_dataset(data_of(tmp_path, {"resolution": 64, "subsets": [subset]}), str(tmp_path))
     with Image.open(file) as sheet:
-        assert sheet.getpixel((100, 128)) == (64, 64, 64)
-        assert sheet.getpixel((150, 128)) == (255, 255, 255)
+        assert sheet.getpixel((80, 160)) == (64, 64, 64)
+        assert sheet.getpixel((250, 160)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("count", [5, 7, 30])
 def test_the_sheet_has_rows_of_six(tmp_path, count):
     with Image.open(show_dataset(_data(tmp_path, count), str(tmp_path))) as sheet:
-        assert sheet.size == (min(count, 6) * 256, -(-count // 6) * 286)
+        assert sheet.size == (min(count, 6) * 336, -(-count // 6) * (336 + 2 * 19))
 
 
 def test_any_script_can_be_a_caption(tmp_path):

@@ -16,7 +16,8 @@ from fuzz.mutations import poked, pokes
 from fuzz.running import LeftAsideError, Target
 from fuzz.tensors import BOMB, ROWS, STRANGE, STRANGE_NAMES, object_recipes, pickled_bytes, torch_bomb
 from library.data.images import Framing
-from library.data.latent_cache import LatentCache, LatentEntry
+from library.data.latent_cache import LatentCache
+from library.data.latent_entry import LatentEntry
 from library.options.options import Options
 from library.training.state import FILE, TrainingState, random_states, recorded, set_random_states
 

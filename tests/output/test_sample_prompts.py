@@ -233,3 +233,12 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "l.txt").write_bytes("ü".encode("latin-1"))
     with pytest.raises(UserError, match="not UTF-8"):
         read_sample_prompts(str(tmp_path / "l.txt"))
+
+
+@pytest.mark.parametrize("ending", ["txt", "json"])
+def test_of_very_many_bad_flags_a_few_are_named(tmp_path, caplog, ending):
+    lines = [f"a --w 6{number % 10}x" for number in range(16_000)]
+    with caplog.at_level(logging.WARNING):
+        read(tmp_path, f"p.{ending}", "\n".join(lines) if ending == "txt" else json.dumps(lines))
+    assert len(caplog.messages) == 6
+    assert caplog.messages[-1] == "15,995 more flags of sample prompts are wrong too."
