@@ -1,0 +1,269 @@
+"""Which recipe teaches a token best? Trains the miniatures by a list of recipes and prints a page of Markdown.
+
+    python -m tests.benchmarks.recipes --results recipes.jsonl [--recipes FILE.toml] [--out page.md --plot plot.svg]
+
+Every run is a line of the results file and is not carried out again; an interrupted benchmark goes on where it was.
+``--concepts choosing`` is for choosing; ``once`` is looked at when the choice is made.
+"""
+
+import argparse
+import json
+import queue
+import statistics
+import subprocess
+import sys
+import threading
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from library.output.charts import Series, line_chart
+from library.support.processes import usable_cores
+from tests.benchmarks.concepts import CONCEPTS
+from tests.benchmarks.recipe_run import ROOT, Found, Run
+
+GROUPS = {"choosing": True, "once": False}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Options over those of the quickstart, under a name."""
+
+    name: str
+    options: str  # as JSON with sorted keys
+
+    def run(self, model: str, concept: str, seed: int) -> Run:
+        """One training of it."""
+        return Run(model, concept, seed, self.options)
+
+    @property
+    def steps(self) -> int:
+        """How long it trains."""
+        return json.loads(self.options)["max_train_steps"]
+
+
+def read_recipes(file: Path) -> list[Recipe]:
+    """All recipes of a TOML file, in order."""
+    tables = tomllib.loads(file.read_text(encoding="utf-8"))
+    return [Recipe(name, json.dumps(options, sort_keys=True)) for name, options in tables.items()]
+
+
+class Results:
+    """The runs that have been carried out, a line of JSON each."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.found = file, {}
+        if file.exists():
+            for line in file.read_text(encoding="utf-8").splitlines():
+                self._take(json.loads(line))
+
+    def add(self, line: str) -> None:
+        """Keep the answer of a worker."""
+        self._take(json.loads(line))
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(line if line.endswith("\n") else line + "\n")
+
+    def _take(self, entry: dict) -> None:
+        self.found[Run(**entry["run"])] = Found(**entry["found"])
+
+
+def carry_out(runs: Sequence[Run], results: Results, workers: int) -> None:
+    """Carry out what has not been yet, in processes of a core each. Raises RuntimeError where one of them ends."""
+    waiting: queue.SimpleQueue[Run] = queue.SimpleQueue()
+    pending = [run for run in dict.fromkeys(runs) if run not in results.found]
+    for run in pending:
+        waiting.put(run)
+    failed: list[str] = []
+    lock = threading.Lock()
+
+    def work(number: int) -> None:
+        command = [sys.executable, "-m", "tests.benchmarks.recipe_run", str(number)]
+        # The answers are on standard output; what goes wrong is seen.
+        with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            while not failed:
+                try:
+                    run = waiting.get_nowait()
+                except queue.Empty:
+                    break
+                process.stdin.write(json.dumps(vars(run)) + "\n")
+                process.stdin.flush()
+                answer = process.stdout.readline()
+                if not answer:
+                    failed.append(f"{run} failed")
+                    break
+                with lock:
+                    results.add(answer)
+                    done = len(pending) - waiting.qsize()
+                    print(f"{done} of {len(pending)}: {run}", file=sys.stderr, flush=True)
+            process.stdin.close()
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(min(workers, len(pending)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failed:
+        raise RuntimeError(failed[0])
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs of one recipe on one model and concept, by seed."""
+
+    found: Sequence[Found]
+
+    @property
+    def end(self) -> float:
+        """The mean loss on training images at the end."""
+        return statistics.mean(each.losses[-1][1] for each in self.found)
+
+    def steps_to(self, loss: float) -> list[int | None]:
+        """For each seed the step at which the loss on training images is there; None where it never is."""
+        return [next((step for step, one, _ in each.losses if one <= loss), None) for each in self.found]
+
+    def spread(self, name: str) -> str:
+        """Mean and standard deviation over the seeds of a measure; ``training`` and ``fresh`` are the last losses."""
+        place = {"training": 1, "fresh": 2}.get(name)
+        values = [each.losses[-1][place] if place else getattr(each, name) for each in self.found]
+        digits = 4 if place else 1 if name in ("distance", "norm") else 2
+        more = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.{digits}f}{more}"
+
+
+def middle(steps: Sequence[int | None]) -> float:
+    """The median, where never counts as later than anything."""
+    return statistics.median(float("inf") if step is None else step for step in steps)
+
+
+def shown_steps(steps: Sequence[int | None], most: int) -> str:
+    """The median with the least and the most."""
+    ordered = sorted(float("inf") if step is None else step for step in steps)
+    words = [f"> {most}" if step == float("inf") else f"{step:g}" for step in (middle(steps), ordered[0], ordered[-1])]
+    return words[0] if len(ordered) == 1 else f"{words[0]} ({words[1]} to {words[2]})"
+
+
+class Page:
+    """The tables of all that has been carried out."""
+
+    def __init__(self, recipes: Sequence[Recipe], models: Sequence[str], seeds: Sequence[int], results: Results):
+        self.recipes, self.models, self.seeds, self.results = recipes, models, seeds, results
+
+    def group(self, recipe: Recipe, model: str, concept: str) -> Group | None:
+        """None where no seed has been carried out."""
+        runs = [recipe.run(model, concept, seed) for seed in self.seeds]
+        found = [self.results.found[run] for run in runs if run in self.results.found]
+        return Group(found) if found else None
+
+    def written(self) -> str:
+        """Markdown: how far the figures can be trusted, a table for each model and concept, and the tally."""
+        parts = ["# Recipes", self._noise()]
+        parts += [self._table(model, concept.name) for model in self.models for concept in CONCEPTS]
+        parts += [self._tally(model) for model in self.models]
+        return "\n\n".join(part for part in parts if part) + "\n"
+
+    def plot(self) -> str:
+        """Losses on training images, a chart for each model and concept, as a page of HTML."""
+        charts = []
+        for model in self.models:
+            for concept in CONCEPTS:
+                series = []
+                for colour, recipe in enumerate(self.recipes):
+                    if group := self.group(recipe, model, concept.name):
+                        means = [
+                            (float(step[0][0]), statistics.mean(one for _, one, _ in step))
+                            for step in zip(*(each.losses for each in group.found), strict=True)
+                        ]
+                        series.append(Series(recipe.name, means[1:], colour % 8))
+                charts.append(line_chart(f"{model}, {concept.name}", series))
+        colours = ("4269d0", "efb118", "ff725c", "6cc5b0", "3ca951", "ff8ab7", "a463f2", "97bbf5")
+        styles = "".join(f".c{n}{{stroke:#{c};fill:none}}i.c{n}{{background:#{c}}}" for n, c in enumerate(colours))
+        styles += "body{font:13px sans-serif}figure{display:inline-block;width:390px}.grid{stroke:#ddd}"
+        styles += "i{display:inline-block;width:9px;height:9px}"
+        return f"<!doctype html><meta charset='utf-8'><style>{styles}</style>{''.join(charts)}"
+
+    def _noise(self) -> str:
+        found = list(self.results.found.values())
+        if not found:
+            return ""
+        training, fresh = (statistics.median(each.noise[number] for each in found) for number in (0, 1))
+        return (
+            f"{len(found)} runs. Standard deviation of a loss between sets of noise: {training:.5f} on training "
+            f"images, {fresh:.5f} on fresh ones; all recipes are measured with one set. ± is between seeds."
+        )
+
+    def _table(self, model: str, concept: str) -> str:
+        reference = self.group(self.recipes[0], model, concept)
+        if not reference:
+            return ""
+        kind = "choosing" if next(each.choosing for each in CONCEPTS if each.name == concept) else "once"
+        lines = [f"## {model}, {concept} ({kind}): loss to reach {reference.end:.4f}", ""]
+        columns = ["recipe", "seeds", "steps to it", "loss at the end", "on fresh images", "distance", "outline IoU"]
+        lines += [f"| {' | '.join([*columns, 'composition', 'norm', 's/step'])} |", "|---" * 10 + "|"]
+        for recipe in self.recipes:
+            if group := self.group(recipe, model, concept):
+                steps = shown_steps(group.steps_to(reference.end), recipe.steps)
+                seconds = statistics.mean(each.seconds / each.losses[-1][0] for each in group.found)
+                names = ("training", "fresh", "distance", "iou", "composed", "norm")
+                cells = [recipe.name, str(len(group.found)), steps, *map(group.spread, names), f"{seconds:.2f}"]
+                lines.append(f"| {' | '.join(cells)} |")
+        return "\n".join(lines)
+
+    def _tally(self, model: str) -> str:
+        lines = [f"## {model}: concepts on which a recipe is there in 100 steps", ""]
+        lines += ["| recipe | choosing | once |", "|---|---|---|"]
+        for recipe in self.recipes:
+            cells = [recipe.name]
+            for choosing in GROUPS.values():
+                pairs = [
+                    (group, reference)
+                    for each in CONCEPTS
+                    if each.choosing == choosing
+                    and (group := self.group(recipe, model, each.name))
+                    and (reference := self.group(self.recipes[0], model, each.name))
+                ]
+                there = sum(middle(group.steps_to(reference.end)) <= 100 for group, reference in pairs)
+                cells.append(f"{there} of {len(pairs)}")
+            lines.append(f"| {' | '.join(cells)} |")
+        return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure recipes on the miniatures, each on concepts and seeds.")
+    parser.add_argument("--recipes", type=Path, default=Path(__file__).with_name("recipes.toml"))
+    parser.add_argument("--only", nargs="+", metavar="RECIPE", help="carry out these only; the page shows all")
+    parser.add_argument("--results", type=Path, required=True, help="what has been carried out is kept in this file")
+    parser.add_argument("--models", nargs="+", choices=("sd", "sdxl"), default=["sd", "sdxl"])
+    parser.add_argument("--concepts", nargs="+", default=list(GROUPS), help="choosing, once, or names")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
+    parser.add_argument("--out", type=Path, help="write the page here")
+    parser.add_argument("--plot", type=Path, help="write charts of the losses here, as HTML")
+    workers = 1 if torch.cuda.is_available() else usable_cores()
+    parser.add_argument("--workers", type=int, default=workers)
+    options = parser.parse_args()
+    recipes, results = read_recipes(options.recipes), Results(options.results)
+    groups = [GROUPS[name] for name in options.concepts if name in GROUPS]
+    concepts = [each.name for each in CONCEPTS if each.choosing in groups or each.name in options.concepts]
+    runs = [
+        recipe.run(model, concept, seed)
+        for seed in options.seeds
+        for recipe in recipes
+        if not options.only or recipe.name in options.only
+        for model in options.models
+        for concept in concepts
+    ]
+    try:
+        carry_out(runs, results, options.workers)
+    finally:
+        page = Page(recipes, options.models, options.seeds, results)
+        if options.plot:
+            options.plot.write_text(page.plot(), encoding="utf-8")
+        if options.out:
+            options.out.write_text(page.written(), encoding="utf-8")
+        print(page.written())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""The benchmark of recipes: concepts that are new to the miniatures, measures that tell, a page of what was run."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+
+from tests.benchmarks import recipe_run
+from tests.benchmarks.concepts import ASKED_GROUNDS, CONCEPTS, measures, world
+from tests.benchmarks.recipe_run import Found, Run
+from tests.benchmarks.recipes import Page, Recipe, Results, read_recipes
+
+OBJECTS = [each for each in CONCEPTS if not each.is_style]
+
+
+def seen_robots_and_patterns() -> set:
+    """All pairings of shapes and of colours in a pattern that occur in some thousand scenes of the world."""
+    rng = random.Random(3)
+    scenes = [world.any_scene(rng)[0] for _ in range(4000)]
+    return {tuple(part.shape for part in scene.parts) for scene in scenes} | {
+        frozenset(scene.background.colours) for scene in scenes if scene.background.pattern
+    }
+
+
+def test_half_of_the_concepts_is_for_choosing_and_none_has_been_seen():
+    assert sum(each.choosing for each in CONCEPTS) == 4
+    assert len({each.name for each in CONCEPTS}) == len(CONCEPTS) == 8
+    seen = seen_robots_and_patterns()
+    for concept in CONCEPTS:
+        if concept.is_style:
+            assert frozenset(concept.colours) not in seen
+            continue
+        parts = concept.parts((32, 32), 1)
+        # The miniatures know neither plain shapes with eyes nor one thing inside of another.
+        assert tuple(part.shape for part in parts) not in seen or (len(parts) == 1 and parts[0].eyes)
+
+
+@pytest.mark.parametrize("concept", CONCEPTS, ids=lambda each: each.name)
+def test_images_are_the_same_every_time_and_fresh_ones_are_others(concept):
+    first, again, fresh = concept.training_images(), concept.training_images(), concept.fresh_images()
+    assert [caption for _, caption in first] == [caption for _, caption in again]
+    assert all("mychar" in caption for _, caption in [*first, *fresh])
+    for (one, _), (two, _) in zip(first, again, strict=True):
+        np.testing.assert_array_equal(one, two)
+    assert (len(first), len(fresh)) == (8, 16)
+    if not concept.is_style:
+        assert not any(np.array_equal(one, two) for one, _ in first for two, _ in fresh)
+
+
+@pytest.mark.parametrize("concept", OBJECTS, ids=lambda each: each.name)
+def test_composition_is_high_for_what_was_asked_and_low_for_copies(concept):
+    parts = concept.parts((32, 32), 0.7)
+    asked = [
+        world.draw(world.Scene(world.Fill(ground[:2], ground[2]), parts)) for ground in ASKED_GROUNDS for _ in range(4)
+    ]
+    asked = [asked[4 * (number % 2)] for number in range(8)]
+    green = [world.Part(part.shape, "green", part.centre, part.radius, turn=part.turn) for part in parts]
+    asked += [world.draw(world.Scene(world.Fill(("white",)), tuple(green)))] * 8
+    copies = [image for image, _ in concept.training_images()] * 2
+    assert concept.composed(asked) > 0.85
+    assert concept.composed(copies) < 0.2
+    assert measures.object_mask(copies[0]).any()
+
+
+def found(*training: float) -> Found:
+    """A run with these losses on training images at steps 0, 10, 20 and so on, and twice as high ones on fresh ones."""
+    return Found([(10 * number, loss, 2 * loss) for number, loss in enumerate(training)], seconds=2.0)
+
+
+def test_the_page_says_when_each_recipe_reaches_what_the_first_one_ends_at(tmp_path):
+    recipes = [Recipe("plain", '{"max_train_steps": 30}'), Recipe("quick", '{"max_train_steps": 20}')]
+    recipes += [Recipe("bad", '{"max_train_steps": 10}')]
+    results = Results(tmp_path / "results.jsonl")
+    losses = {"plain": [(4, 3, 2, 1), (4, 3, 2, 2)], "quick": [(4, 1.5, 1), (4, 3, 1)], "bad": [(4, 4), (4, 5)]}
+    for recipe in recipes:
+        for seed, values in enumerate(losses[recipe.name], 1):
+            run = recipe.run("sd", CONCEPTS[0].name, seed)
+            results.add(json.dumps({"run": vars(run), "found": vars(found(*values))}))
+    again = Results(tmp_path / "results.jsonl")  # what an interrupted benchmark goes on from
+    assert len(again.found) == 6
+    page = Page(recipes, ["sd"], [1, 2], again).written()
+    assert "loss to reach 1.5000" in page
+    lines = {
+        cells[1].strip(): [cell.strip() for cell in cells[2:]]
+        for line in page.splitlines()
+        if len(cells := line.split("|")) == 12
+    }
+    assert lines["plain"][:4] == ["2", "> 30 (30 to > 30)", "1.5000 ± 0.7071", "3.0000 ± 1.4142"]
+    assert lines["quick"][:2] == ["2", "15 (10 to 20)"]
+    assert lines["bad"][:2] == ["2", "> 10 (> 10 to > 10)"]
+    assert "| quick | 1 of 1 | 0 of 0 |" in page
+    assert "| bad | 0 of 1 | 0 of 0 |" in page
+
+
+def test_the_recipes_that_come_with_it_are_options_that_the_scripts_know():
+    recipes = read_recipes(recipe_run.ROOT / "tests" / "benchmarks" / "recipes.toml")
+    assert recipes[0].steps == 300
+    for recipe in recipes:
+        run = recipe.run("sd", CONCEPTS[0].name, 1)
+        assert json.loads(run.options)["max_train_steps"] == recipe.steps
+
+
+def test_a_run_trains_by_the_recipe_and_measures_it(monkeypatch):
+    """A loss on fixed noise that falls, and equal figures for an equal run."""
+    monkeypatch.setattr(recipe_run, "STEPS", 2)
+    monkeypatch.setattr(recipe_run, "NOISE_SETS", 2)
+    monkeypatch.setattr(recipe_run, "SAMPLES", 8)
+    options = json.dumps({"max_train_steps": 10, "optimizer_args": ["betas=0.5,0.9"], "batch_size": 2})
+    first, second = (recipe_run.carried_out(Run("sd", CONCEPTS[0].name, 1, options)) for _ in range(2))
+    assert [step for step, _, _ in first.losses] == [0, 5, 10]
+    assert first.losses[-1][1] < first.losses[0][1]
+    assert first.losses == second.losses
+    assert (first.distance, first.iou, first.composed) == (second.distance, second.iou, second.composed)
+    assert first.norm > 1
+    assert first.seconds > 0
+    assert all(noise > 0 for noise in first.noise)
