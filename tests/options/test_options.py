@@ -30,6 +30,7 @@ from library.options.reference_page import page
 SD_SCRIPTS = json.loads((Path(__file__).parent.parent / "sd_scripts_options.json").read_text(encoding="utf-8"))
 DECLARED = dict(declared_options()) | FILE_OPTIONS
 ADDED = {
+    "dry_run",
     "no_report",
     "log_every_n_steps",
     "allow_tf32",
