@@ -88,16 +88,16 @@ _IDLE = {
 _FLAGS |= {name: _Flag(key, r".*", str, "a value") for name, key in _IDLE.items()}
 
 
-def parse_prompt_line(line: str) -> _Values:
-    """The keys and values of one line: its text, and after it flags such as `` --w 512 --d 1``.
+def parse_prompt_lines(lines: Iterable[str]) -> list[_Values]:
+    """The keys and values of each line: its text, and after it flags such as `` --w 512 --d 1``.
 
     Keys are those of TOML and JSON files. Between a flag and its value is one space; the text itself is never a flag.
-    A warning tells of flags that are unknown or cannot be read, which are left out, and of numbers with more behind
+    Warnings tell of flags that are unknown or cannot be read, which are left out, and of numbers with more behind
     them, where only the number counts. The number of steps is brought between 1 and 1000.
     """
-    values, problems = _parsed_line(line)
-    _tell(problems)
-    return values
+    parsed = [_parsed_line(line) for line in lines]
+    _tell([problem for _, problems in parsed for problem in problems])
+    return [values for values, _ in parsed]
 
 
 def _tell(problems: Sequence[str]) -> None:
@@ -106,12 +106,6 @@ def _tell(problems: Sequence[str]) -> None:
         logger.warning("%s", problem)
     if (more := len(problems) - NAMES_SHOWN) > 0:
         logger.warning("%s of sample prompts %s wrong too.", counted(more, "more flag"), "is" if more == 1 else "are")
-
-
-def _parsed_lines(lines: Iterable[str]) -> list[_Values]:
-    parsed = [_parsed_line(line) for line in lines]
-    _tell([problem for _, problems in parsed for problem in problems])
-    return [values for values, _ in parsed]
 
 
 def _parsed_line(line: str) -> tuple[_Values, list[str]]:
@@ -142,7 +136,7 @@ def _parsed_line(line: str) -> tuple[_Values, list[str]]:
 def read_sample_prompts(path: str | Path) -> list[SamplePrompt]:
     """The prompts in a ``.txt``, ``.toml`` or ``.json`` file, in order.
 
-    A text file holds lines as :func:`parse_prompt_line` reads them; blank ones and those that begin with # are skipped.
+    A text file holds lines as :func:`parse_prompt_lines` reads them, without blank ones and those that begin with #.
     A TOML file holds a table ``[prompt]``, and for several prompts tables ``[[prompt.subset]]`` that add to it or
     override it. A JSON file holds a list of objects, or of such lines. Sizes are rounded down to a multiple of 8, and
     are at least 64.
@@ -164,7 +158,7 @@ def read_sample_prompts(path: str | Path) -> list[SamplePrompt]:
 
 def _parse_text(text: str, file: str) -> list[_Values]:
     lines = [line.strip() for line in text.split("\n") if not line.startswith("#")]
-    return _parsed_lines(line for line in lines if line)
+    return parse_prompt_lines(line for line in lines if line)
 
 
 def _parse_toml(text: str, file: str) -> list[_Values]:
@@ -185,7 +179,7 @@ def _parse_json(text: str, file: str) -> list[_Values]:
     entries = parse_json(text, file)
     if not isinstance(entries, list) or not all(isinstance(entry, dict | str) for entry in entries):
         raise UserError(f'{file} must hold a list of objects such as {{"prompt": "…", "seed": 1}}, or of texts.')
-    lines = iter(_parsed_lines(entry for entry in entries if isinstance(entry, str)))
+    lines = iter(parse_prompt_lines(entry for entry in entries if isinstance(entry, str)))
     return [
         next(lines) if isinstance(entry, str) else {key: value for key, value in entry.items() if value is not None}
         for entry in entries

@@ -9,7 +9,7 @@ import pytest
 from departures import departure
 from golden_data import golden_cases
 
-from library.output.sample_prompts import SamplePrompt, parse_prompt_line, read_sample_prompts
+from library.output.sample_prompts import SamplePrompt, parse_prompt_lines, read_sample_prompts
 from library.support.errors import UserError
 
 FIELDS = {
@@ -22,6 +22,12 @@ FIELDS = {
     "seed": "seed",
     "sample_sampler": "sampler",
 }
+
+
+def parse_prompt_line(line: str) -> dict:
+    """The keys and values of one line."""
+    (values,) = parse_prompt_lines([line])
+    return values
 
 
 def with_effect(values: dict) -> dict:
