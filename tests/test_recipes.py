@@ -52,10 +52,7 @@ def test_images_are_the_same_every_time_and_fresh_ones_are_others(concept):
 @pytest.mark.parametrize("concept", OBJECTS, ids=lambda each: each.name)
 def test_composition_is_high_for_what_was_asked_and_low_for_copies(concept):
     parts = concept.parts((32, 32), 0.7)
-    asked = [
-        world.draw(world.Scene(world.Fill(ground[:2], ground[2]), parts)) for ground in ASKED_GROUNDS for _ in range(4)
-    ]
-    asked = [asked[4 * (number % 2)] for number in range(8)]
+    asked = [world.draw(world.Scene(world.Fill(ground[:2], ground[2]), parts)) for ground in ASKED_GROUNDS] * 4
     green = [world.Part(part.shape, "green", part.centre, part.radius, turn=part.turn) for part in parts]
     asked += [world.draw(world.Scene(world.Fill(("white",)), tuple(green)))] * 8
     copies = [image for image, _ in concept.training_images()] * 2
@@ -77,7 +74,7 @@ def test_the_page_says_when_each_recipe_reaches_what_the_first_one_ends_at(tmp_p
     for recipe in recipes:
         for seed, values in enumerate(losses[recipe.name], 1):
             run = recipe.run("sd", CONCEPTS[0].name, seed)
-            results.add(json.dumps({"run": vars(run), "found": vars(found(*values))}))
+            results.add(run, found(*values))
     again = Results(tmp_path / "results.jsonl")  # what an interrupted benchmark goes on from
     assert len(again.found) == 6
     page = Page(recipes, ["sd"], [1, 2], again).written()

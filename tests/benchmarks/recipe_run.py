@@ -4,11 +4,11 @@ import contextlib
 import io
 import json
 import os
-import sys
 import time
 import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = {"sd": train_textual_inversion, "sdxl": sdxl_train_textual_inversion}
 # Fixed-noise losses: how often, on how many samples, and on how many other sets of noise their own noise is measured.
 EVERY, SAMPLES, NOISE_SETS = 5, 32, 8
-IMAGES, STEPS, SCALE = 16, 12, 5.0
+STEPS, SCALE = 12, 5.0
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,9 @@ class Found:
 class FixedLosses(Callback):
     """Measures the loss on training images and on fresh ones of the same concept, always with the same noise."""
 
-    def __init__(self, job: Job, setup: Setup, fresh: Path, found: Found) -> None:
-        """``fresh`` is the dataset file of the fresh images."""
-        self.job, self.setup, self.found = job, setup, found
+    def __init__(self, job: Job, setup: Setup, subject: Concept, fresh: Path, found: Found) -> None:
+        """``fresh`` is the dataset file of the fresh images of the ``subject``; ``found`` is filled."""
+        self.job, self.setup, self.subject, self.found = job, setup, subject, found
         self.concepts = [job.data.concept(), self._fresh(fresh)]
         self.started = time.monotonic()
         self.measuring = 0.0
@@ -111,12 +111,11 @@ class FixedLosses(Callback):
         with self.setup.learner.averaged_rows():
             sets = [self._set_losses(concept) for concept in self.concepts]
             self.found.noise = tuple(float(np.std(each)) for each in sets)
-            subject = next(each for each in CONCEPTS if each.name == self.job.options.save.output_name)
-            images = [image for image, _ in subject.training_images()]
-            drawn = self._drawn([caption for _, caption in subject.training_images()] * 2)
+            images, captions = zip(*self.subject.training_images(), strict=True)
+            drawn = self._drawn(captions * 2)
             self.found.distance = concept_distance(drawn, images)
-            self.found.iou = 0.0 if subject.is_style else measures.shape_iou(drawn, images)
-            self.found.composed = subject.composed(self._drawn(subject.composition()))
+            self.found.iou = 0.0 if self.subject.is_style else measures.shape_iou(drawn, images)
+            self.found.composed = self.subject.composed(self._drawn(self.subject.composition()))
             norms = [
                 rows.norm(dim=1).mean().item() / typical_norm(embedding.table.weight)
                 for rows, embedding in zip(
@@ -180,7 +179,7 @@ def carried_out(run: Run) -> Found:
 
         def watched(job: Job, setup: Setup, hub):
             callbacks, saving = original(job, setup, hub)
-            callbacks.entries.append(FixedLosses(job, setup, fresh, found))
+            callbacks.entries.append(FixedLosses(job, setup, subject, fresh, found))
             return callbacks, saving
 
         original, said = trainer.happenings, io.StringIO()
@@ -211,21 +210,9 @@ def arguments(run: Run, dataset: Path, folder: Path, options: dict) -> list[str]
     return [f"--config_file={settings}"]
 
 
-def pinned(number: int) -> None:
-    """A core for each process; torch's threads would only wait for each other in models this small."""
+def begin(numbers: "SimpleQueue[int]") -> None:
+    """Keep a process to a core of its own: torch's threads would only wait for each other in models this small."""
     if hasattr(os, "sched_setaffinity") and not torch.cuda.is_available():
         cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cores[number % len(cores)]})
+        os.sched_setaffinity(0, {cores[numbers.get() % len(cores)]})
         torch.set_num_threads(1)
-
-
-def main() -> None:
-    """Carry out the runs that come by standard input, a JSON object a line; answer each with a line."""
-    pinned(int(sys.argv[1]))
-    for line in sys.stdin:
-        run = Run(**json.loads(line))
-        print(json.dumps({"run": vars(run), "found": vars(carried_out(run))}), flush=True)
-
-
-if __name__ == "__main__":
-    main()

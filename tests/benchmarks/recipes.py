@@ -1,6 +1,6 @@
 """Which recipe teaches a token best? Trains the miniatures by a list of recipes and prints a page of Markdown.
 
-    python -m tests.benchmarks.recipes --results recipes.jsonl [--recipes FILE.toml] [--out page.md --plot plot.svg]
+    python -m tests.benchmarks.recipes --results recipes.jsonl [--recipes FILE.toml] [--out page.md --plot plot.html]
 
 Every run is a line of the results file and is not carried out again; an interrupted benchmark goes on where it was.
 ``--concepts choosing`` is for choosing; ``once`` is looked at when the choice is made.
@@ -8,13 +8,12 @@ Every run is a line of the results file and is not carried out again; an interru
 
 import argparse
 import json
-import queue
+import multiprocessing
 import statistics
-import subprocess
 import sys
-import threading
 import tomllib
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +22,7 @@ import torch
 from library.output.charts import Series, line_chart
 from library.support.processes import usable_cores
 from tests.benchmarks.concepts import CONCEPTS
-from tests.benchmarks.recipe_run import ROOT, Found, Run
+from tests.benchmarks.recipe_run import Found, Run, begin, carried_out
 
 GROUPS = {"choosing": True, "once": False}
 
@@ -58,55 +57,31 @@ class Results:
         self.file, self.found = file, {}
         if file.exists():
             for line in file.read_text(encoding="utf-8").splitlines():
-                self._take(json.loads(line))
+                entry = json.loads(line)
+                self.found[Run(**entry["run"])] = Found(**entry["found"])
 
-    def add(self, line: str) -> None:
-        """Keep the answer of a worker."""
-        self._take(json.loads(line))
+    def add(self, run: Run, found: Found) -> None:
+        """Keep what a run has given."""
+        self.found[run] = found
         with self.file.open("a", encoding="utf-8") as file:
-            file.write(line if line.endswith("\n") else line + "\n")
-
-    def _take(self, entry: dict) -> None:
-        self.found[Run(**entry["run"])] = Found(**entry["found"])
+            file.write(json.dumps({"run": vars(run), "found": vars(found)}) + "\n")
 
 
 def carry_out(runs: Sequence[Run], results: Results, workers: int) -> None:
-    """Carry out what has not been yet, in processes of a core each. Raises RuntimeError where one of them ends."""
-    waiting: queue.SimpleQueue[Run] = queue.SimpleQueue()
+    """Carry out what has not been yet, in processes of a core each. Raises RuntimeError where a training fails."""
     pending = [run for run in dict.fromkeys(runs) if run not in results.found]
-    for run in pending:
-        waiting.put(run)
-    failed: list[str] = []
-    lock = threading.Lock()
-
-    def work(number: int) -> None:
-        command = [sys.executable, "-m", "tests.benchmarks.recipe_run", str(number)]
-        # The answers are on standard output; what goes wrong is seen.
-        with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-            while not failed:
-                try:
-                    run = waiting.get_nowait()
-                except queue.Empty:
-                    break
-                process.stdin.write(json.dumps(vars(run)) + "\n")
-                process.stdin.flush()
-                answer = process.stdout.readline()
-                if not answer:
-                    failed.append(f"{run} failed")
-                    break
-                with lock:
-                    results.add(answer)
-                    done = len(pending) - waiting.qsize()
-                    print(f"{done} of {len(pending)}: {run}", file=sys.stderr, flush=True)
-            process.stdin.close()
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(min(workers, len(pending)))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failed:
-        raise RuntimeError(failed[0])
+    context = multiprocessing.get_context("spawn")
+    numbers = context.SimpleQueue()
+    for number in range(workers):
+        numbers.put(number)
+    with ProcessPoolExecutor(workers, context, initializer=begin, initargs=(numbers,)) as pool:
+        running = {pool.submit(carried_out, run): run for run in pending}
+        try:
+            for done, future in enumerate(as_completed(running), start=1):
+                results.add(running[future], future.result())
+                print(f"{done} of {len(pending)}: {running[future]}", file=sys.stderr, flush=True)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclass(frozen=True)
