@@ -8,14 +8,16 @@ from dataclasses import replace
 from library.options.console import hold_back, keep_talking, release, set_up_logging
 from library.options.parser import OptionParser, parse
 from library.support.errors import UserError
+from library.support.phase import phase
 from library.support.processes import ended_at_once
-from library.support.signals import EXIT_CODE, ended_gently, signals_handled
+from library.support.signals import ended_gently, exit_code, signals_handled
+from library.support.terminal import fitted
 
 logger = logging.getLogger(__name__)
 
 
 def run(parser: OptionParser, family: str, arguments: Sequence[str] | None = None) -> int:
-    """Parse the arguments and train; return 0, 1 for a user's mistake, or 130 when interrupted (see signals).
+    """Parse the arguments and train; return 0, 1 for a user's mistake, or what tells how it was interrupted.
 
     Everything heavy is imported after the arguments are known to be good, so that ``--help`` and mistakes answer at
     once. Without ``arguments`` those of the process are taken, and the process ends with the run; where the run has
@@ -41,8 +43,8 @@ def _run(parser: OptionParser, family: str, arguments: Sequence[str] | None) -> 
         with ended_gently():
             found = find_images(options, family)
             check_paths(options.model)
-            logger.info("Loading PyTorch, transformers and diffusers.")
-        with without_bitsandbytes():  # imports swallow exceptions: a signal ends the process at once
+        # Imports swallow exceptions: a signal ends the process at once.
+        with phase("Loading PyTorch, transformers and diffusers"), without_bitsandbytes():
             from library.run import train
 
         with ended_gently():
@@ -55,14 +57,14 @@ def _run(parser: OptionParser, family: str, arguments: Sequence[str] | None) -> 
         return _told(_unusable(error))
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
-        return EXIT_CODE
+        return exit_code()
     return 0
 
 
 def _told(mistake: str) -> int:
     """Tell a user's mistake, after all that was held back; the exit code."""
     release()
-    print(f"error: {mistake}", file=sys.stderr)
+    print(fitted(f"error: {mistake}", sys.stderr), file=sys.stderr)
     return 1
 
 

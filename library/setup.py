@@ -25,6 +25,7 @@ from library.output.results import Results
 from library.output.sample_images import SampleImages
 from library.output.sampling import SamplingPipeline
 from library.support.errors import UserError
+from library.support.phase import phase
 from library.training.denoising import DenoisingTask
 from library.training.diffusion import NoiseSchedule
 from library.training.divergence_guard import DivergenceGuard
@@ -160,8 +161,9 @@ def set_up(job: Job) -> Setup:
 
 def load_text_encoders(job: Job) -> list[PreTrainedModel]:
     """The frozen text encoders in the run's precision, on the device."""
-    logger.info("Loading the text encoder%s.", "s" if len(job.model.architecture.text_encoders) > 1 else "")
-    encoders = job.model.text_encoders(job.machine.precision.dtype, job.device)
+    several = len(job.model.architecture.text_encoders) > 1
+    with phase("Loading the text encoders" if several else "Loading the text encoder"):
+        encoders = job.model.text_encoders(job.machine.precision.dtype, job.device)
     if job.options.training.gradient_checkpointing:
         for encoder in encoders:
             encoder.activation_checkpointing_enable()
@@ -247,8 +249,8 @@ def prepare_latents(job: Job) -> FrozenVae | None:
     """
     cache, whole = job.options.cache, job.options.model.no_half_vae
     dtype = runtime.vae_dtype(job.machine.precision, job.device, whole=whole)
-    logger.info("Loading the VAE.")
-    vae = FrozenVae(job.model.vae(dtype, job.device), job.device, dtype, load=job.model.vae)
+    with phase("Loading the VAE"):
+        vae = FrozenVae(job.model.vae(dtype, job.device), job.device, dtype, load=job.model.vae)
     if not cache.cache_latents:
         return vae
     runtime.set_attention(job.options.runtime, None, vae.vae)
@@ -271,11 +273,11 @@ def prepare_latents(job: Job) -> FrozenVae | None:
 
 def load_unet(job: Job) -> UNet2DConditionModel:
     """The frozen U-Net in the run's precision (or float8), on the device, in eval mode."""
-    logger.info("Loading the U-Net.")
     dtype, options = job.machine.precision.dtype, job.options
-    unet = job.model.unet(
-        dtype, job.device, float8=options.runtime.fp8_base, inpainting=options.dataset.train_inpainting
-    )
+    with phase("Loading the U-Net"):
+        unet = job.model.unet(
+            dtype, job.device, float8=options.runtime.fp8_base, inpainting=options.dataset.train_inpainting
+        )
     unet.to(  # type: ignore[call-arg]  # diffusers wraps it as if it were a function
         memory_format=device_settings.fastest_format(job.device, dtype)
     )

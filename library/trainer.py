@@ -1,6 +1,7 @@
 """The training: the loop over epochs and steps, and the list of all that happens besides."""
 
 import logging
+import time
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -17,6 +18,7 @@ from library.embedding.vocabulary import Vocabulary
 from library.model import runtime
 from library.model.hub import HubUpload
 from library.output.learning_report import LearningMeasure, LearningReport, LearningReporting
+from library.output.measurements import Measurements
 from library.output.run_facts import RunFacts
 from library.output.run_report import RunReport, Watched
 from library.output.sample_images import Sampling
@@ -26,7 +28,8 @@ from library.output.trackers import RunLog
 from library.output.vector_meter import VectorMeter
 from library.rescue import Rescue
 from library.setup import Job, Setup, set_up
-from library.support.progress_bar import progress_bar
+from library.support.progress_bar import paused, progress_bar
+from library.support.running_mean import RunningMean, readable_span
 from library.support.signals import undisturbed
 from library.training.callbacks import Callbacks, StepResult
 from library.training.optimizer_step import check_learning
@@ -55,13 +58,16 @@ def happenings(job: Job, setup: Setup, hub: HubUpload | None) -> tuple[Callbacks
     """
     callbacks, log, options = Callbacks(), RunLog.start(job.options), job.options
     entries, results, learner = callbacks.entries, setup.results, setup.learner
-    entries.append(log)
     concept, learning = job.data.concept(), None
     if setup.pipeline and concept and options.sample.learning_report:
         learning = LearningReporting(partial(learning_report, job, setup, setup.pipeline, concept))
         entries.append(learning)
     if job.accelerator.is_main_process:
-        entries.append(run_report(job, setup, learning))
+        measurements = measurements_of(job, setup)
+        report = run_report(job, setup, measurements, log, learning)
+        measurements.readers += [report.told, *([log.told] if log.trackers else [])]
+        entries += [report, measurements]
+    entries.append(log)
     if (held_out := job.data.validation_loader(**job.share)) is not None:
         entries.append(Validation(held_out, setup.task, learner, callbacks))
     saving = Saving(job.saves, results, learner, setup.starts, partial(current_state, job, setup, log), callbacks)
@@ -73,16 +79,24 @@ def happenings(job: Job, setup: Setup, hub: HubUpload | None) -> tuple[Callbacks
     return callbacks, saving
 
 
-def run_report(job: Job, setup: Setup, learning: LearningReporting | None) -> RunReport:
-    """What notes and shows the run, and judges it at its end."""
-    file = setup.results.path(job.saves.at_end()[-1].name)
+def measurements_of(job: Job, setup: Setup) -> Measurements:
+    """What measures the run; nobody reads it yet."""
     tables = (embedding.table for embedding in setup.prompt_encoder.embeddings)
     vocabularies = list(map(Vocabulary, tables, job.word.prompts.tokenizers))
     meter = VectorMeter(job.word.placeholder.names, job.family.embedding_keys, setup.starts, vocabularies)
-    steps = job.plan.total_steps
-    watched = Watched(setup.results, file, steps, setup.learner, meter, job.album, setup.task.bands, learning)
-    facts = (setup.results, file, job.data, steps, job.accelerator, job.album.prompts)
-    return RunReport(watched, partial(RunFacts.gather, *facts))
+    every = job.options.logging.log_every_n_steps
+    return Measurements(setup.learner, meter, setup.task.bands, every=every, result=job.saves.at_end()[-1].name)
+
+
+def run_report(
+    job: Job, setup: Setup, measurements: Measurements, log: RunLog, learning: LearningReporting | None
+) -> RunReport:
+    """What notes and shows the run, and judges it at its end."""
+    results, file = setup.results, setup.results.path(measurements.result)
+    watched = Watched(results, file, job.plan.total_steps, measurements, job.album, learning, log.show)
+    return RunReport(
+        watched, partial(RunFacts.gather, results, file, job.data, job.plan, setup.learner, job.album.prompts)
+    )
 
 
 def learning_report(job: Job, setup: Setup, pipeline: SamplingPipeline, concept: Concept) -> LearningReport:
@@ -117,6 +131,8 @@ class Trainer:
         """``saving``, one of the callbacks, also writes the result."""
         self.job, self.setup, self.callbacks, self.saving = job, setup, callbacks, saving
         self.progress, self.learner = setup.progress, setup.learner
+        self.running_mean = RunningMean(readable_span(job.plan.total_steps))
+        self.smoothed: float | None = None
         self.rescue = Rescue(
             setup.learner,
             setup.results,
@@ -131,6 +147,7 @@ class Trainer:
         try:
             with self.rescue.lookout:
                 path = self.learn()
+            self.callbacks.after_result(path)
         finally:
             self.callbacks.close()
         self.callbacks.after_training(path)
@@ -148,15 +165,14 @@ class Trainer:
 
     def fit(self) -> None:
         """Epochs of optimizer steps until the planned number of steps is done."""
-        job, plan, progress = self.job, self.job.plan, self.progress
+        plan, progress = self.job.plan, self.progress
         loader = self.loader()
-        logger.info(plan.described(job.word.placeholder.count, job.accelerator.num_processes))
-        hidden = not job.accelerator.is_local_main_process
+        self.start()
+        hidden = not self.job.accelerator.is_local_main_process
         bar = progress_bar("steps", plan.total_steps, "step", done=progress.step, silent=hidden)
         with bar, warnings.catch_warnings():
             # torch says so where the first steps cannot teach the rows, or overflow in fp16.
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-            self.start()
             while progress.epoch < plan.epochs or not progress.epoch_closed:
                 self.train_epoch(loader, bar)
 
@@ -165,14 +181,19 @@ class Trainer:
         plan, progress = self.job.plan, self.progress
         progress.begin_epoch()
         loader.set_epoch(progress.epoch, (progress.epoch - 1) * plan.steps_per_epoch, progress.batches_done)
+        began = time.monotonic()
         for batches in islice(groups(loader, plan.accumulation), plan.total_steps - progress.step):
-            result = self.step(batches)
+            result = self.step(batches, began)
+            if result.smoothed is not None:
+                rate = self.learner.schedule.get_last_lr()[0]
+                bar.set_postfix(loss=f"{result.smoothed:.4f}", lr=f"{rate:.3g}", refresh=False)
             bar.update()
-            if result.loss is not None:
-                bar.set_postfix(loss=f"{result.loss:.4f}", lr=f"{self.learner.schedule.get_last_lr()[0]:.3g}")
-            self.callbacks.after_step(progress, result)
+            with paused(bar):
+                self.callbacks.after_step(progress, result)
+            began = time.monotonic()
         progress.close_epoch()
-        self.callbacks.after_epoch(progress)
+        with paused(bar):
+            self.callbacks.after_epoch(progress)
 
     def loader(self) -> BatchLoader:
         """This process's batches."""
@@ -194,9 +215,11 @@ class Trainer:
             state.set_random_states(self.job.accelerator.process_index)
         self.callbacks.on_start(self.progress, state)
 
-    def step(self, batches: Sequence[Batch]) -> StepResult:
-        """One optimizer step, watched by the rescue."""
+    def step(self, batches: Sequence[Batch], began: float) -> StepResult:
+        """One optimizer step, watched by the rescue; it ``began`` with the waiting for its data."""
         rates = self.learner.rates()
         loss = self.learner.step(self.rescue.lookout.beating(batches), self.setup.task)
         self.rescue.lookout.step_done(lambda: self.rescue.vectors(self.progress.step, self.progress.epoch))
-        return StepResult(loss, rates)
+        if loss is not None:
+            self.smoothed = self.running_mean.add(loss)
+        return StepResult(loss, rates, self.smoothed, time.monotonic() - began)

@@ -11,7 +11,7 @@ LINUX_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def describe_device(device: torch.device, precision: str) -> str:
-    """One sentence for the log: device with name and memory, ``precision`` ("no", "fp16", "bf16"), PyTorch, driver."""
+    """The device with name and memory, ``precision`` ("no", "fp16", "bf16"), PyTorch and driver, in words."""
     numbers = "float32" if precision == "no" else precision
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device)
@@ -21,7 +21,7 @@ def describe_device(device: torch.device, precision: str) -> str:
         where = f"the CPU with {threads} thread{'s' * (threads != 1)}"
     else:
         where = f"the device {device}"
-    return f"Computing on {where} in {numbers}, with {describe_torch()}."
+    return f"{where} in {numbers}, with {describe_torch()}"
 
 
 def describe_torch() -> str:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from library.options.training import RuntimeOptions
 from library.support.errors import UserError
 from library.support.processes import rank
+from library.support.terminal import coloured, fitted
 
 FORMAT = "%(asctime)s %(levelname)-7s %(message)s"
 
@@ -30,12 +31,20 @@ class HeldBack(logging.Handler):
 
 
 class AboveProgress(logging.StreamHandler[TextIO]):
-    """Writes each record on lines of its own, above a progress bar that may be on the screen."""
+    """Writes each record on lines of its own, above a progress bar that may be on the screen.
+
+    On a terminal lines are broken between words, and the level of a warning is coloured where records show it.
+    """
+
+    def __init__(self, stream: TextIO, *, shows_level: bool) -> None:
+        super().__init__(stream)
+        self.shows_level = shows_level
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write the record; the bar is drawn again below it."""
         try:
-            tqdm.write(self.format(record), file=self.stream)
+            text = fitted(self.format(record), self.stream)
+            tqdm.write(coloured(text, record.levelname, self.stream) if self.shows_level else text, file=self.stream)
         except OSError:
             self.handleError(record)
 
@@ -133,6 +142,12 @@ def silenced() -> Iterator[None]:
             handler.removeFilter(heard)
 
 
+def say(text: str) -> None:
+    """Print what a run has to tell in the end, on standard output, where --console_log_level lets INFO through."""
+    if logging.getLogger("library").level <= logging.INFO:
+        print(fitted(text, sys.stdout))
+
+
 def release() -> None:
     """Say on the console what is still held back."""
     if any(isinstance(handler, HeldBack) for handler in logging.getLogger("library").handlers):
@@ -151,9 +166,10 @@ def quieten() -> None:
 def set_up_logging(options: RuntimeOptions) -> None:
     """Send log records to the console (stderr, or plain stdout) or to a file, beginning with those held back.
 
-    The file is the main process's alone; the errors of others go to the console.
+    The file is the main process's alone, and always has times and levels; the errors of others go to the console.
     Raises UserError for a file that cannot be written.
     """
+    plain = options.console_log_simple
     if options.console_log_file and rank() == 0:
         try:
             handler: logging.Handler = LogFile(
@@ -163,9 +179,10 @@ def set_up_logging(options: RuntimeOptions) -> None:
             raise UserError(
                 f"--console_log_file {options.console_log_file} cannot be written: {error.strerror}."
             ) from error
+        plain = False
     else:
-        handler = AboveProgress(sys.stdout if options.console_log_simple else sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s" if options.console_log_simple else FORMAT, datefmt="%H:%M:%S"))
+        handler = AboveProgress(sys.stdout if plain else sys.stderr, shows_level=not plain)
+    handler.setFormatter(logging.Formatter("%(message)s" if plain else FORMAT, datefmt="%H:%M:%S"))
     logger = logging.getLogger("library")
     logger.setLevel(options.console_log_level or logging.INFO)
     quieten()

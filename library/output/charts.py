@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from library.support.running_mean import RunningMean, readable_span
+
 Point = tuple[float, float]
 _WIDTH, _HEIGHT = 390, 225
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 12, 34
@@ -83,13 +85,9 @@ def shown(value: float) -> str:
 
 
 def smoothed(points: Sequence[Point]) -> list[Point]:
-    """A running mean that forgets: over about a tenth of the points, and unbiased from the first one on."""
-    keep = 1 - 2 / (min(max(len(points) / 10, 4), 100) + 1)
-    found, total, weight = [], 0.0, 0.0
-    for x, y in points:
-        total, weight = keep * total + (1 - keep) * y, keep * weight + (1 - keep)
-        found.append((x, total / weight))
-    return found
+    """The running mean of the points, over about a tenth of them."""
+    mean = RunningMean(readable_span(len(points)))
+    return [(x, mean.add(y)) for x, y in points]
 
 
 def _thinned(series: Series) -> Series:

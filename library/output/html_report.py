@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cache
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -32,6 +33,7 @@ from library.output.run_facts import RunFacts
 from library.output.thumbnails import Thumbnails
 from library.output.verdict import HARDLY_CHANGED, LEARNED, NOT_LEARNED, TOO_FAR, Verdict
 from library.support.errors import counted
+from library.support.phase import duration
 
 ENDING = ".html"
 _REFRESH = 15  # seconds between two looks of a browser at a page that is still written
@@ -43,13 +45,15 @@ _RUN = re.compile(rb'<meta name="run" content="([^"]*)">')
 class Standing:
     """Where a run stands: ``seconds`` of training so far, and how many more it will take, if that is known.
 
-    ``running`` is whether the page will be written again. ``sheet`` is the file with the images of what was learned.
+    ``running`` is whether the page will be written again, ``saved`` whether the result is written. ``sheet`` is the
+    file with the images of what was learned.
     """
 
     step: int
     seconds: float
     seconds_left: float | None = None
     running: bool = True
+    saved: bool = False
     verdict: Verdict | None = None
     learned: LearningReport | None = None
     sheet: Path | None = None
@@ -77,8 +81,7 @@ class HtmlReport:
             settings_section(facts, snippets),
         ]
         sections = [section for section in sections if section.content]
-        frame = files("library.output").joinpath("report.html").read_text(encoding="utf-8")
-        return Template(frame).substitute(
+        return _frame().substitute(
             run=escape(facts.run),
             refresh=f'<meta http-equiv="refresh" content="{_REFRESH}">' if standing.running else "",
             title=escape(f"{facts.token}: {self._state(standing)}"),
@@ -107,7 +110,8 @@ class HtmlReport:
             tone = _TONES.get(standing.verdict.verdict, "idle")
             return _banner(tone, standing.verdict.verdict, _sentence(standing.verdict.reason))
         if not standing.running:
-            reason = f"The run ended at step {standing.step:,} of {total:,}, before its result was written."
+            unfinished = "before the result was judged" if standing.saved else "before its result was written"
+            reason = f"The run ended at step {standing.step:,} of {total:,}, {unfinished}."
             return _banner("idle", "ENDED EARLY", reason)
         if standing.step >= total:
             text = "All steps are done; what is left is being measured and written."
@@ -118,6 +122,12 @@ class HtmlReport:
         return _banner("live", "TRAINED" if standing.step >= total else "TRAINING", text, bar)
 
 
+@cache
+def _frame() -> Template:
+    """What all pages have in common; a page is drawn often."""
+    return Template(files("library.output").joinpath("report.html").read_text(encoding="utf-8"))
+
+
 def run_of_report(path: Path) -> str | None:
     """The run that wrote a page; None where there is none, or where it is no page of ours."""
     try:
@@ -126,16 +136,6 @@ def run_of_report(path: Path) -> str | None:
     except OSError:
         return None
     return found[1].decode(errors="replace") if found else None
-
-
-def duration(seconds: float) -> str:
-    """A time as people say it: 42 s, 3 min 20 s, 2 h 5 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def _sentence(text: str) -> str:

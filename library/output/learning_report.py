@@ -17,13 +17,14 @@ from library.embedding.initialization import NewWord
 from library.embedding.tokenizer import TrainableRows
 from library.model.identity import read_object
 from library.model.runtime import shared_out
+from library.options.console import say
 from library.output.concept_distance import concept_distance
-from library.output.results import say_kept
 from library.output.sample_prompts import SamplePrompt
 from library.output.sampling import SamplingPipeline
 from library.output.verdict import Distances, Verdict
 from library.support.atomic_files import write_atomically, write_png
 from library.support.errors import UserError, survived
+from library.support.phase import phase
 from library.support.processes import rank
 from library.training.callbacks import Callback
 from library.training.denoising import DenoisingTask
@@ -109,13 +110,8 @@ class LearningReport:
         )
         others = _run_of(numbers) != run
         # The numbers say whose report it is, so they come last.
-        kept = {
-            picture: write_png(picture, sheet, keep_old=others),
-            numbers: write_atomically(numbers, content.encode(), keep_old=others),
-        }
-        for file, place in kept.items():
-            if place:
-                say_kept(file, place)
+        write_png(picture, sheet, keep_old=others)
+        write_atomically(numbers, content.encode(), keep_old=others)
         return picture
 
 
@@ -187,12 +183,15 @@ class LearningReporting(Callback):
         self.measure = measure
         self.report: LearningReport | None = None
 
-    def after_training(self, path: Path) -> None:
+    def after_result(self, path: Path) -> None:
         """Make the report; where that fails, the embedding is there all the same."""
-        with survived("The learning report could not be made; the embedding is complete without it."):
-            report = self.report = self.measure()
-            if not rank():
-                print(f"\n{report.text}")
+        with (
+            survived("The learning report could not be made; the embedding is complete without it."),
+            phase("Measuring what was learned"),
+        ):
+            self.report = self.measure()
+        if self.report:
+            say(f"\n{self.report.text}")
 
 
 def comparison_sheet(rows: Sequence[tuple[str, Sequence[np.ndarray]]]) -> Image.Image:

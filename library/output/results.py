@@ -20,12 +20,13 @@ from library.model.architectures import SD2
 from library.model.base_model import BaseModel
 from library.model.family import ModelFamily
 from library.model.runtime import decided_by_main
+from library.options.console import say
 from library.options.declaration import required
 from library.options.option_types import written
 from library.options.options import Options, told_options
 from library.output.report import movement_table, movement_warning, movements, usage_card
 from library.output.ss_metadata import ss_metadata
-from library.support.atomic_files import sweep, write_atomically
+from library.support.atomic_files import move_away, sweep, write_atomically
 from library.support.errors import UserError, survived
 from library.training.optimizers import OptimizerChoice
 from library.training.save_schedule import RunPlan, remove_checkpoint
@@ -35,11 +36,6 @@ logger = logging.getLogger(__name__)
 
 REPORT_ENDINGS = ("_report.json", "_report.png")  # of the files that --learning_report writes beside a result
 USAGE_ENDING = "_usage.txt"
-
-
-def say_kept(path: Path, kept: Path) -> None:
-    """Tell where a file or a folder of another run is now whose name was needed."""
-    logger.warning("%s of an earlier run was kept: it is now %s.", path, kept.name)
 
 
 def make_room(result: Path, files: Iterable[Path]) -> None:
@@ -53,8 +49,7 @@ def make_room(result: Path, files: Iterable[Path]) -> None:
     free = next(stem for stem in stems if not any(os.path.lexists(f"{stem}{ending}") for ending in endings))
     for path in there:
         kept = free.with_name(free.name + path.name.removeprefix(result.stem))
-        path.rename(kept)
-        say_kept(path, kept)
+        move_away(path, kept)
 
 
 @dataclass(frozen=True)
@@ -186,7 +181,6 @@ class Results:
             keep_old=not self.owns(path),
         )
         if kept:
-            say_kept(path, kept)
             for ending in (*REPORT_ENDINGS, USAGE_ENDING):
                 report, place = (file.with_name(file.stem + ending) for file in (path, kept))
                 if report.exists() and not place.exists():
@@ -195,10 +189,7 @@ class Results:
 
     def write_state(self, name: str, state: TrainingState) -> None:
         """Write a state folder; what stands in the place is kept unless it is a state of this run."""
-        path = self.path(name)
-        kept = replace(state, run=self.run, base=self.model.hash(), resumed=self.resumed).write(path)
-        if kept:
-            say_kept(path, kept)
+        replace(state, run=self.run, base=self.model.hash(), resumed=self.resumed).write(self.path(name))
 
     def remove(self, name: str) -> None:
         """Remove an older embedding file or state folder of this run, if it is there."""
@@ -213,13 +204,13 @@ class Results:
 
         The latter goes into a text file beside it, where the run has a report.
         """
-        print(f"\nThe embedding is in {path}\n")
+        say(f"\nThe embedding is in {path}\n")
         moved = []
         for key, start, now in zip(self.family.embedding_keys, starts, rows, strict=True):
             compared = movements(self.word.placeholder.names, start, now)
             if len(self.family.embedding_keys) > 1:
-                print(f"{key}:")
-            print(movement_table(compared) + "\n")
+                say(f"{key}:")
+            say(movement_table(compared) + "\n")
             moved += compared
         if warning := movement_warning(moved, learning_rate, steps):
             logger.warning(warning)
@@ -227,7 +218,7 @@ class Results:
         base = f"{self.model.architecture.title}, trained on {self.model.name}"
         card = usage_card(path, self.word.placeholder.text, keys, count, base)
         if self.options.logging.no_report:
-            print(card)
+            say(card)
             return
         with survived("The text file on how to use the embedding could not be written."):
             write_atomically(path.with_name(path.stem + USAGE_ENDING), f"{card}\n".encode())

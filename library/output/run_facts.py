@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-
 from library.data.batched_data import BatchedData
 from library.data.image_entry import ImageEntry
 from library.data.image_table import ImageTable
@@ -21,6 +19,9 @@ from library.output.report import diffusers_snippet, usage_notes
 from library.output.results import Results
 from library.output.sample_prompts import SamplePrompt
 from library.output.thumbnails import Box
+from library.support.errors import counted
+from library.training.optimizer_step import Learner
+from library.training.save_schedule import RunPlan
 
 MOST_IMAGES = 24  # that are shown
 
@@ -68,30 +69,21 @@ class RunFacts:
         results: Results,
         file: Path,
         data: BatchedData,
-        total_steps: int,
-        accelerator: Accelerator,
+        plan: RunPlan,
+        learner: Learner,
         prompts: Sequence[SamplePrompt | None],
     ) -> "RunFacts":
         """Collect what the run's parts know; ``file`` is where its embedding will be."""
         options, placeholder, keys = results.options, results.word.placeholder, results.family.embedding_keys
-        table, processes = data.table, accelerator.num_processes
+        table, processes = data.table, learner.accelerator.num_processes
         return cls(
             run=results.run,
             token=placeholder.text,
             num_vectors=placeholder.count,
             base=f"{results.model.architecture.title}, {results.model.name}",
-            total_steps=total_steps,
+            total_steps=plan.total_steps,
             file=file,
-            details=(
-                ("Base model", f"{results.model.name} ({results.model.architecture.title})"),
-                ("Model file", str(options.model.pretrained_model_name_or_path)),
-                ("Starts from", _start(options)),
-                ("Seed", str(results.seed)),
-                ("Device", describe_device(accelerator.device, options.runtime.mixed_precision or "no")),
-                *([("Processes", str(processes))] if processes > 1 else []),
-                ("Images", _counted_images(table)),
-                ("Output folder", str(results.folder)),
-            ),
+            details=_details(results, data, plan, learner),
             command=command_line(options, results.family.script, results.seed, processes),
             toml=as_toml(_given(options, results.seed)),
             images=tuple(image_facts(table)) if table is not None else (),
@@ -101,6 +93,23 @@ class RunFacts:
             notes=tuple(usage_notes(file, placeholder.text, keys, placeholder.count)),
             snippet=diffusers_snippet(file, diffusers_token(placeholder.text, placeholder.count), keys).rstrip(),
         )
+
+
+def _details(results: Results, data: BatchedData, plan: RunPlan, learner: Learner) -> tuple[tuple[str, str], ...]:
+    """What the run is, in labels with their values."""
+    options, placeholder = results.options, results.word.placeholder
+    accelerator, rates = learner.accelerator, learner.choice.rates_text
+    vectors = f"{placeholder.text}, {counted(placeholder.count, 'vector')}"
+    return (
+        ("Base model", f"{results.model.name} ({results.model.architecture.title})"),
+        ("Model file", str(options.model.pretrained_model_name_or_path)),
+        ("Device", describe_device(accelerator.device, options.runtime.mixed_precision or "no")),
+        ("Token", f"{vectors}, from {_start(options)}"),
+        ("Images", _counted_images(data.table)),
+        ("Plan", plan.described(accelerator.num_processes)),
+        ("Optimizer", f"{learner.choice.description}, learning rate {rates}" if rates else learner.choice.description),
+        ("Seed", str(results.seed)),
+    )
 
 
 def command_line(options: Options, script: str, seed: int, processes: int = 1) -> str:

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from library.output.metrics_file import Line, moment, sample_files, spread
-from library.output.results import say_kept
+from library.output.thumbnails import small_image
 from library.support.atomic_files import write_png
 
 GRID_ENDING, PREVIEW_ENDING = "_grid.png", ".preview.png"
@@ -34,7 +34,7 @@ def sample_grid(folder: Path, lines: Sequence[Line], prompts: Sequence[str]) -> 
         (step, number): tile
         for step in steps
         for number in columns
-        if (name := drawn[step].get(number)) and (tile := _tile(folder / name))
+        if (name := drawn[step].get(number)) and (tile := small_image(folder / name, _TILE))
     }
     if not tiles:
         return None
@@ -45,8 +45,7 @@ def write_for_run(path: Path, image: Image.Image, run: str) -> None:
     """Write a PNG file that says which run it is of; one of another run is kept under a number. Raises UserError."""
     notes = PngInfo()
     notes.add_text(_RUN, run)
-    if kept := write_png(path, image, notes, keep_old=path.exists() and run_of_image(path) != run):
-        say_kept(path, kept)
+    write_png(path, image, notes, keep_old=path.exists() and run_of_image(path) != run)
 
 
 def run_of_image(path: Path) -> str | None:
@@ -56,16 +55,6 @@ def run_of_image(path: Path) -> str | None:
             return str(image.info[_RUN]) if _RUN in image.info else None
     except OSError:
         return None
-
-
-def _tile(path: Path) -> Image.Image | None:
-    try:
-        with Image.open(path) as image:
-            tile = image.convert("RGB")
-    except OSError:
-        return None
-    tile.thumbnail((_TILE, _TILE), Image.Resampling.LANCZOS)
-    return tile
 
 
 def _drawn(

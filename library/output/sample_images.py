@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 import numpy as np
+from accelerate.utils import gather_object
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -149,8 +150,9 @@ class Sampling(Callback):
         machine = self.learner.accelerator
         share = {"process_index": machine.process_index, "num_processes": machine.num_processes}
         with self.learner.averaged_rows():
-            images = self.album.draw(self.pipeline, mark, missing=missing, **share)
-        self.callbacks.after_samples(progress, images)
+            mine = self.album.draw(self.pipeline, mark, missing=missing, **share)
+        # All have drawn when all have told: the folder is complete then.
+        self.callbacks.after_samples(progress, dict(gather_object([*mine.items()])))
 
 
 def _with_scenes(wanted: Sequence[SamplePrompt]) -> Sequence[SamplePrompt | None]:

@@ -35,6 +35,15 @@ class Thumbnails:
 
 
 def _thumbnail(path: Path, side: int, kept: Box | None) -> str | None:
+    small = small_image(path, side)
+    if small is None:
+        return None
+    small = _enlarged(small, side) if max(small.size) < side else small
+    return data_uri(_dimmed(small, kept) if kept else small)
+
+
+def small_image(path: Path, side: int) -> Image.Image | None:
+    """The image at ``path``, upright and on white, at most ``side`` pixels wide and high; None if it cannot be read."""
     try:
         with Image.open(path) as image:
             image.draft("RGB", (2 * side, 2 * side))  # JPEG files are read at a fraction of their size
@@ -42,9 +51,8 @@ def _thumbnail(path: Path, side: int, kept: Box | None) -> str | None:
             upright = _on_white(ImageOps.exif_transpose(image))
     except Exception:  # whatever is wrong with a file, a report is not the place to say so
         return None
-    upright = _enlarged(upright, side) if max(upright.size) < side else upright
     upright.thumbnail((side, side), Image.Resampling.LANCZOS)
-    return data_uri(_dimmed(upright, kept) if kept else upright)
+    return upright
 
 
 def _on_white(image: Image.Image) -> Image.Image:

@@ -1,24 +1,27 @@
 """Logs for TensorBoard and Weights & Biases, through accelerate's trackers: what is logged, and where."""
 
 import importlib.util
+import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
-from accelerate.utils import gather_object
+from PIL import Image
 
 from library.options.declaration import required
 from library.options.options import Options, as_dict, declared_options
 from library.options.output import LoggingOptions
-from library.support.errors import UserError, survived
+from library.output.metrics_file import Line
+from library.support.errors import UserError, first_line, survived
 from library.support.text_files import parse_toml, read_text
 from library.training.callbacks import Callback, StepResult
 from library.training.progress import Progress
-from library.training.state import TrainingState
+from library.training.state import TrainingState, random_states, set_random_states
 
 PROJECT = "textual_inversion"
 _TRACKERS = ("tensorboard", "wandb")  # and the packages they need
@@ -48,13 +51,19 @@ def _settings(options: LoggingOptions) -> dict[str, dict[str, Any]]:
     return settings
 
 
+# In a line of the metrics, what the log has under names of its own, or by its own clock.
+_LOGGED_ELSEWHERE = {"step", "seconds", "loss", "loss/validation", "lr", "lr/d*lr"}
+_OF_A_VECTOR = ("moved/", "cosine/", "norm/")
+
+
 class RunLog(Callback):
-    """What one run tells its trackers. All steps are optimizer steps; only the main process writes."""
+    """What one run tells its trackers. All steps are optimizer steps; only the main process writes.
+
+    Losses and learning rates have the names that sd-scripts gives them; :func:`measured` names what comes besides.
+    """
 
     def __init__(self, trackers: Sequence[GeneralTracker], options: LoggingOptions) -> None:
         self.trackers, self.every = list(trackers), options.log_every_n_steps
-        # The report waits for all processes' images too: it takes them from the folder.
-        self.used = bool(trackers) or not options.no_report
         self.epoch_losses: list[float] = []
         self._unlogged: list[float] = []
 
@@ -71,14 +80,28 @@ class RunLog(Callback):
                 _prepare_wandb(logs)
                 trackers.append(WandBTracker(project, **given))
         for tracker in trackers:
-            tracker.start()
-            if logs.log_config:
-                tracker.store_init_configuration(loggable(options))
+            with _begun(tracker.name):
+                tracker.start()
+                if logs.log_config:
+                    tracker.store_init_configuration(loggable(options))
         return cls(trackers, logs)
 
     def values(self, values: Mapping[str, float], step: int) -> None:
         """Log numbers by name, as they are after ``step`` optimizer steps."""
         self._tell(lambda tracker: tracker.log(dict(values), step=step))
+
+    def more(self, values: Mapping[str, Any], step: int) -> None:
+        """Log numbers and texts that sd-scripts does not log."""
+        self._tell(lambda tracker: tracker.log(dict(values), step=step))
+
+    def told(self, line: Line) -> None:
+        """Log what was measured, as one of the readers of the measurements."""
+        if found := measured(line):
+            self.more(found, line["step"])
+
+    def show(self, name: str, picture: Image.Image, step: int) -> None:
+        """Log an image."""
+        self._show({name: np.asarray(picture.convert("RGB"))}, step)
 
     def on_start(self, progress: Progress, state: TrainingState | None) -> None:
         """Take over the losses of an epoch that was begun before."""
@@ -92,6 +115,7 @@ class RunLog(Callback):
             self._unlogged.append(result.loss)
             if progress.step % self.every == 0:
                 self.values({"loss": float(np.mean(self._unlogged)), **result.rates}, progress.step)
+                self.more({"loss/smoothed": result.smoothed}, progress.step)
                 self._unlogged = []
 
     def after_epoch(self, progress: Progress) -> None:
@@ -105,14 +129,14 @@ class RunLog(Callback):
         self.values({"loss/validation": loss}, progress.step)
 
     def after_samples(self, progress: Progress, images: Mapping[int, np.ndarray]) -> None:
-        """Log the sample images of all processes."""
-        if self.used:  # in every process alike, whatever has become of the main one's trackers
-            images = dict(gather_object([*images.items()]))
+        """Log the sample images."""
+        self._show({f"sample_{number}": image for number, image in images.items()}, progress.step)
 
+    def _show(self, images: Mapping[str, np.ndarray], step: int) -> None:
         def tell(tracker: GeneralTracker) -> None:
             shape = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            for number, image in images.items():
-                tracker.log_images({f"sample_{number}": image[None]}, step=progress.step, **shape)
+            for name, image in images.items():
+                tracker.log_images({name: image[None]}, step=step, **shape)
 
         self._tell(tell)
 
@@ -131,6 +155,36 @@ class RunLog(Callback):
         self.trackers = told
 
 
+def measured(line: Line) -> dict[str, float | str]:
+    """What a log shows of a line of the metrics, by its names there.
+
+    What is of the vectors stands in a group of its own, the words nearest to each of them as text.
+    """
+    found: dict[str, float | str] = {}
+    for name, value in line.items():
+        if isinstance(value, float) and name not in _LOGGED_ELSEWHERE:
+            found[f"vectors/{name}" if name.startswith(_OF_A_VECTOR) else name] = value
+    for label, words in line.get("nearest", {}).items():
+        found[f"vectors/nearest/{label}"] = ", ".join(f"{word} ({cosine:.2f})" for word, cosine in words)
+    if "verdict" in line:
+        found["verdict"] = f"{line['verdict']}: {line['reason']}"
+    return found
+
+
+@contextmanager
+def _begun(name: str) -> Iterator[None]:
+    """Within a ``with``: a tracker begins; what is random in the training stays as it is. Raises UserError."""
+    states = random_states()
+    try:
+        yield
+    except Exception as error:  # each tracker fails in its own way: no key, no server, a folder that cannot be written
+        raise UserError(
+            f"Logging to {name} cannot begin: {first_line(error)} Put that right, or leave --log_with out."
+        ) from error
+    finally:
+        set_random_states(states)
+
+
 def _log_folder(options: LoggingOptions) -> Path:
     """A folder of this run's own in --logging_dir."""
     return (
@@ -142,6 +196,8 @@ def _prepare_wandb(options: LoggingOptions) -> None:
     if options.logging_dir is not None:
         Path(options.logging_dir).mkdir(parents=True, exist_ok=True)
         os.environ["WANDB_DIR"] = options.logging_dir
+    if logging.getLogger("library").level > logging.INFO:  # --console_log_level rules what it prints, too
+        os.environ.setdefault("WANDB_SILENT", "true")
     if options.wandb_api_key is not None:
         import wandb
 

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import logging
 import os
 import re
 import secrets
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from library.support.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 if TYPE_CHECKING:  # --help does without Pillow
     from PIL.Image import Image
     from PIL.PngImagePlugin import PngInfo
@@ -23,12 +26,12 @@ def write_atomically(path: Path, content: bytes, *, keep_old: bool = False) -> P
     """Put ``content`` in place at once: a reader, a crash or a full disk never meets half a file.
 
     The folder is made if need be. With ``keep_old`` what stands in the place moves to the next free number when the new
-    file is complete, and its new path is returned. Raises :class:`UserError` when the system refuses.
+    file is complete, which is said, and its new path is returned. Raises :class:`UserError` when the system refuses.
     """
     with _completed(path) as temporary:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_through(temporary, content)
-        kept = _move_away(path) if keep_old else None
+        kept = _make_room(path) if keep_old else None
         temporary.replace(path)
     return kept
 
@@ -42,7 +45,7 @@ def write_folder(folder: Path, contents: Mapping[str, bytes]) -> Path | None:
         temporary.mkdir(parents=True)
         for name, content in contents.items():
             _write_through(temporary / name, content)
-        kept = _move_away(folder)
+        kept = _make_room(folder)
         temporary.rename(folder)
     return kept
 
@@ -77,15 +80,21 @@ def _write_through(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _move_away(path: Path) -> Path | None:
+def _make_room(path: Path) -> Path | None:
     """Give what is at ``path`` the next free number: ``mychar-1.safetensors``; None where there is nothing."""
     if not os.path.lexists(path):
         return None
     ending = "" if path.is_dir() else path.suffix
     stem = path.name.removesuffix(ending)
     free = next(new for number in count(1) if not os.path.lexists(new := path.with_name(f"{stem}-{number}{ending}")))
-    path.rename(free)
+    move_away(path, free)
     return free
+
+
+def move_away(path: Path, kept: Path) -> None:
+    """Give a file or a folder of another run, whose name is needed, the name ``kept``, and say so."""
+    path.rename(kept)
+    logger.warning("%s of an earlier run was kept: it is now %s.", path, kept.name)
 
 
 def _refused(path: Path, error: OSError) -> UserError:

@@ -3,7 +3,8 @@
 import difflib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 
 logger = logging.getLogger(__name__)
 
@@ -18,20 +19,33 @@ class UserError(Exception):
     """
 
 
-@contextmanager
-def survived(what_happened: str) -> Iterator[None]:
+@dataclass
+class Attempts:
+    """What is tried again and again and may fail: the first error is said after ``what_happened``, a sentence."""
+
+    what_happened: str
+    failed: bool = False
+
+    @contextmanager
+    def survived(self) -> Iterator[None]:
+        """Within a ``with``: any error is passed over, as :func:`survived` does."""
+        try:
+            yield
+        except Exception as error:
+            # An error, not a warning: processes other than the main one say nothing less.
+            level = logging.DEBUG if self.failed else logging.ERROR
+            reason = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            logger.log(level, "%s %s", self.what_happened, reason)
+            logger.debug("Where it happened:", exc_info=True)
+            self.failed = True
+
+
+def survived(what_happened: str) -> AbstractContextManager[None]:
     """Within a ``with``: say any error after ``what_happened``, a sentence, and go on.
 
     For what only shows a training: no image is worth a run, whatever a full memory, a disk or a server did to it.
     """
-    try:
-        yield
-    except Exception as error:
-        # An error, not a warning: processes other than the main one say nothing less.
-        logger.error(
-            "%s %s", what_happened, error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        )
-        logger.debug("Where it happened:", exc_info=True)
+    return Attempts(what_happened).survived()
 
 
 def counted(count: int, noun: str) -> str:

@@ -4,11 +4,15 @@ import hashlib
 import logging
 import threading
 from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
 from pathlib import Path
 from typing import BinaryIO
 
+from library.support.phase import phase
+
 logger = logging.getLogger(__name__)
 
+_SILENT = 1.0  # seconds to wait without a word
 _LEGACY_START, _LEGACY_LENGTH = 0x100000, 0x10000  # bytes
 
 
@@ -38,6 +42,9 @@ class FileHash:
         if not wait and not self._found.done():
             return None
         self.begin()
+        if not wait_for([self._found], timeout=_SILENT).done:
+            with phase(f"Waiting for the SHA-256 of {self.path.name}"):
+                return self._found.result()
         return self._found.result()
 
     def _read(self) -> None:

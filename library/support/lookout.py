@@ -14,6 +14,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from library.support.processes import leave
+from library.support.signals import exit_code
 
 logger = logging.getLogger(__name__)
 
@@ -107,14 +108,15 @@ class Lookout:
 
     def _watch(self) -> None:
         asked: float | None = None
+        ending = 0
         while not self._stopped:
             readable, _, _ = select.select([self._reader], [], [], 0.5)
             now = time.monotonic()
             signals = set(self._reader.recv(4096)) if readable else set()
             if asked is None and _ENDING & signals:
-                asked = now
+                asked, ending = now, min(_ENDING & signals)
             if asked is not None and now - asked > GRACE:
-                self._save_and_end("The run was told to end while it waited for another process.", 130)
+                self._save_and_end("The run was told to end while it waited for another process.", exit_code(ending))
             elif self.patience and self._since is not None and now - self._since > self.patience:
                 self._save_and_end(
                     f"Nothing has come from the other processes for {self.patience / 60:.0f} minutes: one of them has "

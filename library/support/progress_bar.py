@@ -1,6 +1,10 @@
 """How far long work has come: a bar on a terminal, a line for each tenth where lines are kept (a pipe, a file)."""
 
+import logging
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
@@ -33,6 +37,22 @@ class _Lines(tqdm):  # type: ignore[misc]  # tqdm has no types
 
 
 def progress_bar(title: str, total: int, unit: str, *, done: int = 0, silent: bool = False) -> tqdm:
-    """A bar on stderr of ``total`` units, of which ``done`` are behind us; to be closed (``with``) at the end."""
+    """A bar on stderr of ``total`` units, of which ``done`` are behind us; to be closed (``with``) at the end.
+
+    As all that a run says it is subject to --console_log_level; it counts as INFO.
+    """
     kind = tqdm if sys.stderr.isatty() else _Lines
+    silent = silent or logging.getLogger("library").level > logging.INFO
     return kind(desc=title, total=total, initial=done, unit=unit, disable=silent)
+
+
+@contextmanager
+def paused(bar: tqdm) -> Iterator[None]:
+    """Within a ``with``: work that is none of the bar's units, and so says nothing of how long the rest will take."""
+    began = time.time()
+    try:
+        yield
+    finally:
+        if not bar.disable:
+            bar.start_t += time.time() - began  # tqdm reckons from these two
+            bar.last_print_t += time.time() - began

@@ -1,7 +1,7 @@
 """Signals that end a run: Ctrl-C, SIGTERM (as clusters send it) and SIGHUP (a closed terminal) are treated alike.
 
-What they do depends on the moment. Python's own answer, an exception at any place, would tear what must stay whole, and
-a second one would end the process in a traceback.
+Only the exit code differs: 130, 143, 129. What they do depends on the moment. Python's own answer, an exception at any
+place, would tear what must stay whole, and a second one would end the process in a traceback.
 """
 
 import os
@@ -13,7 +13,6 @@ from enum import Enum
 from types import FrameType
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-EXIT_CODE = 130
 
 
 class _Answer(Enum):
@@ -26,15 +25,23 @@ class _Answer(Enum):
 # A change of the answer is one assignment: no signal can arrive halfway. Handlers run in the main thread alone.
 _answer = _Answer.GENTLY
 _waiting = False
+_first: int | None = None  # of those that came
+
+
+def exit_code(number: int | None = None) -> int:
+    """With what a process ends that a signal has ended, as shells count; without a ``number`` the first that came."""
+    return 128 + (number or _first or signal.SIGINT)
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
-    global _waiting
+    global _first, _waiting
+    if _first is None and _answer is not _Answer.NEVER:
+        _first = number
     if _answer is _Answer.AT_ONCE:
         # Exceptions raised while modules are imported, or while Python shuts down, end in tracebacks.
         with suppress(OSError):
             os.write(2, b"Interrupted.\n")  # print is not to be used in a handler: it may have been interrupted itself
-        os._exit(EXIT_CODE)
+        os._exit(exit_code(_first or number))
     elif _answer is _Answer.GENTLY:
         raise KeyboardInterrupt
     elif _answer is _Answer.LATER:
@@ -49,11 +56,11 @@ def signals_handled(*, own_process: bool) -> Iterator[None]:
     shuts down; in another one the old handlers come back. Signals that are ignored (``nohup``, a job in the background)
     stay so.
     """
-    global _waiting
+    global _first, _waiting
     if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
         yield
         return
-    _waiting = False
+    _first, _waiting = None, False
     found = {each: signal.getsignal(each) for each in SIGNALS}
     before = {each: handler for each, handler in found.items() if handler is not signal.SIG_IGN}
     _answer_with(_Answer.AT_ONCE if own_process else _Answer.GENTLY)

@@ -13,10 +13,15 @@ from library.training.state import TrainingState
 
 @dataclass(frozen=True)
 class StepResult:
-    """An optimizer step: the mean ``loss`` of what taught (None: nothing did), and its learning rates by name."""
+    """An optimizer step: the mean ``loss`` of what taught (None: nothing did), and its learning rates by name.
+
+    ``smoothed`` is the running mean of the losses up to this one; the step took so many ``seconds``, its data included.
+    """
 
     loss: float | None
     rates: Mapping[str, float]
+    smoothed: float | None = None
+    seconds: float = 0.0
 
 
 class Callback:
@@ -39,10 +44,13 @@ class Callback:
         """The loss on held-out images is known."""
 
     def after_samples(self, progress: Progress, images: Mapping[int, np.ndarray]) -> None:
-        """This process has drawn its share of the sample images, uint8 [H, W, 3] by the number of their prompt."""
+        """All processes have drawn their sample images: uint8 [H, W, 3] by the number of their prompt."""
 
     def after_save(self, progress: Progress, action: Action) -> None:
         """An embedding file or a state is complete, the result of the run included."""
+
+    def after_result(self, path: Path) -> None:
+        """The result is the embedding file ``path``, and what it was trained with can still be used."""
 
     def close(self) -> None:
         """The training is over, however it ended."""
@@ -86,6 +94,11 @@ class Callbacks(Callback):
         """Tell each entry."""
         for entry in self.entries:
             entry.after_save(progress, action)
+
+    def after_result(self, path: Path) -> None:
+        """Tell each entry."""
+        for entry in self.entries:
+            entry.after_result(path)
 
     def close(self) -> None:
         """Tell each entry."""

@@ -46,14 +46,13 @@ class RunPlan:
             epochs=math.ceil(total_steps / steps_per_epoch),
         )
 
-    def described(self, vectors: int, processes: int) -> str:
-        """The plan in a sentence, for so many vectors and processes."""
-        plural = "es" if processes > 1 else ""
-        return (
-            f"Training {counted(vectors, 'vector')} for {counted(self.total_steps, 'step')} in "
-            f"{counted(self.epochs, 'epoch')}: {self.batches_per_process} batches an epoch and process, "
-            f"{self.accumulation} a step, {processes} process{plural}."
-        )
+    def described(self, processes: int) -> str:
+        """The plan in words, for so many processes."""
+        several = f" in each of {processes} processes" if processes > 1 else ""
+        batches = f"{self.batches_per_process:,} batch{'es' * (self.batches_per_process != 1)}"
+        together = f", {self.accumulation} of them a step" if self.accumulation > 1 else ""
+        steps, epochs = counted(self.total_steps, "step"), counted(self.epochs, "epoch")
+        return f"{steps} in {epochs} of {batches}{several}{together}"
 
     def position(self, step: int, *, closed: bool = True) -> tuple[int, int]:
         """Where a run stands after ``step`` steps: (whole epochs done, batches each process has done in the next).
