@@ -87,7 +87,7 @@ def assert_computed_there(outcome: Outcome, on_gpu: bool) -> None:
     """The run was on the device, taught every vector, and its rows are finite."""
     kind = "cuda" if on_gpu else "cpu"
     assert next(outcome.setup.task.unet.parameters()).device.type == kind
-    assert ("Computing on the GPU" in outcome.said) == on_gpu
+    assert ("  the GPU " in outcome.said) == on_gpu
     for start, *steps in zip(outcome.setup.starts, *outcome.rows, strict=True):
         assert {rows.device.type for rows in steps} == {kind}
         assert all(torch.isfinite(rows).all() for rows in steps)

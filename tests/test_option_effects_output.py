@@ -132,8 +132,12 @@ def test_messages(bench, tmp_path):
     quiet = bench("--console_log_level=WARNING", "--init_word=")
     assert "Training data" not in quiet.said
     assert "WARNING No --init_word" in quiet.err
+    assert (quiet.out, "steps:" in quiet.err) == ("", False)
+    assert bench("--console_log_level=ERROR", "--init_word=").said == ""
 
-    filed = bench(f"--console_log_file={tmp_path / 'log.txt'}")
+    filed = bench(f"--console_log_file={tmp_path / 'log.txt'}", "--console_log_simple")
+    assert "--console_log_simple has no effect" in (tmp_path / "log.txt").read_text()
+    assert re.search(r"^\d\d:\d\d:\d\d INFO +This run:", (tmp_path / "log.txt").read_text(), re.MULTILINE)
     assert "Training data" not in filed.said
     assert "Training data" in (tmp_path / "log.txt").read_text()
 

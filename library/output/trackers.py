@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import PartialState
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from PIL import Image
 
@@ -72,7 +73,8 @@ class RunLog(Callback):
         """Open the logs; ``--log_config`` writes the options into them. The Accelerator must exist."""
         logs, trackers = options.logging, []
         project, settings = logs.log_tracker_name or PROJECT, _settings(logs) if logs.trackers else {}
-        for name in logs.trackers:
+        # accelerate leaves it to its callers that only one process opens a run at Weights & Biases.
+        for name in logs.trackers if PartialState().is_main_process else ():
             given = settings.get(name, {})
             if name == "tensorboard":
                 trackers.append(TensorBoardTracker(project, _log_folder(logs), **given))

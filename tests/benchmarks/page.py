@@ -148,4 +148,4 @@ def machine() -> str:
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     said = describe_device(device, "no").replace(" in float32", "")
-    return f"{said} {platform.system()}, Python {platform.python_version()}."
+    return f"Computing on {said}. {platform.system()}, Python {platform.python_version()}."

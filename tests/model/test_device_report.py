@@ -34,8 +34,8 @@ def machine(monkeypatch, tmp_path):
 def test_a_gpu_is_named_with_memory_precision_and_versions(machine):
     machine(cuda="12.8", gpu=True, driver=True)
     said = describe_device(torch.device("cuda", 0), "bf16")
-    assert said.startswith("Computing on the GPU NVIDIA GeForce RTX 3060 (12.0 GiB) in bf16, with PyTorch ")
-    assert said.endswith("(CUDA 12.8, driver up to CUDA 12.4).")
+    assert said.startswith("the GPU NVIDIA GeForce RTX 3060 (12.0 GiB) in bf16, with PyTorch ")
+    assert said.endswith("(CUDA 12.8, driver up to CUDA 12.4)")
 
 
 def test_a_cpu_is_named_with_its_threads(machine, monkeypatch):
@@ -47,7 +47,7 @@ def test_a_cpu_is_named_with_its_threads(machine, monkeypatch):
 
 def test_other_devices_are_named(machine):
     machine()
-    assert "Computing on the device mps in fp16" in describe_device(torch.device("mps"), "fp16")
+    assert "the device mps in fp16" in describe_device(torch.device("mps"), "fp16")
 
 
 def test_a_gpu_that_this_pytorch_cannot_use_is_a_warning(machine):

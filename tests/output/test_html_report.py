@@ -13,7 +13,7 @@ from page_checks import checked
 from PIL import Image
 
 from library.embedding.clients import usages
-from library.output.html_report import HtmlReport, Standing, duration, run_of_report
+from library.output.html_report import HtmlReport, Standing, run_of_report
 from library.output.learning_report import LearningReport, Measured
 from library.output.run_facts import ImageFact, RunFacts
 from library.output.sample_prompts import SamplePrompt
@@ -79,6 +79,7 @@ STATES = {
     "running": Standing(20, 30.0, 60.0),
     "measuring": Standing(STEPS, 80.0, 0.0),
     "early": Standing(20, 30.0, running=False),
+    "unjudged": Standing(STEPS, 80.0, running=False, saved=True),
     "done": DONE,
 }
 
@@ -91,7 +92,7 @@ def test_a_page_is_whole_and_needs_nothing_else(name, tmp_path):
     assert len(page.all("img")) == 3  # two training images, one sample image; another is gone
     assert len(page.all("svg")) == 6
     said = {"new": "0 of 60 steps", "running": "About 1 min 0 s left", "measuring": "All steps are done"}
-    said |= {"early": "ended at step 20 of 60", "done": "It is."}
+    said |= {"early": "ended at step 20 of 60", "done": "It is.", "unjudged": "before the result was judged"}
     assert said[name] in page.text
 
 
@@ -142,10 +143,6 @@ def test_whose_page_it_is(tmp_path):
     assert run_of_report(file) == "f00d"
     file.write_text("<html>mine")
     assert run_of_report(file) is None
-
-
-def test_times_are_said_as_people_say_them():
-    assert [duration(seconds) for seconds in (4.4, 200, 7500)] == ["4 s", "3 min 20 s", "2 h 5 min"]
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

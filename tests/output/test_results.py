@@ -222,7 +222,7 @@ def test_a_run_that_is_told_to_end_does_without_the_hash(
 
     monkeypatch.setattr(Results, waiting, interrupted)
     argv = arguments("sd1", tiny_sd1_file, dataset, tmp_path, "--save_state_on_train_end")
-    assert run("sd1", without(argv, "--save_state") if waiting == "write" else argv) == 130
+    assert run("sd1", without(argv, "--save_state") if waiting == "write" else argv) == 143
     assert time.monotonic() - begin < 30
     assert [path.name for path in tmp_path.iterdir()] == [f"{TOKEN}-step00000002.safetensors"]
     assert "The vectors of step 2 are kept in" in capsys.readouterr().err

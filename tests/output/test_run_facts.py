@@ -12,7 +12,11 @@ from library.options.options import as_dict
 from library.options.parser import parse
 from library.output.run_facts import RunFacts, image_facts
 
-ONE_CPU = SimpleNamespace(device=torch.device("cpu"), num_processes=1)  # in place of an accelerator
+# In place of what trains.
+LEARNER = SimpleNamespace(
+    accelerator=SimpleNamespace(device=torch.device("cpu"), num_processes=1),
+    choice=SimpleNamespace(description="AdamW", rates_text="0.01"),
+)
 SECRETS = ["--huggingface_token=hf-secret", "--wandb_api_key=wandb-secret"]
 ODD = [
     "--optimizer_args",
@@ -34,7 +38,7 @@ def dataset(tmp_path_factory):
 def facts_of(family, model, dataset, folder, *more) -> tuple[RunFacts, dict]:
     argv = arguments(family, model, dataset, folder, *more)
     job = plan(family, argv).job
-    facts = (job.results, folder / "a.safetensors", job.data, job.plan.total_steps, ONE_CPU)
+    facts = (job.results, folder / "a.safetensors", job.data, job.plan, LEARNER)
     return RunFacts.gather(*facts, job.album.prompts), as_dict(job.options)
 
 
@@ -64,7 +68,7 @@ def test_no_secret_is_in_any_of_it(dataset, tmp_path, tiny_sd1):
 def test_a_seed_that_was_drawn_is_told(dataset, tmp_path, tiny_sd1):
     argv = [word for word in arguments("sd1", tiny_sd1, dataset, tmp_path) if not word.startswith("--seed")]
     job = plan("sd1", argv).job
-    facts = RunFacts.gather(job.results, tmp_path / "a.pt", job.data, 2, ONE_CPU, ())
+    facts = RunFacts.gather(job.results, tmp_path / "a.pt", job.data, job.plan, LEARNER, ())
     assert f"--seed={job.data.seed}" in facts.command
     assert dict(facts.details)["Seed"] == str(job.data.seed)
 

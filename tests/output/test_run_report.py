@@ -272,6 +272,49 @@ def test_a_run_that_ends_early_says_so_on_its_page(dataset, tmp_path, tiny_sd1, 
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_run_that_is_stopped_while_it_is_judged_leaves_a_page_at_rest(dataset, tmp_path, tiny_sd1, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(learning_report.LearningMeasure, "report", interrupted)
+    assert run("sd1", arguments("sd1", tiny_sd1, dataset, tmp_path, "--learning_report", REPORT)) == 130
+    found = page(tmp_path)
+    assert "The run ended at step 2 of 2, before the result was judged." in found.text
+    assert not [meta for meta in found.all("meta") if meta.get("http-equiv")]
+    assert (tmp_path / f"{TOKEN}.safetensors").is_file()
+
+
+def test_the_metrics_are_read_once_where_images_were_drawn(dataset, tmp_path, tiny_sd1, prompts, monkeypatch):
+    read, after_samples, seen = MetricsFile.lines, run_report.RunReport.after_samples, []
+    monkeypatch.setattr(MetricsFile, "lines", lambda file: seen.append(1) or read(file))
+
+    def counting(report, *told):
+        before = len(seen)
+        after_samples(report, *told)
+        assert len(seen) == before + 1
+
+    monkeypatch.setattr(run_report.RunReport, "after_samples", counting)
+    assert run("sd1", arguments("sd1", tiny_sd1, dataset, tmp_path / "out", REPORT, *prompts)) == 0
+    assert seen
+
+
+def test_what_a_run_is_stands_before_its_first_step(dataset, tmp_path, tiny_sd1):
+    """A resumed one says how long it will take, by what the metrics say of its speed."""
+    argv = arguments("sd1", tiny_sd1, dataset, tmp_path, REPORT, "--num_vectors_per_token=2", "--save_state")
+    argv += ["--max_train_steps=4", "--save_every_n_steps=2"]
+    said = train("sd1", argv, tmp_path).err
+    block = said[said.index("This run:") : said.index("steps: ")]
+    rows = dict(re.findall(r"^  (\w+(?: \w+)*)  +(.+)$", block, re.MULTILINE))
+    assert rows["token"] == f'{TOKEN}, 2 vectors, from the word "girl"'
+    assert rows["plan"].startswith("4 steps in 2 epochs of 2 batches")
+    assert "AdamW" in rows["optimizer"]
+    assert rows["embedding"] == str(tmp_path / f"{TOKEN}.safetensors")
+    assert rows["report"].startswith(str(tmp_path / PAGE))
+    assert "time" not in rows
+    resumed = train("sd1", [*argv, f"--resume={tmp_path / TOKEN}-step00000002-state"], tmp_path).err
+    assert re.search(r"^  time +about \d+ s, as fast as before$", resumed, re.MULTILINE)
+
+
 def test_a_folder_of_the_user_s_own_in_the_place_is_kept(dataset, tmp_path, tiny_sd1):
     (tmp_path / PAGE).write_text("mine")
     (tmp_path / METRICS).write_text("mine too")

@@ -1,7 +1,10 @@
 """Logs: what a run writes on which step, where, and that no secret or path is in it."""
 
 import json
+import random
+import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -9,6 +12,7 @@ import pytest
 from departures import departure
 from golden_data import golden_cases
 from option_effects import shows, train
+from PIL import Image
 from runs import TOKEN, arguments, write_dataset
 
 from library.options.options import Options
@@ -16,6 +20,9 @@ from library.output import trackers
 
 pytest.importorskip("tensorboard")
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ADDED = re.compile(r"vectors/.*|loss/(smoothed|\d+-\d+)|gradient_norm|steps_per_second|memory_gib|verdict")
+REPORT = "--no_report=false"
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +68,11 @@ def recorders(monkeypatch):
     return made
 
 
+def reference(calls):
+    """The calls without what sd-scripts does not log, which comes in calls of its own."""
+    return [call for call in calls if not call[0] or not all(map(ADDED.fullmatch, call[0]))]
+
+
 def on_one_axis(calls):
     """The golden's calls as they are with optimizer steps throughout: one a step, and none that hold nothing."""
     kept, step = [], 0
@@ -85,7 +97,7 @@ def test_golden_log_calls(case, tmp_path, tiny_sd1, recorders):
     train("sd1", argv, tmp_path / "out")
     (recorder,) = recorders
     wanted = case["log_calls"]
-    assert recorder.calls == (on_one_axis(wanted) if departure("run_schedule", case) else wanted)
+    assert reference(recorder.calls) == (on_one_axis(wanted) if departure("run_schedule", case) else wanted)
     assert recorder.finished
 
 
@@ -111,7 +123,8 @@ def test_tensorboard(dataset, tmp_path, tiny_sd1):
     (run,) = logs.iterdir()
     assert run.name.startswith("run-20")
     found = events(run / "words")
-    assert found.Tags()["scalars"] == ["loss", "lr", "loss/epoch", "loss/validation"]
+    names = [name for name in found.Tags()["scalars"] if not ADDED.fullmatch(name)]
+    assert names == ["loss", "lr", "loss/epoch", "loss/validation"]
     assert [(event.step, event.value) for event in found.Scalars("loss")] == [
         (step, pytest.approx(loss)) for step, loss in enumerate(outcome.losses, start=1)
     ]
@@ -151,7 +164,7 @@ def test_wandb(dataset, tmp_path, tiny_sd1, monkeypatch):
     assert "hidden" not in train("sd1", argv, tmp_path / "out").said
     assert said["login"] == ["hidden"]
     assert said["init"] == [{"project": "textual_inversion", "name": "first"}]
-    assert said["log"] == [(["loss", "lr"], 1), (["loss/epoch"], 1), (["loss/validation"], 1)]
+    assert reference(said["log"]) == [(["loss", "lr"], 1), (["loss/epoch"], 1), (["loss/validation"], 1)]
     assert said["finish"] == 1
     settings = tmp_path / "trackers.toml"
     settings.write_text("[wandb]\ntags = ['a']\n")
@@ -183,10 +196,168 @@ def test_mistakes(flags, sentence, dataset, tmp_path, tiny_sd1, monkeypatch):
     assert not (tmp_path / "logs").exists()
 
 
-def test_a_missing_package_is_named(dataset, tmp_path, tiny_sd1, monkeypatch):
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
-    argv = arguments("sd1", tiny_sd1, dataset, tmp_path / "out", "--log_with=wandb")
-    assert "Logging to wandb needs its package: pip install wandb" in train("sd1", argv, tmp_path, code=1).said
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_missing_package_is_named(name, dataset, tmp_path, tiny_sd1, monkeypatch):
+    find_spec = trackers.importlib.util.find_spec
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda each: None if each == name else find_spec(each))
+    argv = arguments("sd1", tiny_sd1, dataset, tmp_path / "out", "--log_with=all", "--logging_dir=logs")
+    assert f"Logging to {name} needs its package: pip install {name}." in train("sd1", argv, tmp_path, code=1).said
+
+
+def test_a_tracker_that_cannot_begin_is_a_sentence(dataset, tmp_path, tiny_sd1, recorders, monkeypatch):
+    def refused(recorder):
+        raise RuntimeError("No API key configured.\nTraceback of its own")
+
+    monkeypatch.setattr(Recorder, "start", refused)
+    argv = arguments("sd1", tiny_sd1, dataset, tmp_path / "out", f"--logging_dir={tmp_path / 'logs'}")
+    said = train("sd1", argv, tmp_path / "out", code=1).said
+    assert "error: Logging to tensorboard cannot begin: No API key configured. Put that right" in said
+
+
+def test_a_tracker_changes_nothing_that_is_random(dataset, tmp_path, tiny_sd1, recorders, monkeypatch):
+    states = []
+    monkeypatch.setattr(Recorder, "start", lambda _: random.seed(7) or states.append(random.getstate()))
+    argv = arguments("sd1", tiny_sd1, dataset, tmp_path / "out", f"--logging_dir={tmp_path / 'logs'}")
+    train("sd1", argv, tmp_path / "out")
+    assert random.getstate() != states[0]
+
+
+# ---- what comes besides sd-scripts' values
+
+
+@pytest.fixture
+def watched_run(dataset, tmp_path, tiny_sd1):
+    """The command line of a run of four steps with everything to look at."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(f"{TOKEN} --w 64 --h 64 --s 1 --d 1\na dog --w 64 --h 64 --s 1 --d 2\n")
+    flags = [f"--sample_prompts={prompts}", "--sample_every_n_steps=2", "--sample_at_first", "--max_train_steps=4"]
+    flags += ["--num_vectors_per_token=2", "--save_every_n_steps=2", REPORT]
+    return arguments("sd1", tiny_sd1, dataset, tmp_path / "out", *flags)
+
+
+def noted(folder: Path) -> list[dict]:
+    """The lines of the metrics file of a run."""
+    text = (folder / f"{TOKEN}_metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()[1:]]
+
+
+def wanted_values(folder: Path) -> dict[str, dict[int, float | str]]:
+    """What a log must hold besides sd-scripts' values, by name and step: what the metrics file says."""
+    wanted: dict[str, dict[int, float | str]] = {}
+    for line in noted(folder):
+        for name, value in line.items():
+            if name.startswith(("moved/", "cosine/", "norm/")):
+                wanted.setdefault(f"vectors/{name}", {})[line["step"]] = value
+            elif re.fullmatch(r"gradient_norm|memory_gib|steps_per_second|loss/\d.*", name):
+                wanted.setdefault(name, {})[line["step"]] = value
+        for label, words in line.get("nearest", {}).items():
+            text = ", ".join(f"{word} ({cosine:.2f})" for word, cosine in words)
+            wanted.setdefault(f"vectors/nearest/{label}", {})[line["step"]] = text
+        if "verdict" in line:
+            wanted["verdict"] = {line["step"]: f"{line['verdict']}: {line['reason']}"}
+    assert {"vectors/norm/mychar", "vectors/norm/mychar1", "vectors/nearest/mychar", "verdict"} <= wanted.keys()
+    assert len(wanted["vectors/cosine/mychar1"]) == 4
+    return wanted
+
+
+def test_tensorboard_gets_all_that_is_measured(watched_run, tmp_path):
+    train("sd1", [*watched_run, f"--logging_dir={tmp_path / 'logs'}"], tmp_path / "out")
+    (run,) = (tmp_path / "logs").iterdir()
+    found = events(run / trackers.PROJECT)
+    for name, by_step in wanted_values(tmp_path / "out").items():
+        if isinstance(next(iter(by_step.values())), str):
+            texts = found.Tensors(f"{name}/text_summary")
+            # Words are noted once more where a step's file is the result, too.
+            got = {event.step: event.tensor_proto.string_val[0].decode() for event in texts}
+            assert got == by_step, name
+        else:
+            got = {event.step: event.value for event in found.Scalars(name)}
+            assert got == pytest.approx(by_step, rel=1e-5), name
+    losses = [event.value for event in found.Scalars("loss")]
+    smooth = [event.value for event in found.Scalars("loss/smoothed")]
+    keep, mean, weight, wanted = 1 - 2 / 5, 0.0, 0.0, []
+    for loss in losses:
+        mean, weight = keep * mean + (1 - keep) * loss, keep * weight + (1 - keep)
+        wanted.append(mean / weight)
+    assert smooth == pytest.approx(wanted, rel=1e-5)
+    for name in ("sample_0", "sample_1", "samples"):
+        assert [event.step for event in found.Images(name)] == [0, 2, 4]
+    grid = found.Images("samples")[-1]
+    assert (grid.width, grid.height) == Image.open(tmp_path / "out" / "sample" / f"{TOKEN}_grid.png").size
+
+
+def wandb_records(file: Path):
+    """The records of a run's file, which is a log in LevelDB's form: parts of records in blocks of 32 KiB."""
+    from wandb.proto import wandb_internal_pb2
+
+    content, place, whole = file.read_bytes(), 7, b""
+    while place + 7 <= len(content):
+        if 32768 - place % 32768 < 7:  # no room for a part
+            place += 32768 - place % 32768
+            continue
+        length, kind = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
+        whole += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # the whole, or its last part
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(whole)
+            yield record
+            whole = b""
+
+
+def test_wandb_offline(watched_run, tmp_path, monkeypatch):
+    """The package itself, without its servers; what it wrote is read back."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))  # restored afterwards: --logging_dir sets it
+    flags = ["--log_with=all", f"--logging_dir={tmp_path / 'logs'}", "--wandb_run_name=first", "--log_config"]
+    outcome = train("sd1", [*watched_run, *flags], tmp_path / "out")
+    (file,) = (tmp_path / "logs").rglob("offline-run-*/*.wandb")
+    rows: dict[int, dict] = {}
+    config, project, name = {}, None, None
+    for record in wandb_records(file):
+        kind = record.WhichOneof("record_type")
+        if kind == "history":
+            row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            rows.setdefault(row["_step"], {}).update(row)
+        elif kind == "run":
+            project, name = record.run.project, record.run.display_name
+        if kind in ("run", "config"):
+            update = record.config.update if kind == "config" else record.run.config.update
+            config |= {item.key: json.loads(item.value_json) for item in update if item.key}
+    assert (project, name) == (trackers.PROJECT, "first")
+    assert config["learning_rate"] == 0.01
+    assert "output_dir" not in config
+    assert {step: row["loss"] for step, row in rows.items() if "loss" in row} == pytest.approx(
+        dict(enumerate(outcome.losses, start=1))
+    )
+    for name, by_step in wanted_values(tmp_path / "out").items():
+        got = {step: row[name] for step, row in rows.items() if name in row}
+        same = got == by_step if isinstance(next(iter(by_step.values())), str) else None
+        assert same or got == pytest.approx(by_step, rel=1e-5), name
+    assert set(rows) == {0, 1, 2, 3, 4}
+    for step in (0, 2, 4):
+        for name in ("sample_0", "sample_1", "samples"):
+            assert rows[step][f"{name}/_type"] == "images/separated"
+            (picture,) = rows[step][f"{name}/filenames"]
+            assert Image.open(file.parent / "files" / picture).size[0] >= 64
+    assert (tmp_path / "out" / f"{TOKEN}.safetensors").is_file()
+
+
+def test_training_is_the_same_to_the_bit_with_everything_that_watches(watched_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    logs = [f"--logging_dir={tmp_path / 'logs'}", *(["--log_with=all"] if find_spec("wandb") else [])]
+    plain = [flag for flag in watched_run if not flag.startswith("--sample")]
+    bits = []
+    for name, argv in (("all", [*watched_run, *logs]), ("none", [*plain, "--no_report"])):
+        outcome = train("sd1", [*argv, f"--output_dir={tmp_path / name}"], tmp_path / name)
+        files = sorted(outcome.folder.glob("*.safetensors"))
+        tensors = [[tensor.numpy().tobytes() for tensor in outcome.tensors(file.name).values()] for file in files]
+        rows = [rows[0].numpy().tobytes() for rows in outcome.rows]
+        bits.append([rows, outcome.losses, outcome.rates, [file.name for file in files], tensors, random.getstate()])
+    assert bits[0] == bits[1]
+    assert len(bits[0][3]) == 3
 
 
 @pytest.mark.parametrize("name", ["log_prefix", "log_tracker_name", "log_tracker_config"])

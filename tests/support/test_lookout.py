@@ -48,7 +48,7 @@ def test_a_signal_that_the_main_thread_does_not_obey_saves_the_copy(watched):
             assert watched.ended.wait(10)
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert watched.happened == [SEVEN, 130]
+    assert watched.happened == [SEVEN, 143]
     assert signal.set_wakeup_fd(-1) == -1
 
 

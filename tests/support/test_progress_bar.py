@@ -2,6 +2,7 @@
 
 import fcntl
 import io
+import logging
 import os
 import pty
 import struct
@@ -14,7 +15,7 @@ import pytest
 from runs import SCRIPTS, arguments, write_dataset
 
 from library.support import progress_bar as module
-from library.support.progress_bar import progress_bar
+from library.support.progress_bar import paused, progress_bar
 
 
 @pytest.fixture
@@ -44,6 +45,33 @@ def test_nothing_is_shown_of_no_work_or_in_silence(monkeypatch):
         with bar:
             bar.update()
     assert screen.getvalue() == ""
+
+
+@pytest.mark.parametrize("level", [logging.INFO, logging.WARNING])
+def test_the_level_of_the_console_rules_bars_too(level, monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(module.sys, "stderr", screen)
+    monkeypatch.setattr(logging.getLogger("library"), "level", level)
+    with progress_bar("steps", 1, "step") as bar:
+        bar.update()
+    assert bool(screen.getvalue()) == (level == logging.INFO)
+
+
+def test_a_pause_is_no_slow_step(monkeypatch):
+    """Steps of a second each; between two of them images are drawn for 1,000 seconds."""
+    now = [0.0]
+    monkeypatch.setattr(module.sys, "stderr", io.StringIO())
+    monkeypatch.setattr(module.time, "time", lambda: now[0])
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    with progress_bar("steps", 10, "step") as bar:
+        for step in range(6):
+            now[0] += 1
+            bar.update()
+            if step == 3:
+                with paused(bar):
+                    now[0] += 1000
+        assert bar.format_dict["rate"] == pytest.approx(1.0)
+        assert bar.format_dict["elapsed"] == pytest.approx(6.0)
 
 
 def test_a_pipe_gets_lines(command):

@@ -21,6 +21,8 @@ class Diary(Callback):
     def after_step(self, progress, result):
         assert result.loss > 0
         assert result.rates == {"lr": 0.01}
+        assert result.smoothed > 0
+        assert result.seconds > 0
         self.lines.append(("step", progress.step, progress.epoch))
 
     def after_epoch(self, progress):
@@ -37,6 +39,10 @@ class Diary(Callback):
 
     def after_save(self, progress, action):
         self.lines.append((action.kind, progress.step, action.name))
+
+    def after_result(self, path):
+        assert path.is_file()
+        self.lines.append(("result", path.name))
 
     def close(self):
         self.lines.append(("closed",))
@@ -69,7 +75,7 @@ def test_an_entry_hears_of_everything_in_order(tmp_path, tiny_sd1):
     file, state = f"{TOKEN}.safetensors", f"{TOKEN}-state"
     middle = f"{TOKEN}-step00000002"
     end = [("step", 3, 2), ("validation", 3, 2), ("epoch", 3, 2), ("state", 3, state), ("save", 3, file)]
-    end += [("closed",), ("done", file)]
+    end += [("result", file), ("closed",), ("done", file)]
     validated = [("validation", 2, 1), ("epoch", 2, 1)]
     assert written(tmp_path, tiny_sd1, *flags) == [
         ("start", 0, 0, None),

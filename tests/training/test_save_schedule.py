@@ -214,9 +214,6 @@ def test_remove_checkpoint(tmp_path):
 
 def test_a_plan_is_told_in_the_right_forms():
     one = RunPlan(batches_per_process=30, accumulation=1, steps_per_epoch=30, total_steps=1, epochs=1)
-    assert one.described(1, 1) == (
-        "Training 1 vector for 1 step in 1 epoch: 30 batches an epoch and process, 1 a step, 1 process."
-    )
-    assert "2,000 steps in 67 epochs: 30 batches an epoch and process, 1 a step, 2 processes." in (
-        RunPlan(batches_per_process=30, accumulation=1, steps_per_epoch=30, total_steps=2000, epochs=67).described(4, 2)
-    )
+    assert one.described(1) == "1 step in 1 epoch of 30 batches"
+    many = RunPlan(batches_per_process=30, accumulation=2, steps_per_epoch=15, total_steps=2000, epochs=134)
+    assert many.described(2) == ("2,000 steps in 134 epochs of 30 batches in each of 2 processes, 2 of them a step")

@@ -622,7 +622,7 @@ def test_an_interrupt_in_the_optimizers_step_counts_it(command, tmp_path, monkey
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(Learner, "_update_rows", interrupted)
-    assert run("sd1", command("out")) == 130
+    assert run("sd1", command("out")) == 143
     assert "The vectors of step 3 are kept in" in capsys.readouterr().err
     name = f"{TOKEN}-step00000003.safetensors"
     assert_same(tensors(tmp_path / "out", name), tensors(tmp_path / "whole", name))

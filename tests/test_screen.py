@@ -1,0 +1,170 @@
+"""The real scripts as a user sees them: on a terminal of 80 columns and through a pipe, whatever way a run ends."""
+
+import fcntl
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+from photos import make_photos
+from runs import TOKEN
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = [sys.executable, str(ROOT / "train_textual_inversion.py")]
+WIDTH = 80
+LONG = "--max_train_steps=100000"
+_ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_sd1, monkeypatch):
+    """The current folder of the runs: paths are short, as users give them."""
+    make_photos(tmp_path / "images", count=4)
+    (tmp_path / "model").symlink_to(tiny_sd1)
+    (tmp_path / "data.toml").write_text(
+        "[[datasets]]\nresolution = 64\nbatch_size = 2\n[[datasets.subsets]]\nimage_dir = 'images'\n"
+        "caption_extension = '.txt'\n"
+    )
+    (tmp_path / "prompts.txt").write_text(f"a photo of {TOKEN} --w 64 --h 64 --s 1 --d 1\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def command(*more: str) -> list[str]:
+    given = ["--pretrained_model_name_or_path=model", "--dataset_config=data.toml", "--output_dir=out"]
+    given += [f"--token_string={TOKEN}", "--init_word=girl", "--learning_rate=5e-3", "--seed=1", "--cache_latents"]
+    return [*SCRIPT, *given, "--max_data_loader_n_workers=0", "--max_train_steps=4", *more]
+
+
+def on_a_terminal(argv: list[str], interrupt=None) -> tuple[int, str]:
+    """Run in a terminal of its own; ``interrupt`` is called with its descriptor and the process when it trains."""
+    process, screen = pty.fork()
+    if process == 0:
+        os.execvpe(argv[0], argv, {**os.environ, "TERM": "xterm", "OMP_NUM_THREADS": "1"})
+    fcntl.ioctl(screen, termios.TIOCSWINSZ, struct.pack("HHHH", 24, WIDTH, 0, 0))
+    shown, told = b"", False
+    try:
+        while chunk := os.read(screen, 65536):
+            shown += chunk
+            if interrupt and not told and Path(f"out/{TOKEN}-step00000003.safetensors").exists():
+                interrupt(screen, process)
+                told = True
+    except OSError:  # on Linux the end of a terminal is an error
+        pass
+    finally:
+        os.close(screen)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), shown.decode()
+
+
+def through_a_pipe(argv: list[str], interrupt: signal.Signals | None = None) -> tuple[int, str]:
+    process = subprocess.Popen(
+        argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    while interrupt and process.poll() is None and not Path(f"out/{TOKEN}-step00000003.safetensors").exists():
+        time.sleep(0.05)
+    if interrupt:
+        process.send_signal(interrupt)
+    said, _ = process.communicate(timeout=240)
+    return process.returncode, said.decode()
+
+
+def broken_lines(shown: str) -> list[str]:
+    """Lines that the end of the screen cuts within a word although the word would have fitted on a line of its own."""
+    lines = [_ESCAPES.sub("", part).rstrip("\r") for line in shown.split("\n") for part in re.split(r"\r(?!$)", line)]
+    return [line for line in lines if len(line) > WIDTH and len(line.split()) > 1]
+
+
+def check_terminal(shown: str) -> None:
+    assert broken_lines(shown) == []
+    assert "Traceback" not in shown
+
+
+def check_pipe(said: str) -> None:
+    assert "\r" not in said
+    assert "\x1b" not in said
+    assert "Traceback" not in said
+
+
+LOOKED_AT = ["--sample_prompts=prompts.txt", "--sample_every_n_steps=2", "--sample_at_first", "--save_state"]
+MISTAKE = ["--v_parameterization", "--network_dim=8"]
+
+
+def test_a_run_on_a_terminal(folder):
+    code, shown = on_a_terminal(command(*LOOKED_AT))
+    assert code == 0, shown
+    check_terminal(shown)
+    text = _ESCAPES.sub("", shown)
+    order = ["This run:", "optimizer", "steps:", "4/4", "The embedding is in", "UNCLEAR: ", "to go on"]
+    assert [text.index(each) for each in order] == sorted(text.index(each) for each in order)
+    assert text.rstrip().splitlines()[-1].endswith(f"--resume=out/{TOKEN}-state")
+
+
+def test_a_run_in_a_pipe(folder):
+    code, said = through_a_pipe(command(*LOOKED_AT))
+    assert code == 0, said
+    check_pipe(said)
+    assert "This run:" in said
+    assert "steps: 100%" in said
+
+
+def test_warnings_are_broken_between_words(folder):
+    code, shown = on_a_terminal(command("--learning_rate=50", "--max_train_steps=1"))
+    assert code == 0
+    check_terminal(shown)
+    assert "\x1b[33mWARNING\x1b[0m" in shown
+    assert "is very high for AdamW" in " ".join(_ESCAPES.sub("", shown).split())
+
+
+def test_a_mistake(folder):
+    code, shown = on_a_terminal(command(*MISTAKE))
+    assert code == 1
+    check_terminal(shown)
+    assert len([line for line in shown.splitlines() if line.strip()]) > 1  # the sentence is longer than a line
+    code, said = through_a_pipe(command(*MISTAKE))
+    assert (code, said.count("\n")) == (1, 1)
+    check_pipe(said)
+
+
+def test_a_tool_s_command_that_cannot_be_read():
+    argv = [sys.executable, "-m", "library.embedding", "nonsense"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_on_a_terminal(folder):
+    argv = command(LONG, "--save_every_n_steps=3")
+    code, shown = on_a_terminal(argv, lambda screen, _: os.write(screen, b"\x03"))
+    assert code == 130, shown
+    check_terminal(shown)
+    assert "Interrupted." in shown
+    assert "are kept in" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_signals_in_a_pipe(name, folder):
+    number = getattr(signal, name)
+    code, said = through_a_pipe(command(LONG, "--save_every_n_steps=3"), number)
+    assert code == {"SIGINT": 130, "SIGTERM": 143}[name], said
+    check_pipe(said)
+    assert re.search(r"The vectors of step \d+ are kept in out/", said)
+    assert said.endswith("Interrupted.\n")
+
+
+def test_sigterm_on_a_terminal(folder):
+    argv = command(LONG, "--save_every_n_steps=3")
+    code, shown = on_a_terminal(argv, lambda _, process: os.kill(process, signal.SIGTERM))
+    assert code == 143, shown
+    check_terminal(shown)
+
+
+def test_nothing_below_the_level_is_printed(folder):
+    code, said = through_a_pipe(command("--console_log_level=ERROR", *LOOKED_AT))
+    assert (code, said) == (0, "")
