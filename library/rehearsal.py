@@ -62,7 +62,7 @@ def _trial_steps(job: Job, setup: Setup) -> tuple[list[float], str]:
 def _cost(job: Job, loading: float, seconds: list[float], images: str) -> Iterator[str]:
     """Time and memory, and how they were measured."""
     plan = job.plan
-    yield plan.described(job.word.placeholder.count, job.accelerator.num_processes)
+    yield f"It would train {counted(job.word.placeholder.count, 'vector')} for {plan.described(job.accelerator.num_processes)}."
     if seconds:
         timed = seconds[1:] or seconds
         mean = sum(timed) / len(timed)

@@ -36,7 +36,7 @@ def test_nothing_is_written_and_what_would_be_is_said(scene, capsys):
     assert state_of(folder) == before
     said = capsys.readouterr().out
     assert "Dry run: all is well. Nothing was trained, and nothing was written." in said
-    assert "Training 1 vector for 2 steps in 1 epoch: 3 batches an epoch and process" in said
+    assert "It would train 1 vector for 2 steps in 1 epoch of 3 batches" in said
     out = folder / "out"
     for written in (
         f"  {out / 'mychar.safetensors'}\n",
