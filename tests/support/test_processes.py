@@ -153,7 +153,7 @@ def test_images_of_all_processes_reach_the_trackers_and_the_report(dataset, tmp_
         assert done.returncode == 0, done.stderr
         (events,) = {path.parent for path in (tmp_path / folder / "logs").rglob("events*")}
         reader = EventAccumulator(str(events)).Reload()
-        assert sorted(reader.Tags()["images"]) == ["sample_0", "sample_1", "sample_2"]
+        assert sorted(reader.Tags()["images"]) == ["sample_0", "sample_1", "sample_2", "samples"]
         reports.append(json.loads((tmp_path / folder / f"{TOKEN}_report.json").read_text()))
         noted = [json.loads(line) for line in (tmp_path / folder / f"{TOKEN}_metrics.jsonl").read_text().splitlines()]
         (samples,) = [line["samples"] for line in noted if "samples" in line]
