@@ -62,7 +62,8 @@ def _trial_steps(job: Job, setup: Setup) -> tuple[list[float], str]:
 def _cost(job: Job, loading: float, seconds: list[float], images: str) -> Iterator[str]:
     """Time and memory, and how they were measured."""
     plan = job.plan
-    yield f"It would train {counted(job.word.placeholder.count, 'vector')} for {plan.described(job.accelerator.num_processes)}."
+    vectors = counted(job.word.placeholder.count, "vector")
+    yield f"It would train {vectors} for {plan.described(job.accelerator.num_processes)}."
     if seconds:
         timed = seconds[1:] or seconds
         mean = sum(timed) / len(timed)
