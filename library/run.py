@@ -28,6 +28,7 @@ from library.options.options import Options, TokenOptions
 from library.output.trackers import check_trackers
 from library.rehearsal import rehearse
 from library.setup import Job
+from library.start_choice import check_choice
 from library.support.errors import UserError
 from library.trainer import train_and_save
 from library.training.save_schedule import CheckpointNames, RunPlan
@@ -82,6 +83,7 @@ def train(options: Options, family_name: str, found: FoundImages | None) -> Path
         return None
     try:
         job = Job.create(options, family, machine, model, word, data, state)
+        check_choice(job)
         if options.dataset.dry_run:
             rehearse(job)
             return None

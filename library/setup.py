@@ -14,6 +14,7 @@ from library.data.batched_data import BatchedData
 from library.data.latent_cache import LatentCache
 from library.embedding.initialization import NewWord, initial_rows
 from library.embedding.prompt_encoder import PromptEncoder
+from library.embedding.start_words import RankedWord
 from library.embedding.tokenizer import TrainableRows, table_spread, token_table, typical_norm
 from library.model import device_settings, runtime
 from library.model.base_model import BaseModel
@@ -115,7 +116,8 @@ class Setup:
 
     ``starts`` [N, D] per text encoder are the rows that the training began with. ``vae`` is None where nothing is
     encoded or decoded any more, and with it the ``pipeline``, which draws with the rows as they are. ``contents`` is
-    what states say of images and latents. ``results`` writes this run's files.
+    what states say of images and latents. ``results`` writes this run's files. ``ranking`` are the best of the words
+    that were tried as a start, if that was asked for.
     """
 
     learner: Learner
@@ -126,6 +128,7 @@ class Setup:
     pipeline: SamplingPipeline | None
     contents: str
     results: Results
+    ranking: tuple[RankedWord, ...] = ()
 
     @property
     def rows(self) -> TrainableRows:

@@ -28,6 +28,7 @@ from library.output.trackers import RunLog
 from library.output.vector_meter import VectorMeter
 from library.rescue import Rescue
 from library.setup import Job, Setup, set_up
+from library.start_choice import with_best_start
 from library.support.progress_bar import paused, progress_bar
 from library.support.running_mean import RunningMean, readable_span
 from library.support.signals import undisturbed
@@ -45,7 +46,7 @@ def train_and_save(job: Job) -> Path:
     if job.accelerator.is_main_process:
         job.results.sweep()
     hub = HubUpload.open(job.options.hub) if job.accelerator.is_main_process else None
-    setup = set_up(job)
+    job, setup = with_best_start(job, set_up(job))
     callbacks, saving = happenings(job, setup, hub)
     return Trainer(job, setup, callbacks, saving).run()
 
@@ -85,7 +86,8 @@ def measurements_of(job: Job, setup: Setup) -> Measurements:
     vocabularies = list(map(Vocabulary, tables, job.word.prompts.tokenizers))
     meter = VectorMeter(job.word.placeholder.names, job.family.embedding_keys, setup.starts, vocabularies)
     every = job.options.logging.log_every_n_steps
-    return Measurements(setup.learner, meter, setup.task.bands, every=every, result=job.saves.at_end()[-1].name)
+    result, ranking = job.saves.at_end()[-1].name, setup.ranking
+    return Measurements(setup.learner, meter, setup.task.bands, every=every, result=result, ranking=ranking)
 
 
 def run_report(

@@ -74,6 +74,13 @@ class Concept:
         entries = map(self.table.__getitem__, chosen)
         return [frame_image(entry.path, entry.framing).pixels for entry in entries]
 
+    def texts(self, limit: int) -> list[str]:
+        """The captions, as they are in their files, of up to ``limit`` of the images that teach the word."""
+        if self.templates:
+            return []
+        teaching = self._teaching(self.table)
+        return [str(self.table[index].caption) for index in _spread(teaching, min(limit, len(teaching)))]
+
     def captions(self, count: int) -> list[tuple[str, Size]]:
         """``count`` captions that hold the token, the word expanded, with their images' (width, height).
 

@@ -31,7 +31,7 @@ _LONGEST_SHOWN = 100
 class NewWord:
     """The word, how texts that hold it become ids, and the vocabulary ids its vectors start from.
 
-    ``start_ids`` holds N ids per tokenizer, or is None where no ``--init_word`` is given.
+    ``start_ids`` holds N ids per tokenizer, or is None where no ``--init_word`` is given, or none is chosen yet.
     """
 
     prompts: PromptTokenizer
@@ -48,7 +48,9 @@ class NewWord:
         placeholder = Placeholder(required(options.token_string, "token_string"), options.num_vectors_per_token)
         check_token_string(placeholder, tokenizers)
         start_ids = None
-        if options.init_word is not None:
+        if options.chooses_start:
+            pass  # known when the images and the networks are there
+        elif options.init_word is not None:
             start_ids = [init_word_ids(options.init_word, placeholder.count, tokenizer) for tokenizer in tokenizers]
         elif options.weights is None:
             logger.warning(

@@ -178,16 +178,14 @@ def _free_variant(placeholder: Placeholder, tokenizers: "Sequence[CLIPTokenizer]
     return next((c for c in candidates if _known_name(Placeholder(c, placeholder.count), tokenizers) is None), "mychar")
 
 
-def init_word_ids(init_word: str, count: int, tokenizer: "CLIPTokenizer") -> list[int]:
+def init_word_ids(init_word: str, count: int, tokenizer: "CLIPTokenizer", *, option: str = "--init_word") -> list[int]:
     """The vocabulary id that each of ``count`` vectors starts from.
 
     One token serves all vectors; exactly ``count`` tokens are used one each. Raises UserError for anything else.
     """
     ids: list[int] = tokenizer.encode(repair(init_word), add_special_tokens=False)
     if not ids:
-        raise UserError(
-            "--init_word is empty. Give one known word close to the concept, such as girl, dog or painting."
-        )
+        raise UserError(f"{option} is empty. Give one known word close to the concept, such as girl, dog or painting.")
     if len(ids) == 1:
         return ids * count
     if len(ids) == count:
@@ -195,7 +193,7 @@ def init_word_ids(init_word: str, count: int, tokenizer: "CLIPTokenizer") -> lis
     pieces = ", ".join(f'"{str(tokenizer.decode([i])).strip()}"' for i in ids)
     wanted = "one token" if count == 1 else f"one token, or exactly {count} tokens for --num_vectors_per_token={count}"
     raise UserError(
-        f'--init_word "{init_word}" is {len(ids)} tokens to the model ({pieces}), but {wanted} can be used. '
+        f'{option} "{init_word}" is {len(ids)} tokens to the model ({pieces}), but {wanted} can be used. '
         "Choose a common single word."
     )
 

@@ -103,6 +103,7 @@ def _check_unicode(name: str, option: Option, value: Any) -> None:
 
 def check_combinations(options: Options) -> None:
     """Refuse options that contradict or miss each other; warn about likely mistakes."""
+    _check_start(options)
     noise, loss, model = options.noise, options.loss, options.model
     if noise.adaptive_noise_scale is not None and noise.noise_offset is None:
         raise UserError("--adaptive_noise_scale changes the noise offset and needs --noise_offset, for example 0.05.")
@@ -132,6 +133,18 @@ def _check_timesteps(lowest: int | None, end: int | None) -> None:
         raise UserError(
             f"--min_timestep {low} is not below --max_timestep {high}. Both lie between 0 and 1000; unset they are "
             "0 and 1000."
+        )
+
+
+def _check_start(options: Options) -> None:
+    if not options.token.chooses_start:
+        return
+    if options.token.weights is not None:
+        raise UserError("--init_word=auto chooses the start of new vectors, and those of --weights have one. Keep one.")
+    if options.dataset.dataset_class:
+        raise UserError(
+            "--init_word=auto tries words on the training images, and only your --dataset_class knows them. Name a "
+            "word, for example --init_word=girl."
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 
 from library.options.data import CacheOptions, DatasetOptions
 from library.options.declaration import OnResume, Option, flag, option, option_of
-from library.options.option_types import boolean, whole_number
+from library.options.option_types import boolean, texts, whole_number
 from library.options.output import HubOptions, LoggingOptions, MetadataOptions, SampleOptions, SaveOptions
 from library.options.recipe import RecipeOptions
 from library.options.training import (
@@ -76,9 +76,19 @@ class TokenOptions:
     init_word: str | None = option(
         None,
         "A word for something close, for example girl: the new vectors start from it. It must be one token (or exactly "
-        "as many as there are vectors). Unset: an average of all words, which usually learns worse.",
+        "as many as there are vectors). auto: tries many words on the images and takes the one that explains them "
+        "best, in at most 5 % of the run's time. Unset: an average of all words, which usually learns worse.",
         metavar="WORD",
         on_resume=OnResume.STATE_COUNTS,
+    )
+    init_word_candidates: tuple[str, ...] | None = option(
+        None,
+        "Words that --init_word=auto tries, and then those of the captions. Unset: those of the captions, and common "
+        "nouns for people, animals, things and styles.",
+        read=texts,
+        metavar="WORD",
+        needs=("init_word auto",),
+        on_resume=OnResume.FREE,
     )
     num_vectors_per_token: int = option(
         1,
@@ -109,6 +119,11 @@ class TokenOptions:
         "After each step bring every new vector back to the length of usual word vectors. Keeps the word easy to "
         "combine with others, at some cost in likeness."
     )
+
+    @property
+    def chooses_start(self) -> bool:
+        """Whether the run finds its ``init_word`` itself."""
+        return self.init_word == "auto"
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from library.embedding.start_words import RankedWord
 from library.model.device_report import peak_memory
 from library.output.metrics_file import Line
 from library.output.vector_meter import VectorMeter, VectorState
@@ -26,11 +27,21 @@ class Measurements(Callback):
     """
 
     def __init__(
-        self, learner: Learner, meter: VectorMeter, bands: LossBands | None, *, every: int, result: str
+        self,
+        learner: Learner,
+        meter: VectorMeter,
+        bands: LossBands | None,
+        *,
+        every: int,
+        result: str,
+        ranking: Sequence[RankedWord] = (),
     ) -> None:
-        """``every`` is --log_every_n_steps, ``result`` the name of the embedding file in the end."""
+        """``every`` is --log_every_n_steps, ``result`` the name of the embedding file in the end.
+
+        ``ranking`` are the words that were tried as a start, best first.
+        """
         self.learner, self.meter, self.bands = learner, meter, bands
-        self.every, self.result = every, result
+        self.every, self.result, self.ranking = every, result, ranking
         self.readers: list[Callable[[Line], None]] = []
         self.clock, self._pending = StepClock(), _Pending()
         self._attempts = Attempts("Measuring the run failed; the training goes on.")
@@ -42,6 +53,9 @@ class Measurements(Callback):
 
     def on_start(self, progress: Progress, state: TrainingState | None) -> None:
         """Tell which words a new run's vectors start from."""
+        if self.ranking:
+            words = [[one.word, round(one.loss, 5)] for one in self.ranking]
+            self.tell({"step": progress.step, "start_words": words})
         if state is None:
             self._tell_nearest({"step": progress.step}, self.meter.starts)
 

@@ -99,7 +99,20 @@ def vectors_section(lines: Sequence[Line], typical: dict[str, float]) -> Section
         chart("Norm", "norm", "the dashed line is the vocabulary's typical norm", usual),
     ]
     intro = f"The first {MOST_VECTORS} of {len(labels)} vectors." if len(labels) > MOST_VECTORS else ""
-    return Section("vectors", "Vectors", intro, _charts(charts) + _nearest_table(lines, drawn))
+    tables = _nearest_table(lines, drawn) + _start_words(lines)
+    return Section("vectors", "Vectors", intro, _charts(charts) + tables)
+
+
+def _start_words(lines: Iterable[Line]) -> str:
+    """The words that were tried as a start, the best first."""
+    ranking = next((line["start_words"] for line in lines if isinstance(line.get("start_words"), list)), None)
+    if not ranking:
+        return ""
+    rows = "".join(f'<tr><td>{escape(str(word))}</td><td class="number">{loss:.4f}</td></tr>' for word, loss in ranking)
+    return (
+        '<h3>Words that were tried as a start <span class="soft">with their loss on the training images</span></h3>'
+        f'<table><thead><tr><th>word</th><th class="number">loss</th></tr></thead><tbody>{rows}</tbody></table>'
+    )
 
 
 def _nearest_table(lines: Sequence[Line], labels: Sequence[str]) -> str:

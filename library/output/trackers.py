@@ -168,6 +168,8 @@ def measured(line: Line) -> dict[str, float | str]:
             found[f"vectors/{name}" if name.startswith(_OF_A_VECTOR) else name] = value
     for label, words in line.get("nearest", {}).items():
         found[f"vectors/nearest/{label}"] = ", ".join(f"{word} ({cosine:.2f})" for word, cosine in words)
+    if "start_words" in line:
+        found["start_words"] = ", ".join(f"{word} ({loss:.4f})" for word, loss in line["start_words"])
     if "verdict" in line:
         found["verdict"] = f"{line['verdict']}: {line['reason']}"
     return found

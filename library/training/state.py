@@ -147,7 +147,8 @@ class TrainingState:
             if then != given:
                 raise UserError(_not_as_then("The optimizer", then, given))
         for name in _START:
-            if now[name] not in (None, self.options.get(name, now[name])):
+            chosen = name == "init_word" and options.token.chooses_start  # the state holds the word that was
+            if now[name] not in (None, self.options.get(name, now[name])) and not chosen:
                 logger.warning(
                     "--%s has no effect on a resumed run: the vectors are those of the state, which began with %s.",
                     name,

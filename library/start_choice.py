@@ -1,0 +1,169 @@
+"""``--init_word=auto``: of many words that are tried, the vectors start from the one that explains the images best."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from library.data.batches import Batch
+from library.data.concept import Concept
+from library.embedding.initialization import initial_rows
+from library.embedding.start_words import RankedWord, candidates, usable_ids
+from library.embedding.tokenizer import init_word_ids
+from library.embedding.vocabulary import Vocabulary
+from library.model.runtime import shared_out
+from library.setup import Job, Setup
+from library.support.errors import UserError, counted
+from library.support.progress_bar import progress_bar
+from library.training.state import random_states, set_random_states
+
+logger = logging.getLogger(__name__)
+
+_SHARE = 0.05  # of the run's time, at most
+# A step goes forward and backward through networks that are frozen, which costs about two forward passes.
+_PASSES_OF_A_STEP = 2
+# Every word is judged by the loss on few samples, and the best of them by more.
+_FIRST_SAMPLES, _SAMPLES = 4, 16
+_PART_LEFT = 4  # one word of so many is looked at again
+_NEIGHBOURS = 3  # one word of so many is a neighbour of the best
+_FEWEST = 4
+_CAPTIONS = 1000  # that are read for their words
+
+
+def check_choice(job: Job) -> None:
+    """Say what is going to be tried. Raises UserError where nothing can be chosen; no network is needed for it."""
+    if not _is_wanted(job):
+        return
+    token, tokenizers = job.options.token, job.word.prompts.tokenizers
+    for word in token.init_word_candidates or ():
+        for tokenizer in tokenizers:
+            init_word_ids(word, job.word.placeholder.count, tokenizer, option="--init_word_candidates")
+    count = _affordable(job)
+    if count < _FEWEST:
+        raise UserError(
+            f"--init_word=auto may take {_SHARE:.0%} of the run's time, which is too short to try more than "
+            f"{counted(count, 'word')}. Name a word for something close, for example --init_word=girl, or train longer."
+        )
+    logger.info(
+        "--init_word=auto: about %d words are tried on the training images before the first step, which takes at most "
+        "%d %% of the time of the run.",
+        *(min(count, len(_words(job, _concept(job)))), 100 * _SHARE),
+    )
+
+
+def with_best_start(job: Job, setup: Setup) -> tuple[Job, Setup]:
+    """The job with the word that was chosen, and the setup with vectors that start from it, if it is to be chosen."""
+    if not _is_wanted(job):
+        return job, setup
+    before = random_states()
+    ranking = _Trial(job, setup).ranking(_words(job, _concept(job)), _affordable(job))
+    set_random_states(before)  # the run is the same to the bit as one that names the word
+    best, others = ranking[0], ", ".join(f"{one.word} {one.loss:.4f}" for one in ranking[1:4])
+    logger.info('The vectors start from "%s", which has the lowest loss: %.4f (%s).', best.word, best.loss, others)
+    options = replace(job.options, token=replace(job.options.token, init_word=best.word))
+    count, tokenizers = job.word.placeholder.count, job.word.prompts.tokenizers
+    word = replace(job.word, start_ids=[init_word_ids(best.word, count, each) for each in tokenizers])
+    tables = [embedding.table for embedding in setup.prompt_encoder.embeddings]
+    starts = initial_rows(word, options.token, job.family, tables, job.data.seed)
+    setup.rows.assign(starts)
+    results = replace(setup.results, options=options, word=word)
+    setup = replace(setup, starts=[start.cpu() for start in starts], results=results, ranking=ranking)
+    return replace(job, options=options, word=word, results=results), setup
+
+
+def _is_wanted(job: Job) -> bool:
+    return job.options.token.chooses_start and job.state is None
+
+
+def _concept(job: Job) -> Concept:
+    concept = job.data.concept()
+    if concept is None:
+        raise ValueError("--init_word=auto without image folders")  # the checks of the options refuse that
+    return concept
+
+
+def _words(job: Job, concept: Concept) -> list[str]:
+    return candidates(job.options.token.init_word_candidates, concept.texts(_CAPTIONS), job.word.placeholder)
+
+
+def _affordable(job: Job) -> int:
+    """How many words the run has the time to try, as long as all their passes take as long as those of its steps."""
+    order, batch = job.data.order, _concept(job).batch_size
+    samples = job.plan.total_steps * job.plan.accumulation * job.accelerator.num_processes
+    samples *= order.num_samples / order.num_batches
+    first, all_samples = (batch * -(-wanted // batch) for wanted in (_FIRST_SAMPLES, _SAMPLES))
+    return int(_SHARE * _PASSES_OF_A_STEP * samples / (first + all_samples / _PART_LEFT))
+
+
+class _Trial:
+    """Measures what the vectors would lose on the training images if they started from a word."""
+
+    def __init__(self, job: Job, setup: Setup) -> None:
+        self.word, self.rows, self.device = job.word, setup.rows, job.device
+        self.tables = [embedding.table for embedding in setup.prompt_encoder.embeddings]
+        self.task = replace(setup.task, bands=None)  # those are of the training
+        found = _concept(job).fixed_batches(_SAMPLES, held_out=False)
+        self.batches = [batch for batch in found if batch.has_token.any()]
+        if not self.batches:
+            raise UserError("--init_word=auto: no caption holds the token. Name a word, for example --init_word=girl.")
+        self.silent = not job.accelerator.is_local_main_process
+
+    def ranking(self, words: Sequence[str], most: int) -> tuple[RankedWord, ...]:
+        """Of ``most`` words, neighbours of the best in the vocabulary included, the better part, best first."""
+        known = filter(self._ids, words)
+        tried = self.losses(list(islice(known, most - most // _NEIGHBOURS)), self._first(), "Trying words")
+        if not tried:
+            raise UserError(
+                "--init_word=auto: the model knows none of the words of the captions and of --init_word_candidates as "
+                "one token. Name a word that it knows, for example --init_word=girl."
+            )
+        near = [word for word in self._near(tried[0].word, most) if word not in {one.word for one in tried}]
+        tried += self.losses(near[: most // _NEIGHBOURS], self._first(), "Trying their neighbours")
+        tried.sort(key=lambda one: one.loss)
+        best = [one.word for one in tried[: max(2, len(tried) // _PART_LEFT)]]
+        return tuple(self.losses(best, self.batches, "Comparing the best words"))
+
+    def losses(self, words: Sequence[str], batches: Sequence[Batch], title: str) -> list[RankedWord]:
+        """The words with their losses, the least first; of several processes each measures a part."""
+        with progress_bar(title, len(words), "word", silent=self.silent) as bar:
+
+            def measured(part: Sequence[str]) -> list[RankedWord]:
+                found = []
+                for word in part:
+                    found.append(RankedWord(word, self._loss(word, batches)))
+                    bar.update(len(words) / len(part))
+                return found
+
+            return sorted(shared_out(words, measured), key=lambda one: one.loss)
+
+    @torch.no_grad()
+    def _loss(self, word: str, batches: Sequence[Batch]) -> float:
+        with self.rows.holding(self._rows(word)):
+            moved = (batch.to(self.device) for batch in batches)
+            losses = [self.task.losses(batch)[batch.has_token] for batch in moved]
+        return float(torch.cat(losses).mean())
+
+    def _first(self) -> list[Batch]:
+        """The batches that the first samples are in."""
+        chosen: list[Batch] = []
+        for batch in self.batches:
+            if sum(map(len, chosen)) < _FIRST_SAMPLES:
+                chosen.append(batch)
+        return chosen
+
+    def _near(self, word: str, count: int) -> list[str]:
+        """Words of the vocabulary that are near to one, by the first text encoder."""
+        vocabulary = Vocabulary(self.tables[0], self.word.prompts.tokenizers[0])
+        near = vocabulary.nearest(self._rows(word)[0][:1], count)[0]
+        return [neighbour.word for neighbour in near if self._ids(neighbour.word)]
+
+    def _ids(self, word: str) -> list[list[int]] | None:
+        return usable_ids(word, self.word.placeholder.count, self.word.prompts.tokenizers, self.tables)
+
+    def _rows(self, word: str) -> list[Tensor]:
+        """The vectors that start from a word that can be used, [N, D] per text encoder."""
+        ids = self._ids(word) or []
+        return [table.weight.detach()[each].float() for table, each in zip(self.tables, ids, strict=True)]
