@@ -1,17 +1,16 @@
 """``--init_word=auto``: of many words that are tried, the vectors start from the one that explains the images best."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from library.data.batches import Batch
 from library.data.concept import Concept
 from library.embedding.initialization import initial_rows
-from library.embedding.start_words import RankedWord, candidates, usable_ids
+from library.embedding.start_words import RankedWord, candidates, names_something, usable_ids, words_of
 from library.embedding.tokenizer import init_word_ids
 from library.embedding.vocabulary import Vocabulary
 from library.model.runtime import shared_out
@@ -50,7 +49,7 @@ def check_choice(job: Job) -> None:
     logger.info(
         "--init_word=auto: about %d words are tried on the training images before the first step, which takes at most "
         "%d %% of the time of the run.",
-        *(min(count, len(_words(job, _concept(job)))), 100 * _SHARE),
+        *(min(count, len(_words(job))), 100 * _SHARE),
     )
 
 
@@ -59,14 +58,14 @@ def with_best_start(job: Job, setup: Setup) -> tuple[Job, Setup]:
     if not _is_wanted(job):
         return job, setup
     before = random_states()
-    ranking = _Trial(job, setup).ranking(_words(job, _concept(job)), _affordable(job))
+    tables = [embedding.table for embedding in setup.prompt_encoder.embeddings]
+    ranking = _Trial(job, setup, tables).ranking(_words(job, tables), _affordable(job))
     set_random_states(before)  # the run is the same to the bit as one that names the word
     best, others = ranking[0], ", ".join(f"{one.word} {one.loss:.4f}" for one in ranking[1:4])
     logger.info('The vectors start from "%s", which has the lowest loss: %.4f (%s).', best.word, best.loss, others)
     options = replace(job.options, token=replace(job.options.token, init_word=best.word))
     count, tokenizers = job.word.placeholder.count, job.word.prompts.tokenizers
     word = replace(job.word, start_ids=[init_word_ids(best.word, count, each) for each in tokenizers])
-    tables = [embedding.table for embedding in setup.prompt_encoder.embeddings]
     starts = initial_rows(word, options.token, job.family, tables, job.data.seed)
     setup.rows.assign(starts)
     results = replace(setup.results, options=options, word=word)
@@ -85,43 +84,57 @@ def _concept(job: Job) -> Concept:
     return concept
 
 
-def _words(job: Job, concept: Concept) -> list[str]:
-    return candidates(job.options.token.init_word_candidates, concept.texts(_CAPTIONS), job.word.placeholder)
+def _words(job: Job, tables: Sequence[nn.Embedding] = ()) -> list[str]:
+    """The words to try, in order; without the ``tables`` of the text encoders some of them may be unknown to them."""
+    concept, placeholder, tokenizers = _concept(job), job.word.placeholder, job.word.prompts.tokenizers
+    mentioned = words_of(concept.texts(_CAPTIONS), placeholder)
+
+    def usable(word: str) -> object:
+        return usable_ids(word, placeholder.count, tokenizers, tables)
+
+    return candidates(job.options.token.init_word_candidates, mentioned, usable)
 
 
 def _affordable(job: Job) -> int:
     """How many words the run has the time to try, as long as all their passes take as long as those of its steps."""
-    order, batch = job.data.order, _concept(job).batch_size
+    order = job.data.order
     samples = job.plan.total_steps * job.plan.accumulation * job.accelerator.num_processes
     samples *= order.num_samples / order.num_batches
-    first, all_samples = (batch * -(-wanted // batch) for wanted in (_FIRST_SAMPLES, _SAMPLES))
-    return int(_SHARE * _PASSES_OF_A_STEP * samples / (first + all_samples / _PART_LEFT))
+    return int(_SHARE * _PASSES_OF_A_STEP * samples / (_FIRST_SAMPLES + _SAMPLES / _PART_LEFT))
+
+
+def _limited(batches: Iterable[Batch], samples: int) -> Iterator[Batch]:
+    """The first of the batches, and of the last of these so much that there are so many samples."""
+    left = samples
+    for batch in batches:
+        if left > 0:
+            yield batch.first(left)
+            left -= len(batch)
 
 
 class _Trial:
     """Measures what the vectors would lose on the training images if they started from a word."""
 
-    def __init__(self, job: Job, setup: Setup) -> None:
-        self.word, self.rows, self.device = job.word, setup.rows, job.device
-        self.tables = [embedding.table for embedding in setup.prompt_encoder.embeddings]
+    def __init__(self, job: Job, setup: Setup, tables: Sequence[nn.Embedding]) -> None:
+        self.word, self.rows, self.device, self.tables = job.word, setup.rows, job.device, tables
         self.task = replace(setup.task, bands=None)  # those are of the training
         found = _concept(job).fixed_batches(_SAMPLES, held_out=False)
-        self.batches = [batch for batch in found if batch.has_token.any()]
+        self.batches = [batch for batch in _limited(found, _SAMPLES) if batch.has_token.any()]
+        self.first = list(_limited(self.batches, _FIRST_SAMPLES))
         if not self.batches:
             raise UserError("--init_word=auto: no caption holds the token. Name a word, for example --init_word=girl.")
         self.silent = not job.accelerator.is_local_main_process
 
     def ranking(self, words: Sequence[str], most: int) -> tuple[RankedWord, ...]:
         """Of ``most`` words, neighbours of the best in the vocabulary included, the better part, best first."""
-        known = filter(self._ids, words)
-        tried = self.losses(list(islice(known, most - most // _NEIGHBOURS)), self._first(), "Trying words")
-        if not tried:
+        if not words:
             raise UserError(
                 "--init_word=auto: the model knows none of the words of the captions and of --init_word_candidates as "
                 "one token. Name a word that it knows, for example --init_word=girl."
             )
+        tried = self.losses(words[: most - most // _NEIGHBOURS], self.first, "Trying words")
         near = [word for word in self._near(tried[0].word, most) if word not in {one.word for one in tried}]
-        tried += self.losses(near[: most // _NEIGHBOURS], self._first(), "Trying their neighbours")
+        tried += self.losses(near[: most // _NEIGHBOURS], self.first, "Trying their neighbours")
         tried.sort(key=lambda one: one.loss)
         best = [one.word for one in tried[: max(2, len(tried) // _PART_LEFT)]]
         return tuple(self.losses(best, self.batches, "Comparing the best words"))
@@ -146,19 +159,11 @@ class _Trial:
             losses = [self.task.losses(batch)[batch.has_token] for batch in moved]
         return float(torch.cat(losses).mean())
 
-    def _first(self) -> list[Batch]:
-        """The batches that the first samples are in."""
-        chosen: list[Batch] = []
-        for batch in self.batches:
-            if sum(map(len, chosen)) < _FIRST_SAMPLES:
-                chosen.append(batch)
-        return chosen
-
     def _near(self, word: str, count: int) -> list[str]:
         """Words of the vocabulary that are near to one, by the first text encoder."""
         vocabulary = Vocabulary(self.tables[0], self.word.prompts.tokenizers[0])
         near = vocabulary.nearest(self._rows(word)[0][:1], count)[0]
-        return [neighbour.word for neighbour in near if self._ids(neighbour.word)]
+        return [neighbour.word for neighbour in near if names_something(neighbour.word) and self._ids(neighbour.word)]
 
     def _ids(self, word: str) -> list[list[int]] | None:
         return usable_ids(word, self.word.placeholder.count, self.word.prompts.tokenizers, self.tables)

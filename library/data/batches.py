@@ -62,6 +62,13 @@ class Batch:
         """
         return self._with_tensors(lambda tensor: sent(tensor, device))
 
+    def first(self, count: int) -> "Batch":
+        """The batch of the first ``count`` of its samples; its weight stays."""
+        lists = {name: getattr(self, name)[:count] for name in ("keys", "captions", "has_token", "seeds")}
+        lists["input_ids"] = [ids[:count] for ids in self.input_ids]
+        holes = None if self.holes is None else self.holes[:count]
+        return replace(self._with_tensors(lambda tensor: tensor[:count]), **lists, holes=holes)
+
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory; the data loader asks for it by this name."""
         ids = [ids.pin_memory() for ids in self.input_ids]

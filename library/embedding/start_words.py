@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from typing import TYPE_CHECKING
@@ -43,15 +43,23 @@ def words_of(captions: Iterable[str], placeholder: Placeholder) -> list[str]:
     counts = Counter(
         word for text in captions for word in dict.fromkeys(_WORD.findall(placeholder.replace(text, " ").lower()))
     )
-    return [word for word, _ in counts.most_common() if word not in _FUNCTION_WORDS.split()]
+    return [word for word, _ in counts.most_common() if names_something(word)]
 
 
-def candidates(given: Sequence[str] | None, captions: Iterable[str], placeholder: Placeholder) -> list[str]:
-    """The words to try, in order: those ``given`` and then the captions', or the captions' and nouns by turns."""
-    found = words_of(captions, placeholder)
-    turns = zip_longest(found, _NOUNS.split())
-    words = [*given, *found] if given else [word for word in chain.from_iterable(turns) if word is not None]
-    return list(dict.fromkeys(words))
+def names_something(word: str) -> bool:
+    """Whether it may be a noun: no number, preposition or the like."""
+    return _WORD.fullmatch(word) is not None and word not in _FUNCTION_WORDS.split()
+
+
+def candidates(given: Sequence[str] | None, mentioned: Sequence[str], usable: Callable[[str], object]) -> list[str]:
+    """The words to try that are ``usable``, in order: those ``given`` and those ``mentioned`` in the captions.
+
+    Without given ones nouns and mentioned words take turns, so that a short run tries some of both.
+    """
+    if given:
+        return list(filter(usable, dict.fromkeys([*given, *mentioned])))
+    turns = zip_longest(filter(usable, _NOUNS.split()), filter(usable, mentioned))
+    return list(dict.fromkeys(word for word in chain.from_iterable(turns) if word is not None))
 
 
 def usable_ids(
@@ -60,7 +68,7 @@ def usable_ids(
     """The vocabulary ids of ``count`` vectors for each encoder; None where the model does not know the word as such."""
     try:
         ids = [init_word_ids(word, count, tokenizer) for tokenizer in tokenizers]
-        for table, each in zip(tables, ids, strict=True):
+        for table, each in zip(tables, ids, strict=False):
             rows_from_word(table.weight, each, word)
     except UserError:
         return None
