@@ -15,7 +15,7 @@ from library.embedding.tokenizer import init_word_ids
 from library.embedding.vocabulary import Vocabulary
 from library.model.runtime import shared_out
 from library.setup import Job, Setup
-from library.support.errors import UserError, counted
+from library.support.errors import UserError
 from library.support.progress_bar import progress_bar
 from library.training.state import random_states, set_random_states
 
@@ -37,15 +37,18 @@ def check_choice(job: Job) -> None:
     if not _is_wanted(job):
         return
     token, tokenizers = job.options.token, job.word.prompts.tokenizers
-    for word in token.init_word_candidates or ():
+    given = token.init_word_candidates or ()
+    for word in given:
         for tokenizer in tokenizers:
             init_word_ids(word, job.word.placeholder.count, tokenizer, option="--init_word_candidates")
     count = _affordable(job)
     if count < _FEWEST:
         raise UserError(
-            f"--init_word=auto may take {_SHARE:.0%} of the run's time, which is too short to try more than "
-            f"{counted(count, 'word')}. Name a word for something close, for example --init_word=girl, or train longer."
+            f"--init_word=auto may take {_SHARE:.0%} of the run's time, and the run is too short to try {_FEWEST} "
+            "words in that. Name a word for something close, for example --init_word=girl, or train longer."
         )
+    if len(given) > (first := count - count // _NEIGHBOURS):
+        logger.warning("--init_word_candidates: the run has the time to try only the first %d.", first)
     logger.info(
         "--init_word=auto: about %d words are tried on the training images before the first step, which takes at most "
         "%d %% of the time of the run.",
@@ -59,11 +62,14 @@ def with_best_start(job: Job, setup: Setup) -> tuple[Job, Setup]:
         return job, setup
     before = random_states()
     tables = [embedding.table for embedding in setup.prompt_encoder.embeddings]
-    ranking = _Trial(job, setup, tables).ranking(_words(job, tables), _affordable(job))
+    words = _words(job, tables)
+    if unknown := [word for word in job.options.token.init_word_candidates or () if word not in words]:
+        logger.warning("--init_word_candidates: the model has never learned %s.", ", ".join(unknown))
+    ranking = _Trial(job, setup, tables).ranking(words, _affordable(job))
     set_random_states(before)  # the run is the same to the bit as one that names the word
     best, others = ranking[0], ", ".join(f"{one.word} {one.loss:.4f}" for one in ranking[1:4])
     logger.info('The vectors start from "%s", which has the lowest loss: %.4f (%s).', best.word, best.loss, others)
-    options = replace(job.options, token=replace(job.options.token, init_word=best.word))
+    options = replace(job.options, token=replace(job.options.token, init_word=best.word, init_word_candidates=None))
     count, tokenizers = job.word.placeholder.count, job.word.prompts.tokenizers
     word = replace(job.word, start_ids=[init_word_ids(best.word, count, each) for each in tokenizers])
     starts = initial_rows(word, options.token, job.family, tables, job.data.seed)

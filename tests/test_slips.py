@@ -47,6 +47,7 @@ def test_what_to_write_is_said(said, argument, sentence):
         ("output_name = my char", "Write output_name = 'my char': text needs quotes."),
         ("output_name = mychar # a name", "Write output_name = 'mychar': text needs quotes."),
         ("output_dir = C:\\new", "Write output_dir = 'C:\\new': text needs quotes."),
+        ("seed = 2", "seed is given twice in its table: keep one of them."),
         ("cache_latents = True", "Write cache_latents = true, in lowercase."),
         ("learning_rate = 0,0005", "Write learning_rate = 0.0005, with a point."),
     ],

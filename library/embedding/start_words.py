@@ -65,7 +65,10 @@ def candidates(given: Sequence[str] | None, mentioned: Sequence[str], usable: Ca
 def usable_ids(
     word: str, count: int, tokenizers: "Sequence[CLIPTokenizer]", tables: Sequence[nn.Embedding]
 ) -> list[list[int]] | None:
-    """The vocabulary ids of ``count`` vectors for each encoder; None where the model does not know the word as such."""
+    """The vocabulary ids of ``count`` vectors for each encoder; None where the model does not know the word as such.
+
+    What only the ``tables`` of the encoders tell is not looked at where these are left out.
+    """
     try:
         ids = [init_word_ids(word, count, tokenizer) for tokenizer in tokenizers]
         for table, each in zip(tables, ids, strict=False):

@@ -81,6 +81,8 @@ def _toml_advice(text: str, problem: str) -> str:
     """What to write instead, as far as the line at fault tells it."""
     place = re.search(r"at line (\d+)", problem)
     line = text.split("\n")[int(place[1]) - 1] if place else ""
+    if "Cannot overwrite" in problem:
+        return f" {line.partition('=')[0].strip() or 'A key'} is given twice in its table: keep one of them."
     bare = _BARE_VALUE.match(line) if len(line) <= _LONGEST_ADVICE else None
     if bare and (instead := _toml_value(bare["value"])):
         return f" Write {bare['key']} = {instead}"
