@@ -15,6 +15,7 @@ from accelerate import init_empty_weights
 from diffusers.models import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from library.model.architectures import SD2, VOCABULARY, Architecture, TextEncoderLayout
 from library.model.diffusers_folder import ModelFolder, fetch_from_hub, fetch_vae, find_weights
@@ -293,7 +294,8 @@ def _widened(config: Config, tensors: UnreadTensors) -> tuple[Config, UnreadTens
 def _empty(make: Callable[[], _Model], where: str) -> _Model:
     """A model without weights, made from its configuration. Raises UserError where that is impossible."""
     try:
-        with init_empty_weights():
+        # What no tensor holds need not be initialized: torch does so in Python, a millisecond for each.
+        with init_empty_weights(), no_init_weights():
             return make()
     except Exception as error:  # the libraries check little, so that a wrong value fails anywhere
         raise UserError(
