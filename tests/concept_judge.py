@@ -64,9 +64,9 @@ def known_words(pipeline: DiffusionPipeline) -> list[str]:
 def best_known_word(pipeline: DiffusionPipeline, finalists: int = 3) -> tuple[str, float]:
     """The single known word whose images are nearest to the concept, and their distance.
 
-    All words compete with four images each that are drawn in a few steps, the best of them with all sixteen in full.
+    All words compete with two images each that are drawn in a few steps, the best of them with all sixteen in full.
     """
-    first = {word: judge(draw(pipeline, captions_with(word)[:4], steps=6)).distance for word in known_words(pipeline)}
+    first = {word: judge(draw(pipeline, captions_with(word)[:2], steps=6)).distance for word in known_words(pipeline)}
     best = sorted(first, key=first.get)[:finalists]
     full = {word: judge(draw(pipeline, captions_with(word))).distance for word in best}
     word = min(full, key=full.get)

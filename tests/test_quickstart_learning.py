@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState
 from concept_judge import captions_with, draw, judge, open_pipeline
 from diffusers import UNet2DConditionModel
 from runs import SCRIPTS
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 INIT_WORD = "star"
@@ -50,8 +51,8 @@ def of_the_new_word(model: str, embedding: Path) -> concept_judge.Verdict:
 
 
 def good_compositions(model: str, embedding: Path) -> int:
-    """Of 16 images, those whose background is green and whose concept is as near as it has to be."""
-    pictures = draw(open_pipeline(model, embedding), [GREEN] * 16)
+    """Of 8 images, those whose background is green and whose concept is as near as it has to be."""
+    pictures = draw(open_pipeline(model, embedding), [GREEN] * 8)
     near_enough = 0.5 * of_the_init_word(model).distance
     return sum(
         measures.read_plain(picture).background == "green" and judge([picture]).distance <= near_enough
@@ -71,7 +72,7 @@ def test_the_quickstart_teaches_the_word(model, tmp_path):
     plain = open_pipeline(model)
     word, best = concept_judge.best_known_word(plain)
     assert distance <= 0.7 * best, word
-    assert statistics.median(good_compositions(model, file) for file in files) >= 12
+    assert statistics.median(good_compositions(model, file) for file in files) >= 6
     for before, after in zip(
         draw(plain, WITHOUT_THE_WORD), draw(open_pipeline(model, files[0]), WITHOUT_THE_WORD), strict=True
     ):
@@ -79,22 +80,20 @@ def test_the_quickstart_teaches_the_word(model, tmp_path):
 
 
 STEPS = {"sd": 40, "sdxl": 60}
-# By name: how many times as long, init word, options, and what is asked of distance and overlap, as shares of the init
-# word's.
+# By name: which model, how many times as long, init word, options, and what is asked of distance and overlap, as shares
+# of the init word's. What does not depend on the family is tried with one of them.
 CASES = {
     # One vector cannot leave a word of one part for a figure of two in so few steps.
-    "1 vector": (1, "robot", ["--num_vectors_per_token=1"], 0.7, 1.05),
-    # Their sentences say less than the captions do, and seeds differ more: 0.49 to 0.77 in 150 steps of SDXL, 0.60 and
-    # 0.66 in 300. The bounds are half-way from there to those of a word that has learned nothing (0.95 and 1.1).
-    "object templates": (2, INIT_WORD, ["--use_object_template"], 0.8, 1.3),
-    "pixels": (1, INIT_WORD, ["--cache_latents=false", "--optimizer_type=AdamW8bit"], 0.65, 1.5),
+    "1 vector": ("sd", 1, "robot", ["--num_vectors_per_token=1"], 0.7, 1.05),
+    # Their sentences say less than the captions do, and seeds differ more.
+    "object templates": ("sd", 2, INIT_WORD, ["--use_object_template"], 0.8, 1.3),
+    "pixels": ("sdxl", 1, INIT_WORD, ["--cache_latents=false", "--optimizer_type=AdamW8bit"], 0.65, 1.5),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("model", ["sd", "sdxl"])
-def test_a_short_training_teaches_it_too(model, case, tmp_path):
-    longer, word, more, distance, overlap = CASES[case]
+def test_a_short_training_teaches_it_too(case, tmp_path):
+    model, longer, word, more, distance, overlap = CASES[case]
     more = [f"--max_train_steps={longer * STEPS[model]}", "--learning_report=false", f"--init_word={word}", *more]
     verdict, init = of_the_new_word(model, train(model, tmp_path, *more)), of_the_init_word(model, word)
     assert verdict.distance <= distance * init.distance
@@ -102,13 +101,17 @@ def test_a_short_training_teaches_it_too(model, case, tmp_path):
 
 
 @pytest.mark.parametrize("model", ["sd", "sdxl"])
-def test_bfloat16_teaches_as_well_as_float32(model, tmp_path):
-    found = {}
-    for precision in ("no", "bf16"):
-        more = ["--max_train_steps=30", "--learning_report=false", f"--mixed_precision={precision}"]
-        found[precision] = of_the_new_word(model, train(model, tmp_path / precision, *more)).distance
-    assert found["bf16"] == pytest.approx(found["no"], rel=0.1)
-    assert found["no"] < 0.75 * of_the_init_word(model).distance
+def test_bfloat16_leads_where_float32_does(model, tmp_path):
+    """From the same noise the vectors go the same way, and as far."""
+    ends = {}
+    for name, more in {"start": ["--learning_rate=1e-12"], "no": [], "bf16": ["--mixed_precision=bf16"]}.items():
+        steps = 1 if name == "start" else 8
+        more = [f"--max_train_steps={steps}", "--learning_report=false", "--no_report", *more]
+        ends[name] = load_file(train(model, tmp_path / name, *more))
+    for key, start in ends["start"].items():
+        whole, half = (ends[name][key] - start for name in ("no", "bf16"))
+        assert torch.cosine_similarity(whole.flatten(), half.flatten(), dim=0) > 0.97
+        assert half.norm() == pytest.approx(whole.norm(), rel=0.05)
 
 
 def inpainting_model(model: str, folder: Path) -> Path:
@@ -124,9 +127,9 @@ def inpainting_model(model: str, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("model", ["sd", "sdxl"])
-def test_an_inpainting_model_teaches_the_word_too(model, tmp_path):
+def test_an_inpainting_model_teaches_the_word_too(tmp_path):
     """What it teaches is drawn by the ordinary miniature: their text encoders are the same."""
+    model = "sd"
     folder = inpainting_model(model, tmp_path / "model")
     more = [f"--pretrained_model_name_or_path={folder}", "--train_inpainting", "--cache_latents=false"]
     more += [f"--max_train_steps={STEPS[model]}", "--learning_report=false"]

@@ -104,6 +104,9 @@ def test_a_run_on_a_terminal(folder):
     assert "\x1b[33mWARNING\x1b[0m" in shown
     text = _ESCAPES.sub("", shown)
     assert "is very high for AdamW" in " ".join(text.split())
+    bars = [part for part in text.split("\r") if part.startswith("steps:")]
+    assert len(bars) > 1
+    assert "4/4" in bars[-1]
     order = ["This run:", "optimizer", "steps: 100%", "The embedding is in", "TOO FAR: ", "to go on"]
     assert [text.index(each) for each in order] == sorted(text.index(each) for each in order)
     assert text.rstrip().splitlines()[-1].endswith(f"--resume=out/{TOKEN}-state")
@@ -114,6 +117,7 @@ def test_a_run_in_a_pipe(folder):
     assert code == 0, said
     check_pipe(said)
     assert "This run:" in said
+    assert "Caching latents: 100%" in said
     assert "steps: 100%" in said
 
 

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_models import save_folder
+from warm_processes import WarmProcess
 
 from library.support import processes
 from library.training.state import TrainingState
@@ -42,21 +43,6 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def ended(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
-    """Wait for processes that are one run: exit code, standard output and errors of each."""
-    said = []
-    try:
-        for process in processes:
-            said.append(process.communicate(timeout=300))
-            if TAKEN in said[-1][1]:  # the others would wait for a partner that listens to another program's port
-                break
-    finally:
-        for process in processes:
-            process.kill()
-    said += [process.communicate() for process in processes[len(said) :]]
-    return [(process.returncode, *texts) for process, texts in zip(processes, said, strict=True)]
-
-
 def two_nodes(*command: object) -> list[tuple[int, str, str]]:
     """Run a script as two nodes of one process each, as two machines would: each has a launcher of its own.
 
@@ -77,10 +63,65 @@ def two_nodes(*command: object) -> list[tuple[int, str, str]]:
             )
             for rank in (0, 1)
         ]
-        done = ended(nodes)
+        done = _ended(nodes)
         if not any(TAKEN in errors for _, _, errors in done):
             break
     return done
+
+
+def _ended(nodes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+    said = []
+    try:
+        for node in nodes:
+            said.append(node.communicate(timeout=300))
+            if TAKEN in said[-1][1]:  # the others would wait for a partner that listens to another program's port
+                break
+    finally:
+        for node in nodes:
+            node.kill()
+    said += [node.communicate() for node in nodes[len(said) :]]
+    return [(node.returncode, *texts) for node, texts in zip(nodes, said, strict=True)]
+
+
+def two_processes(file: Path, argv: list[str], folder: Path, **environment: str) -> list[tuple[int, str, str]]:
+    """Run the file in two processes that no launcher watches: exit code, standard output and errors of each.
+
+    ``folder`` is for what they print. Anew where another program took the port between its being found free and its
+    being used.
+    """
+    for _ in range(5):
+        done = _two_processes(file, argv, folder, free_port(), environment)
+        if not any(TAKEN in errors for _, _, errors in done):
+            break
+    return done
+
+
+def one_run(file: Path | str, argv: list[str], folder: Path) -> str:
+    """Run the file in two processes of one run on the CPU, which must end well; the first one's standard output."""
+    done = two_processes(Path(file), argv, folder, ACCELERATE_USE_CPU="true")
+    assert [code for code, _, _ in done] == [0, 0], done
+    return done[0][1]
+
+
+def _two_processes(
+    file: Path, argv: list[str], folder: Path, port: int, environment: dict
+) -> list[tuple[int, str, str]]:
+    common = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+    common |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if "ACCELERATE_USE_CPU" not in environment:
+        del common["ACCELERATE_USE_CPU"]
+    begun = []
+    try:
+        for rank in range(2):
+            ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            begun.append(WarmProcess(folder, rank, file, argv, {**common, **ranks}))
+        first = begun[0].ended(300)
+        if TAKEN in first[2]:  # the other would wait for a partner that listens to another program's port
+            begun[1].kill()
+        return [first, begun[1].ended(300)]
+    finally:
+        for each in begun:
+            each.kill()
 
 
 @pytest.fixture(scope="module")
@@ -114,11 +155,9 @@ def test_two_processes_equal_one_with_accumulation(family, flags, dataset, tmp_p
     alone = arguments(family, model, dataset, tmp_path / "one", *more, "--gradient_accumulation_steps=2")
     assert run(family, alone) == 0
     argv = arguments(family, model, dataset, tmp_path / "two", *more)
-    # accelerate's own launcher starts several CPU processes through MPI only; torch's does it everywhere.
-    done = start("torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPTS[family].__file__, *argv)
-    assert done.returncode == 0, done.stderr
+    said = one_run(SCRIPTS[family].__file__, argv, tmp_path)
     one, two = (load_file(tmp_path / name / f"{TOKEN}.safetensors") for name in ("one", "two"))
-    assert done.stdout.count("The embedding is in") == 1
+    assert said.count("The embedding is in") == 1
     keys = trainers[0].job.family.embedding_keys
     assert_moved_alike([one[key] for key in keys], [two[key] for key in keys], trainers[0].setup.starts)
 
@@ -149,8 +188,13 @@ def test_images_of_all_processes_reach_the_trackers_and_the_report(dataset, tmp_
         argv = arguments("sd1", tiny_sd1, dataset, tmp_path / folder, "--learning_report", "--max_train_steps=1")
         argv += ["--no_report=false"]
         argv += [f"--sample_prompts={prompts}", "--sample_at_first", f"--logging_dir={tmp_path / folder / 'logs'}"]
-        done = start("torch.distributed.run", "--standalone", f"--nproc_per_node={count}", file, *argv)
-        assert done.returncode == 0, done.stderr
+        if count == 1:
+            alone = WarmProcess(tmp_path, 0, file, argv, {**os.environ, "RANK": "0", "WORLD_SIZE": "1"})
+            code, said, errors = alone.ended(300)
+        else:
+            done = start("torch.distributed.run", "--standalone", "--nproc_per_node=2", file, *argv)
+            code, said, errors = done.returncode, done.stdout, done.stderr
+        assert code == 0, errors
         (events,) = {path.parent for path in (tmp_path / folder / "logs").rglob("events*")}
         reader = EventAccumulator(str(events)).Reload()
         assert sorted(reader.Tags()["images"]) == ["sample_0", "sample_1", "sample_2", "samples"]
@@ -158,7 +202,7 @@ def test_images_of_all_processes_reach_the_trackers_and_the_report(dataset, tmp_
         noted = [json.loads(line) for line in (tmp_path / folder / f"{TOKEN}_metrics.jsonl").read_text().splitlines()]
         (samples,) = [line["samples"] for line in noted if "samples" in line]
         assert sorted(samples) == ["0", "1", "2"]
-        assert done.stdout.count("to go on") + done.stdout.count(f"{TOKEN}.html") == 1
+        assert said.count("to go on") + said.count(f"{TOKEN}.html") == 1
     counts = {path.name: path.read_text().split() for path in tmp_path.glob("drawn*")}
     assert counts["drawn_1_of_2"].count("2") == counts["drawn_0_of_2"].count("2") == 2
     one, two = (report["before"] for report in reports)
@@ -172,8 +216,7 @@ def test_two_processes_with_accumulation_and_every_ddp_option(dataset, tmp_path,
     )
     argv = arguments("sd2", tiny_sd2, dataset, tmp_path / "two", *more, "--gradient_accumulation_steps=2")
     argv += ["--ddp_static_graph", "--ddp_gradient_as_bucket_view", "--ddp_timeout=5"]
-    done = start("torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPTS["sd2"].__file__, *argv)
-    assert done.returncode == 0, done.stderr
+    one_run(SCRIPTS["sd2"].__file__, argv, tmp_path)
     one, two = (load_file(tmp_path / name / f"{TOKEN}.safetensors")["emb_params"] for name in ("one", "two"))
     assert_moved_alike([one], [two], trainers[0].setup.starts)
 
@@ -183,8 +226,7 @@ def test_two_processes_go_on_from_a_state(dataset, tmp_path, tiny_sd1):
 
     def launch(folder: str, *given: str) -> torch.Tensor:
         argv = arguments("sd1", tiny_sd1, dataset, tmp_path / folder, *more, *given)
-        done = start("torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPTS["sd1"].__file__, *argv)
-        assert done.returncode == 0, done.stderr
+        one_run(SCRIPTS["sd1"].__file__, argv, tmp_path)
         return load_file(tmp_path / folder / f"{TOKEN}.safetensors")["emb_params"]
 
     whole = launch("whole")
@@ -242,8 +284,7 @@ def test_two_processes_agree_on_a_seed(dataset, tmp_path, tiny_sd1):
         "    return original(self, progress)\n"
         "Saving.finish = finish; sys.exit(train_textual_inversion.main())\n"
     )
-    done = start("torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *argv)
-    assert done.returncode == 0, done.stderr
+    one_run(script, argv, tmp_path)
     first, second = (torch.load(tmp_path / f"rows{rank}")[0] for rank in (0, 1))
     assert torch.equal(first, second)
 
@@ -293,41 +334,11 @@ def script(folder: Path, before: str) -> Path:
     return file
 
 
-def two_processes(file: Path, argv: list[str], **environment: str) -> list[tuple[int, str, str]]:
-    """Run the file in two processes that no launcher watches: exit code, standard output and errors of each.
-
-    Anew where another program took the port between its being found free and its being used.
-    """
-    for _ in range(5):
-        done = _two_processes(file, argv, free_port(), environment)
-        if not any(TAKEN in errors for _, _, errors in done):
-            break
-    return done
-
-
-def _two_processes(file: Path, argv: list[str], port: int, environment: dict) -> list[tuple[int, str, str]]:
-    common = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
-    common |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    common.pop("ACCELERATE_USE_CPU", None)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, file, *map(str, argv)],
-            cwd=ROOT,
-            env={**common, "RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    return ended(processes)
-
-
 def test_two_processes_are_one_run_with_one_log_as_on_gpus(dataset, tmp_path, tiny_sd1):
     """Nothing tells accelerate to use the CPU, and DDP has devices, as where there are two GPUs."""
     log = tmp_path / "log.txt"
     argv = arguments("sd1", tiny_sd1, dataset, tmp_path / "out", f"--console_log_file={log}")
-    (first, out, errors), (second, silence, more_errors) = two_processes(script(tmp_path, AS_ON_GPUS), argv)
+    (first, out, errors), (second, silence, more_errors) = two_processes(script(tmp_path, AS_ON_GPUS), argv, tmp_path)
     assert (first, second) == (0, 0), errors + more_errors
     assert out.count("The embedding is in") == 1
     assert silence == ""
@@ -339,7 +350,7 @@ def test_two_processes_are_one_run_with_one_log_as_on_gpus(dataset, tmp_path, ti
 def test_the_process_that_is_left_keeps_the_vectors(lost, dataset, tmp_path, tiny_sd1_file):
     more = ["--max_train_steps=50", "--save_every_n_steps=2"]
     argv = arguments("sd1", tiny_sd1_file, dataset, tmp_path / "out", *more)
-    done = two_processes(script(tmp_path, LOSING.format(rank=lost)), argv)
+    done = two_processes(script(tmp_path, LOSING.format(rank=lost)), argv, tmp_path)
     assert done[lost][0] == -signal.SIGKILL, done
     code, _, said = done[1 - lost]
     assert code == 1, said
@@ -406,7 +417,7 @@ def test_a_port_that_is_taken_in_between_is_left_for_another(monkeypatch, tmp_pa
         taken, fine = other.getsockname()[1], free_port()
         ports = iter([taken, fine])
         monkeypatch.setattr(sys.modules[__name__], "free_port", lambda: next(ports))
-        done = two_processes(file, [])
+        done = two_processes(file, [], tmp_path)
     assert [(code, out) for code, out, _ in done] == [(0, f"2 {fine}\n")] * 2, done
 
 
