@@ -57,9 +57,13 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out the tests of GPUs unless they are asked for."""
+    """Leave out the tests of GPUs unless they are asked for; the longest come first.
+
+    What is begun last decides how long xdist's workers wait for each other.
+    """
     if _wants_gpu(config):
         return
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     chosen = [item for item in items if item.get_closest_marker("gpu") is None]
     if len(chosen) < len(items):
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])

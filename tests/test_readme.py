@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 import textwrap
 import tomllib
@@ -13,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate.commands import accelerate_cli
 from departures import DEPARTURES
 from PIL import Image
 from runs import run, write_dataset
 from safetensors.torch import load_file
+from warm_processes import WarmProcess
 
 from library.data.config import load_dataset_configs
 from library.embedding.files import write_embedding
@@ -175,7 +176,9 @@ def prepared(given: list[str], family: str, folder: Path) -> list[str]:
     return given
 
 
-def result_of(command: list[str], place: int, given: list[str], capfd: pytest.CaptureFixture) -> tuple[int, str]:
+def result_of(
+    command: list[str], place: int, given: list[str], folder: Path, capfd: pytest.CaptureFixture
+) -> tuple[int, str]:
     """Exit code and output of a command: Python's in this process, the launcher's in processes of its own."""
     program, script = Path(command[0]).name, command[place]
     assert (Path(sys.executable).parent / program).exists(), "the README's environment holds it"
@@ -183,10 +186,10 @@ def result_of(command: list[str], place: int, given: list[str], capfd: pytest.Ca
         capfd.readouterr()
         code = run("sdxl" if script.startswith("sdxl") else "sd1", given)
         return code, "".join(capfd.readouterr())
-    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *command[1:place]]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*launcher, script, *given], env=environment, capture_output=True, text=True, check=False)
-    return done.returncode, done.stdout + done.stderr
+    launcher = Path(accelerate_cli.__file__)
+    code, out, errors = WarmProcess(folder, 0, launcher, [*command[1:place], script, *given], environment).ended(300)
+    return code, out + errors
 
 
 def scolded(said: str) -> list[str]:
@@ -204,7 +207,7 @@ def test_training_commands(command, tmp_path, request, monkeypatch, capfd):
     if command != trainings()[0]:  # which draws it already
         given.append("--learning_report=false")
     given = prepared(given, family, tmp_path)
-    code, said = result_of(command, place, given, capfd)
+    code, said = result_of(command, place, given, tmp_path, capfd)
     assert code == 0, said
     assert scolded(said) == []
     if "configs/accelerate.yaml" in command:
@@ -222,7 +225,7 @@ def test_the_command_of_the_guide_works_as_it_is(tmp_path, request, monkeypatch,
     (command,) = commands(GUIDE)
     monkeypatch.chdir(ROOT)
     given = replaced(command[command.index("train_textual_inversion.py") + 1 :], "sd1", tmp_path, request)
-    code, said = result_of(command, command.index("train_textual_inversion.py"), given, capfd)
+    code, said = result_of(command, command.index("train_textual_inversion.py"), given, tmp_path, capfd)
     assert code == 0, said
     assert set(load_file(tmp_path / "output" / "my_textual_inversion.safetensors")) == {"emb_params"}
 
@@ -232,7 +235,7 @@ def test_a_mistake_behind_the_quiet_launcher_is_one_sentence(tmp_path, monkeypat
     monkeypatch.chdir(ROOT)
     command = next(command for command in trainings() if "--quiet" in command)
     place = command.index("train_textual_inversion.py")
-    code, said = result_of(command, place, [*command[place + 1 :], "--token_string=cat"], capfd)
+    code, said = result_of(command, place, [*command[place + 1 :], "--token_string=cat"], tmp_path, capfd)
     assert code == 1
     assert "Traceback" not in said
     assert said.splitlines()[-1].startswith("error: --token_string")
