@@ -139,21 +139,29 @@ def rows_from_file(path: Path | str, keys: Sequence[str], widths: Sequence[int],
     another base (named by its width) or with another number of vectors.
     """
     content = read_embedding(path)
-    if len(keys) == 1 and len(content) == 1:
-        # A lone tensor of whatever key serves a model with one encoder, if its width fits.
-        content = {keys[0]: next(iter(content.values()))}
-    if not set(content) & set(keys):
+    known = rows_by_key(content, dict(zip(keys, widths, strict=True)))
+    if known is None:
         raise UserError(_other_base(path, content, keys, widths))
-    rows = [content.get(key) for key in keys]
-    for found, width in zip(rows, widths, strict=True):
-        if found is not None and found.shape[1] != width:
-            raise UserError(_other_base(path, content, keys, widths))
+    rows = [known.get(key) for key in keys]
+    for found in rows:
         if found is not None and found.shape[0] != count:
             raise UserError(
                 f"--weights {path} holds {found.shape[0]} vector(s), but --num_vectors_per_token is {count}. "
                 f"Use --num_vectors_per_token={found.shape[0]}, or another file."
             )
     return rows
+
+
+def rows_by_key(content: Mapping[str, Tensor], widths: Mapping[str, int]) -> dict[str, Tensor] | None:
+    """An embedding's rows [N, width] for those of a model's keys that it has; None if it is for another base.
+
+    ``widths`` of the model's text encoders are by key. A lone tensor of whatever key serves a model with one encoder.
+    """
+    if len(widths) == 1 and len(content) == 1:
+        content = dict(zip(widths, content.values(), strict=True))
+    rows = {key: content[key] for key in widths if key in content}
+    fits = all(found.shape[1] == widths[key] for key, found in rows.items())
+    return rows if rows and fits else None
 
 
 def _plain(rows: Tensor, dtype: torch.dtype | None) -> Tensor:
