@@ -6,19 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from library.options.console import keep_talking
+from library.support.completion import PrintCompletion
 from library.support.errors import UserError
 
+COMMAND = "textual_inversion_embedding"  # as it is installed
 _LAYOUTS = ("safetensors", "a1111", "comfyui", "diffusers", "onetrainer")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, called: str = COMMAND) -> int:
     """Run the command; returns 0, or 1 for a user's mistake, which is told in a sentence.
 
-    PyTorch is imported once the arguments are known to be good.
+    ``called`` is what the user wrote to start it. PyTorch is imported once the arguments are known to be good.
     """
     keep_talking()
     try:
-        asked = _parser().parse_args(arguments)
+        asked = _parser(called).parse_args(arguments)
         asked.run(asked)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -26,8 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m library.embedding", description=__doc__, allow_abbrev=False)
+def _parser(called: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=called, description=__doc__, allow_abbrev=False)
+    parser.add_argument("--print_completion", action=PrintCompletion, command=COMMAND)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     inspect = commands.add_parser("inspect", help="say what is in the files")
     inspect.add_argument("files", nargs="+", type=Path, metavar="FILE")

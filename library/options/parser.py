@@ -14,6 +14,7 @@ from library.options.config_file import FILE_OPTIONS, config_path, is_of_lora, r
 from library.options.declaration import Option, option_of
 from library.options.option_types import text
 from library.options.options import Options, declared_options, option_groups
+from library.support.completion import PrintCompletion
 from library.support.errors import UserError, did_you_mean
 from library.support.shipped_files import shipped
 from library.support.version import DISTRIBUTION, version
@@ -92,6 +93,7 @@ def build_parser(description: str, family: str) -> OptionParser:
     """Make the command line's parser; ``family`` is "sd" or "sdxl", and both take the same options."""
     parser = OptionParser(family, usage=USAGE, description=description, epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"{DISTRIBUTION} {version()}")
+    parser.add_argument("--print_completion", action=PrintCompletion)
     group = parser.add_argument_group("Configuration file")
     for name, declared in FILE_OPTIONS.items():
         _add(group, name, declared)
