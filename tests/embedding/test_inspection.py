@@ -108,7 +108,7 @@ def test_one_encoder_s_vectors_stand_beside_that_one(embedding, tiny_sdxl, tmp_p
     [
         ("tiny_sd2", "belongs to an unknown base (vectors of width 32); --model {} is an unknown base (vectors of"),
         ("tiny_sdxl", "--model {} is Stable Diffusion XL (clip_l 32, clip_g 64). Give a model of the same base."),
-        ("nowhere.safetensors", "--model nowhere.safetensors does not exist. Check the path."),
+        ("nowhere.safetensors", "--model nowhere.safetensors does not exist (looked for in "),
         ("embedding", "{} is an embedding. Give a base model of Stable Diffusion 1.x, 2.x or XL."),
     ],
 )
