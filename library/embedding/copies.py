@@ -16,6 +16,7 @@ from library.support.errors import UserError, counted
 
 # What is true of the very file that says it; the rest goes along into files that are made of it.
 _OF_ONE_FILE = re.compile(r"ti\.|sshs_|modelspec\.(hash_sha256|date|trigger_phrase|usage_hint)$")
+_SUFFIXES = (".safetensors", ".pt", ".bin", ".ckpt")
 
 
 def convert(file: Path, layout: str, output: Path) -> None:
@@ -26,7 +27,8 @@ def convert(file: Path, layout: str, output: Path) -> None:
         name = embedding.token if layout == "diffusers" else "emp_params"
         (rows,) = embedding.rows.values()
         content = safetensors_bytes({name: rows.contiguous()}, dict(embedding.metadata))
-        _written(output, write_atomically(output, content, keep_old=True))
+        write_atomically(output, content, keep_old=True)
+        print(f"Written: {output}")
     else:
         _write(output, embedding, embedding.rows)
 
@@ -65,12 +67,11 @@ def _write(output: Path, source: EmbeddingFile, rows: Mapping[str, Tensor]) -> N
     """Write vectors of ``source``, as a training would; its own record and description go along."""
     record = TrainingRecord(**{**vars(source.record), "num_vectors": len(next(iter(rows.values())))})
     described = {name: value for name, value in source.metadata.items() if not _OF_ONE_FILE.match(name)}
-    _written(output, write_embedding(output, rows, record, metadata=described or None, keep_old=output.exists()))
-
-
-def _written(output: Path, kept: Path | None) -> None:
-    if kept:
-        print(f"The file that was there is now {kept}.")
+    if output.suffix not in _SUFFIXES:
+        raise UserError(
+            f"--output {output}: an embedding's name ends in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}."
+        )
+    write_embedding(output, rows, record, metadata=described or None, keep_old=output.exists())
     print(f"Written: {output}")
 
 

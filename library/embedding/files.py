@@ -19,9 +19,10 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from library.embedding.metadata import TrainingRecord, file_metadata
+from library.model.identity import Shapes, identify_file
 from library.model.weight_files import open_weights
 from library.support.atomic_files import write_atomically
-from library.support.errors import UserError
+from library.support.errors import UserError, counted, first_names
 from library.support.file_hash import legacy_hash
 from library.support.torch_files import torch_content
 
@@ -122,11 +123,16 @@ def read_stored(path: Path | str) -> StoredEmbedding:
     """All that an embedding file holds, read once. Raises UserError like :func:`read_embedding`."""
     path = Path(path)
     weights = open_weights(path, mmap=False)
-    names = [name for name in weights.shapes if not name.startswith("string_to_token.")]  # the id of a token
-    chosen = _choose(names, path)
+    # "string_to_token" holds the id of a token.
+    shapes = {name: size for name, size in weights.shapes.items() if not name.startswith("string_to_token.")}
+    chosen = _choose(shapes, path)
     tensors = weights.read(chosen.values())
+    rows = {key: _as_rows(tensors[name], key, path) for key, name in chosen.items()}
+    if len({len(each) for each in rows.values()}) > 1:
+        counts = " and ".join(f"{counted(len(each), 'vector')} for {key}" for key, each in rows.items())
+        raise UserError(f"{path} holds {counts}; an embedding has as many for both text encoders. Use another file.")
     return StoredEmbedding(
-        {key: _as_rows(tensors[name], key, path) for key, name in chosen.items()},
+        rows,
         {key: str(tensors[name].dtype).removeprefix("torch.") for key, name in chosen.items()},
         weights.metadata,
     )
@@ -225,15 +231,17 @@ def _torch_content(tensors: dict[str, Tensor], record: TrainingRecord) -> bytes:
     return buffer.getvalue()
 
 
-def _choose(names: Sequence[str], path: Path) -> dict[str, str]:
-    """Find the rows among a file's tensor names: our key → the name that stands for it there."""
+def _choose(shapes: Shapes, path: Path) -> dict[str, str]:
+    """Find the rows among a file's tensors: our key → the name that stands for it there."""
+    names = list(shapes)
     bundled = [match for name in names if (match := _BUNDLED.fullmatch(name))]
     if bundled:
         words = sorted({match["word"] for match in bundled})
         if len(words) > 1:
             raise UserError(f"{path} bundles several embeddings ({', '.join(words)}). Give a file that holds one.")
         inside = {match["key"]: match[0] for match in bundled}
-        return {key: inside[name] for key, name in _choose(list(inside), path).items()}
+        of_word = {key: shapes[name] for key, name in inside.items()}
+        return {key: inside[name] for key, name in _choose(of_word, path).items()}
 
     params = [name for name in names if name.startswith("string_to_param.")]
     if len(params) > 1 and "string_to_param.*" not in params:
@@ -253,8 +261,12 @@ def _choose(names: Sequence[str], path: Path) -> dict[str, str]:
         )
     if len(names) == 1:
         return {"emb_params": names[0]}
-    some = ", ".join(list(names)[:5]) or "none"
-    raise UserError(f"{path} is not an embedding: it holds {len(names)} tensors ({some}{', …' * (len(names) > 5)}).")
+    if not names:
+        raise UserError(f"{path} is not an embedding: it holds no tensors.")
+    what = identify_file(shapes).what
+    if what.startswith(("not a ", "an embedding")):
+        what = f"a file of {counted(len(names), 'tensor')} ({first_names(names)})"
+    raise UserError(f"{path} is not an embedding but {what}. Give the embedding's own file.")
 
 
 def _as_rows(rows: Tensor, key: str, path: Path) -> Tensor:
@@ -265,7 +277,7 @@ def _as_rows(rows: Tensor, key: str, path: Path) -> Tensor:
         )
     rows = torch.atleast_2d(rows.to(torch.float32)).contiguous()
     if not torch.isfinite(rows).all():
-        raise UserError(f"{path} holds NaN or infinite values ({key}); training from it would fail. Use another file.")
+        raise UserError(f"{path} holds NaN or infinite values ({key}), so nothing can be made of it. Use another file.")
     return rows
 
 

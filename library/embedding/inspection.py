@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.embedding.clients import usages
+from library.embedding.clients import Usage, usages
 from library.embedding.embedding_file import EmbeddingFile
 from library.embedding.files import base_of_widths, rows_by_key
 from library.embedding.vocabulary import Vocabulary, vocabularies_of
@@ -84,9 +84,17 @@ def facts(embedding: EmbeddingFile, known: KnownWords | None = None) -> dict[str
         "vectors": vectors,
         **({"model": known.model} if known else {}),
         **({"vocabulary": {key: _beside(known.by_key[key], rows) for key, rows in beside.items()}} if known else {}),
-        "clients": {usage.client: {"prompt": usage.word, "how": usage.how} for usage in read_by},
+        "clients": {usage.client: {"prompt": usage.word, "how": _how(usage, embedding)} for usage in read_by},
         "metadata": dict(embedding.metadata),
     }
+
+
+def _how(usage: Usage, embedding: EmbeddingFile) -> str:
+    """How a program takes the file; diffusers by a call, of which more is said in docs/clients.md."""
+    if usage.client != "diffusers" or usage.word is None:
+        return usage.how
+    encoders = "for each text encoder, " if embedding.is_pair else ""
+    return f'{encoders}pipe.load_textual_inversion(…, token="{usage.word}")'
 
 
 def _beside(words: Vocabulary, rows: Tensor) -> dict[str, Any]:

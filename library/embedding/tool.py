@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from library.options.console import keep_talking
+from library.options.option_types import number, whole_number
+from library.options.sentence_parser import SentenceParser
 from library.support.completion import PrintCompletion
 from library.support.errors import UserError
+from library.support.terminal import fitted
 
 COMMAND = "textual_inversion_embedding"  # as it is installed
 _LAYOUTS = ("safetensors", "a1111", "comfyui", "diffusers", "onetrainer")
@@ -23,13 +26,13 @@ def main(arguments: Sequence[str] | None = None, called: str = COMMAND) -> int:
         asked = _parser(called).parse_args(arguments)
         asked.run(asked)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(fitted(f"error: {error}", sys.stderr), file=sys.stderr)
         return 1
     return 0
 
 
 def _parser(called: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=called, description=__doc__, allow_abbrev=False)
+    parser = SentenceParser(prog=called, description=__doc__, allow_abbrev=False)
     parser.add_argument("--print_completion", action=PrintCompletion, command=COMMAND)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     inspect = commands.add_parser("inspect", help="say what is in the files")
@@ -47,11 +50,11 @@ def _parser(called: str) -> argparse.ArgumentParser:
     convert.set_defaults(run=_convert)
     merge = commands.add_parser("merge", help="average files, for example the last checkpoints of one run")
     merge.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    merge.add_argument("--weights", nargs="+", type=float, metavar="W", help="one number a file; default: all alike")
+    merge.add_argument("--weights", nargs="+", type=number, metavar="W", help="one number a file; default: all alike")
     merge.set_defaults(run=_merge)
     part = commands.add_parser("slice", help="take the first vectors of a file")
     part.add_argument("file", type=Path, metavar="FILE")
-    part.add_argument("--vectors", required=True, type=int, metavar="K", help="how many")
+    part.add_argument("--vectors", required=True, type=whole_number, metavar="K", help="how many")
     part.set_defaults(run=_slice)
     for command in (convert, merge, part):
         command.add_argument("--output", required=True, type=Path, metavar="FILE", help="the file to write")

@@ -12,8 +12,9 @@ from typing import Any, NoReturn
 from library.options.checks import check, settle
 from library.options.config_file import FILE_OPTIONS, config_path, is_of_lora, read_config_file, write_config_file
 from library.options.declaration import Option, option_of
-from library.options.option_types import shown, text
+from library.options.option_types import text
 from library.options.options import Options, declared_options, option_groups
+from library.options.sentence_parser import SentenceParser
 from library.support.completion import PrintCompletion
 from library.support.errors import UserError, did_you_mean
 from library.support.shipped_files import shipped
@@ -30,25 +31,13 @@ An option that a --config_file switches on is switched off again with =false: --
 A text that it gives is taken back with an empty one: --vae="".
 """
 
-_LONGEST_MESSAGE = 400
 
-
-class OptionParser(argparse.ArgumentParser):
-    """An argument parser whose errors are UserErrors, and which knows the model family it serves."""
+class OptionParser(SentenceParser):
+    """An argument parser which knows the model family it serves, and the slips that are made with options."""
 
     def __init__(self, family: str, **details: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **details)
         self.family = family
-
-    def error(self, message: str) -> NoReturn:
-        """Raise UserError instead of printing the usage, a screenful here, and exiting."""
-        message = message.removeprefix("argument ")
-        if ": ignored explicit argument" in message:  # argparse's words for a value at a flag
-            message = f"{message.split(':')[0]} is a flag: give it alone, or with =true or =false"
-        message = message.replace(": expected one argument", " needs a value")
-        if len(message) > _LONGEST_MESSAGE:  # argparse repeats whole values
-            message = f"{message[: _LONGEST_MESSAGE // 2]} … {message[-_LONGEST_MESSAGE // 2 :]}"
-        raise UserError(message if message.endswith((".", "?")) else f"{message}.")
 
     def parse_args(  # type: ignore[override]  # its other forms serve namespaces of other classes
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
@@ -59,13 +48,6 @@ class OptionParser(argparse.ArgumentParser):
         if unknown:
             self._refuse(unknown)
         return parsed
-
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """Refuse what is none of an option's choices, in the words of ``--config_file``."""
-        if action.choices is not None and value not in action.choices:
-            choices = [str(choice) for choice in action.choices]
-            guess = did_you_mean(value, choices) if isinstance(value, str) else ""
-            raise argparse.ArgumentError(action, f"{shown(value)} is not one of: {', '.join(choices)}.{guess}")
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
         """Take "--" for a value where it is one, as in ``--caption_separator=--``; argparse makes nothing of it."""
