@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
+from library.options.checks import check_given_files
 from library.options.console import hold_back, keep_talking, release, set_up_logging
 from library.options.parser import OptionParser, parse
 from library.support.errors import UserError
@@ -43,6 +44,7 @@ def _run(parser: OptionParser, family: str, arguments: Sequence[str] | None) -> 
         with ended_gently():
             found = find_images(options, family)
             check_paths(options.model)
+            check_given_files(options)
         # Imports swallow exceptions: a signal ends the process at once.
         with phase("Loading PyTorch, transformers and diffusers"), without_bitsandbytes():
             from library.run import train

@@ -13,6 +13,7 @@ from typing import Any
 
 from library.data.buckets import BucketRules, Size, adjusted_limits
 from library.data.captions import CaptionRules
+from library.data.latent_entry import PIXELS_PER_LATENT
 from library.data.schema import (
     DATASET,
     DATASET_KEYS,
@@ -276,7 +277,20 @@ def _buckets(chain: _Chain, place: str, bucket_step: int) -> BucketRules:
         steps=chain.get("bucket_reso_steps"),
         no_upscale=chain.get("bucket_no_upscale"),
     )
-    return _with_fitting_limits(rules, chain, place, bucket_step) if rules.enabled else rules
+    if rules.enabled:
+        return _with_fitting_limits(rules, chain, place, bucket_step)
+    _tell_of_latents(rules.resolution, place)
+    return rules
+
+
+def _tell_of_latents(resolution: Size, place: str) -> None:
+    """Say what a resolution becomes that the VAE cannot make whole latents of; bucket sides are multiples anyway."""
+    width, height = (side // PIXELS_PER_LATENT * PIXELS_PER_LATENT for side in resolution)
+    if (width, height) != resolution:
+        logger.warning(
+            "%s: the resolution %dx%d is no multiple of %d, as the VAE needs: it becomes %dx%d.",
+            *(place, *resolution, PIXELS_PER_LATENT, width, height),
+        )
 
 
 def _with_fitting_limits(rules: BucketRules, chain: _Chain, place: str, bucket_step: int) -> BucketRules:

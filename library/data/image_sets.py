@@ -18,7 +18,7 @@ from library.data.caption_files import DEFAULT_EXTENSIONS, caption_extensions, c
 from library.data.config import DatasetConfig, SubsetConfig
 from library.data.images import IMAGE_EXTENSIONS, UNREAD_EXTENSIONS, check_mask_size, image_size
 from library.data.metadata_files import NO_FILE, FolderCache, read_metadata
-from library.support.errors import NAMES_SHOWN, UserError, counted, first_names
+from library.support.errors import NAMES_SHOWN, UserError, counted, first_names, looked_for
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def _file_names(folder: str, option: str) -> set[str]:
             # A link to nothing is listed too: what reads it names it, where leaving it out would say nothing.
             return {entry.name for entry in entries if not _is_folder(entry)}
     except FileNotFoundError as error:
-        raise UserError(f'The folder "{folder}" does not exist. Check {option}.') from error
+        raise UserError(f'The folder "{folder}" does not exist{looked_for(folder)}. Check {option}.') from error
     except NotADirectoryError as error:
         raise UserError(f'"{folder}" is a file, but {option} must be a folder of images.') from error
     except OSError as error:

@@ -8,7 +8,7 @@ from typing import Any
 from library.data.schema import DREAMBOOTH, FILE, GENERAL, check_table
 from library.options.data import DatasetOptions
 from library.options.declaration import required
-from library.support.errors import UserError
+from library.support.errors import UserError, looked_for
 from library.support.shipped_files import shipped
 from library.support.text_files import parse_json, parse_toml, read_text
 
@@ -106,7 +106,8 @@ def _from_folders(options: DatasetOptions) -> Source:
 def _folder_tables(option: str, base: str) -> list[Table]:
     """One subset for each sub-folder ``<repeats>_<class tokens>``, sorted by name."""
     if not Path(base).is_dir():
-        raise UserError(f"--{option}: {base} is not a folder. Check the path.")
+        problem = "is a file, not a folder" if Path(base).exists() else f"does not exist{looked_for(base)}"
+        raise UserError(f"--{option}: {base} {problem}. Check the path.")
     tables = []
     for folder in sorted(path for path in Path(base).iterdir() if path.is_dir()):
         count, _, class_tokens = folder.name.partition("_")

@@ -4,4 +4,4 @@ import sys
 
 from library.embedding.tool import main
 
-sys.exit(main())
+sys.exit(main(called="python -m library.embedding"))

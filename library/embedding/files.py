@@ -19,9 +19,10 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from library.embedding.metadata import TrainingRecord, file_metadata
+from library.model.identity import Shapes, identify_file
 from library.model.weight_files import open_weights
 from library.support.atomic_files import write_atomically
-from library.support.errors import UserError
+from library.support.errors import UserError, counted, first_names
 from library.support.file_hash import legacy_hash
 from library.support.torch_files import torch_content
 
@@ -122,11 +123,16 @@ def read_stored(path: Path | str) -> StoredEmbedding:
     """All that an embedding file holds, read once. Raises UserError like :func:`read_embedding`."""
     path = Path(path)
     weights = open_weights(path, mmap=False)
-    names = [name for name in weights.shapes if not name.startswith("string_to_token.")]  # the id of a token
-    chosen = _choose(names, path)
+    # "string_to_token" holds the id of a token.
+    shapes = {name: size for name, size in weights.shapes.items() if not name.startswith("string_to_token.")}
+    chosen = _choose(shapes, path)
     tensors = weights.read(chosen.values())
+    rows = {key: _as_rows(tensors[name], key, path) for key, name in chosen.items()}
+    if len({len(each) for each in rows.values()}) > 1:
+        counts = " and ".join(f"{counted(len(each), 'vector')} for {key}" for key, each in rows.items())
+        raise UserError(f"{path} holds {counts}; an embedding has as many for both text encoders. Use another file.")
     return StoredEmbedding(
-        {key: _as_rows(tensors[name], key, path) for key, name in chosen.items()},
+        rows,
         {key: str(tensors[name].dtype).removeprefix("torch.") for key, name in chosen.items()},
         weights.metadata,
     )
@@ -139,21 +145,29 @@ def rows_from_file(path: Path | str, keys: Sequence[str], widths: Sequence[int],
     another base (named by its width) or with another number of vectors.
     """
     content = read_embedding(path)
-    if len(keys) == 1 and len(content) == 1:
-        # A lone tensor of whatever key serves a model with one encoder, if its width fits.
-        content = {keys[0]: next(iter(content.values()))}
-    if not set(content) & set(keys):
+    known = rows_by_key(content, dict(zip(keys, widths, strict=True)))
+    if known is None:
         raise UserError(_other_base(path, content, keys, widths))
-    rows = [content.get(key) for key in keys]
-    for found, width in zip(rows, widths, strict=True):
-        if found is not None and found.shape[1] != width:
-            raise UserError(_other_base(path, content, keys, widths))
+    rows = [known.get(key) for key in keys]
+    for found in rows:
         if found is not None and found.shape[0] != count:
             raise UserError(
                 f"--weights {path} holds {found.shape[0]} vector(s), but --num_vectors_per_token is {count}. "
                 f"Use --num_vectors_per_token={found.shape[0]}, or another file."
             )
     return rows
+
+
+def rows_by_key(content: Mapping[str, Tensor], widths: Mapping[str, int]) -> dict[str, Tensor] | None:
+    """An embedding's rows [N, width] for those of a model's keys that it has; None if it is for another base.
+
+    ``widths`` of the model's text encoders are by key. A lone tensor of whatever key serves a model with one encoder.
+    """
+    if len(widths) == 1 and len(content) == 1:
+        content = dict(zip(widths, content.values(), strict=True))
+    rows = {key: content[key] for key in widths if key in content}
+    fits = all(found.shape[1] == widths[key] for key, found in rows.items())
+    return rows if rows and fits else None
 
 
 def _plain(rows: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -217,15 +231,17 @@ def _torch_content(tensors: dict[str, Tensor], record: TrainingRecord) -> bytes:
     return buffer.getvalue()
 
 
-def _choose(names: Sequence[str], path: Path) -> dict[str, str]:
-    """Find the rows among a file's tensor names: our key → the name that stands for it there."""
+def _choose(shapes: Shapes, path: Path) -> dict[str, str]:
+    """Find the rows among a file's tensors: our key → the name that stands for it there."""
+    names = list(shapes)
     bundled = [match for name in names if (match := _BUNDLED.fullmatch(name))]
     if bundled:
         words = sorted({match["word"] for match in bundled})
         if len(words) > 1:
             raise UserError(f"{path} bundles several embeddings ({', '.join(words)}). Give a file that holds one.")
         inside = {match["key"]: match[0] for match in bundled}
-        return {key: inside[name] for key, name in _choose(list(inside), path).items()}
+        of_word = {key: shapes[name] for key, name in inside.items()}
+        return {key: inside[name] for key, name in _choose(of_word, path).items()}
 
     params = [name for name in names if name.startswith("string_to_param.")]
     if len(params) > 1 and "string_to_param.*" not in params:
@@ -245,8 +261,12 @@ def _choose(names: Sequence[str], path: Path) -> dict[str, str]:
         )
     if len(names) == 1:
         return {"emb_params": names[0]}
-    some = ", ".join(list(names)[:5]) or "none"
-    raise UserError(f"{path} is not an embedding: it holds {len(names)} tensors ({some}{', …' * (len(names) > 5)}).")
+    if not names:
+        raise UserError(f"{path} is not an embedding: it holds no tensors.")
+    what = identify_file(shapes).what
+    if what.startswith(("not a ", "an embedding")):
+        what = f"a file of {counted(len(names), 'tensor')} ({first_names(names)})"
+    raise UserError(f"{path} is not an embedding but {what}. Give the embedding's own file.")
 
 
 def _as_rows(rows: Tensor, key: str, path: Path) -> Tensor:
@@ -257,7 +277,7 @@ def _as_rows(rows: Tensor, key: str, path: Path) -> Tensor:
         )
     rows = torch.atleast_2d(rows.to(torch.float32)).contiguous()
     if not torch.isfinite(rows).all():
-        raise UserError(f"{path} holds NaN or infinite values ({key}); training from it would fail. Use another file.")
+        raise UserError(f"{path} holds NaN or infinite values ({key}), so nothing can be made of it. Use another file.")
     return rows
 
 

@@ -10,6 +10,7 @@ from functools import lru_cache
 import ftfy
 
 from library.embedding.placeholder import Placeholder
+from library.support.errors import UserError
 from library.support.text_files import check_lines
 
 # Of plain ASCII, only entities and control characters are ever changed.
@@ -41,6 +42,21 @@ def repaired_around(word: Placeholder, text: str) -> str:
     """
     check_lines(text, f'The caption "{text[:40]}…"')
     return word.rewrite_between(text, repair)
+
+
+def check_spelling(word: Placeholder) -> None:
+    """Raise UserError for a token that no caption can hold as it is written."""
+    text = word.text
+    if not text or text != text.strip() or len(text.splitlines()) > 1:
+        raise UserError(
+            f"--token_string {text!r} cannot be a token: it must not be empty, begin or end with a space, or hold a "
+            'line break. Give a made-up word such as "mychar".'
+        )
+    if (read := repair(text)) != text:
+        raise UserError(
+            f'--token_string "{text}" would never be found: text is repaired before it is read, and this becomes '
+            f'"{read}" in every caption. Give --token_string="{read}", or another made-up token.'
+        )
 
 
 @lru_cache(maxsize=20_000)  # captions come again in every epoch; ftfy takes as long as the tokenizer

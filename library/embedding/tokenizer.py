@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from library.embedding.placeholder import Placeholder
 from library.embedding.prompt_weights import escape, parse_weights
-from library.embedding.text_repair import repair, repaired_around
+from library.embedding.text_repair import check_spelling, repair, repaired_around
 from library.support.errors import UserError
 
 if TYPE_CHECKING:
@@ -141,17 +141,8 @@ def check_token_string(placeholder: Placeholder, tokenizers: "Sequence[CLIPToken
     A name that encodes to one existing id would replace that word everywhere (in the clients too), so every one of the
     N names must be unknown to every tokenizer. Raises UserError, proposing a free variant.
     """
+    check_spelling(placeholder)
     text = placeholder.text
-    if not text or text != text.strip() or len(text.splitlines()) > 1:
-        raise UserError(
-            f"--token_string {text!r} cannot be a token: it must not be empty, begin or end with a space, or hold a "
-            'line break. Give a made-up word such as "mychar".'
-        )
-    if (read := repair(text)) != text:
-        raise UserError(
-            f'--token_string "{text}" would never be found: text is repaired before it is read, and this becomes '
-            f'"{read}" in every caption. Give --token_string="{read}", or another made-up token.'
-        )
     if not any(tok.encode(text.lower(), add_special_tokens=False) for tok in tokenizers):
         raise UserError(
             f"--token_string {text!r} contains no characters that CLIP can tokenize. Give a word such as mychar."

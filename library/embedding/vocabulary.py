@@ -14,6 +14,8 @@ from library.embedding.tokenizer import typical_norm
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
+    from library.model.base_model import BaseModel
+
 _NO_WORD = -2.0  # in place of a cosine
 _AT_ONCE = 4096  # words whose vectors are widened to float32 together, so that no second table is ever made
 _WORD_END = "</w>"  # of CLIP's tokens that end a word; others are pieces of words
@@ -67,3 +69,9 @@ class Vocabulary:
     def _named(self, ids: Sequence[int], cosines: Sequence[float]) -> list[Neighbour]:
         named = [(i, cosine) for i, cosine in zip(ids, cosines, strict=True) if cosine > _NO_WORD]
         return [Neighbour(str(self.tokenizer.decode([i])).strip(), cosine) for i, cosine in named]
+
+
+def vocabularies_of(model: "BaseModel") -> list[Vocabulary]:
+    """The vocabulary of each of a model's text encoders; nothing else of them is read. Raises UserError."""
+    tables = [nn.Embedding.from_pretrained(table) for table in model.token_tables()]
+    return [Vocabulary(table, words) for table, words in zip(tables, model.tokenizers(), strict=True)]

@@ -70,12 +70,13 @@ class BaseModel:
 
     @classmethod
     def open(
-        cls, options: ModelOptions, family: ModelFamily, configs: Path = CONFIGS, *, half: bool = False
+        cls, options: ModelOptions, family: ModelFamily | None, configs: Path = CONFIGS, *, half: bool = False
     ) -> "BaseModel":
         """Find the model and tell what it is, reading headers only.
 
         ``configs`` holds the component configurations that single files lack; ``half`` is whether the weights will be
-        cast to 16 bits. Raises UserError, in a sentence that says what to do, for whatever ``family`` cannot train.
+        cast to 16 bits. Raises UserError, in a sentence that says what to do, for whatever ``family`` cannot train;
+        without a family any that can be trained here is taken for what it is.
         """
         name = required(options.pretrained_model_name_or_path, "pretrained_model_name_or_path")
         path = local_path(name)
@@ -92,7 +93,8 @@ class BaseModel:
             architecture = _architecture(name, identity, family)
             source = SingleFile(path, weights, architecture, configs / architecture.name)
         model = cls(source, options, short_name, identity.inpainting)
-        model._check_flags(name)
+        if family:
+            model._check_flags(name)
         return model
 
     def _check_flags(self, name: str) -> None:
@@ -186,6 +188,16 @@ class BaseModel:
             tokenizer.pad_token = layout.pad_token
         return tokenizer
 
+    def token_tables(self) -> list[torch.Tensor]:
+        """The embedding of each text encoder's vocabulary, [V, D], as it is stored; nothing else is read."""
+        return [self._token_table(layout) for layout in self.architecture.text_encoders]
+
+    def _token_table(self, layout: TextEncoderLayout) -> torch.Tensor:
+        table = self.source.text_encoder(layout)[1].get("embeddings.token_embedding.weight")
+        if table is None or table.ndim != 2:
+            raise UserError(f"{self.source.path} is incomplete: the {layout.component}'s token table is missing.")
+        return table.read()
+
     def text_encoders(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> list[PreTrainedModel]:
         """The text encoders, frozen."""
         return [self._text_encoder(layout, dtype, device) for layout in self.architecture.text_encoders]
@@ -257,11 +269,12 @@ def _own_name(given: Path, resolved: Path) -> str:
     return resolved.name if given.name in ("", "..") else given.name
 
 
-def _architecture(name: str, identity: Identity, family: ModelFamily) -> Architecture:
-    """What the model is. Raises UserError for one that ``family`` does not train."""
+def _architecture(name: str, identity: Identity, family: ModelFamily | None) -> Architecture:
+    """What the model is. Raises UserError for one that ``family`` (None: any) does not train."""
     if identity.architecture is None:
-        raise UserError(f"{name} is {identity.what}. {identity.advice}")
-    if identity.architecture not in family.architectures:
+        advice = identity.advice if family else "Give a base model of Stable Diffusion 1.x, 2.x or XL."
+        raise UserError(f"{name} is {identity.what}. {advice}")
+    if family and identity.architecture not in family.architectures:
         raise UserError(
             f"{name} is {identity.what}, but this script trains {family.title}. Use {identity.architecture.script} "
             "with the same options."

@@ -258,3 +258,8 @@ STABLE_DIFFUSION_XL = StableDiffusionXL(
 )
 
 FAMILIES = {family.name: family for family in (STABLE_DIFFUSION, STABLE_DIFFUSION_XL)}
+
+
+def family_of(architecture: Architecture) -> ModelFamily:
+    """The family that a model's architecture belongs to."""
+    return next(family for family in FAMILIES.values() if architecture in family.architectures)

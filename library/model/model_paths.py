@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from library.options.options import ModelOptions
-from library.support.errors import UserError
+from library.support.errors import UserError, looked_for
 from library.support.shipped_files import shipped
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -24,7 +24,7 @@ def looks_like_hub_id(name: str) -> bool:
 def hub_id(name: str, option: str) -> str:
     """The name, if it can be one on the hub. Raises UserError, which names ``option``, if nothing can be behind it."""
     if not looks_like_hub_id(name):
-        raise UserError(f"{option} {name} does not exist. Check the path.")
+        raise UserError(f"{option} {name} does not exist{looked_for(name)}. Check the path.")
     return name
 
 

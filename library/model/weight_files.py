@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from library.support.errors import UserError
+from library.support.errors import UserError, looked_for
 from library.support.safetensors_header import read_safetensors_header
 from library.support.stored_tensors import Place, Tensors, UnreadTensors, unread_places
 from library.support.text_files import not_downloaded
@@ -53,7 +53,8 @@ def open_weights(path: Path, *, mmap: bool = True) -> Weights:
     """
     try:
         if not path.is_file():
-            raise UserError(f"{path} is not a file." if path.exists() else f"{path} does not exist. Check the path.")
+            problem = "is not a file" if path.exists() else f"does not exist{looked_for(path)}"
+            raise UserError(f"{path} {problem}. Check the path.")
         with path.open("rb") as file:
             head = file.read(64)
     except OSError as error:

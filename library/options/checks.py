@@ -1,6 +1,7 @@
 """What options must satisfy together: required ones, ranges and contradictions."""
 
 import logging
+import os
 import re
 import tempfile
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from library.options.declaration import Option
 from library.options.option_types import shown
 from library.options.options import Options, as_dict, declared_options
 from library.options.training import OptimizerOptions
-from library.support.errors import UserError
+from library.support.errors import UserError, looked_for
 from library.support.text_files import is_unicode
 
 logger = logging.getLogger(__name__)
@@ -232,6 +233,20 @@ def _check_output(options: Options) -> None:
         check_folder("--output_dir", options.save.output_dir)
     if options.logging.trackers and options.logging.logging_dir is not None:
         check_folder("--logging_dir", options.logging.logging_dir)
+
+
+def check_given_files(options: Options) -> None:
+    """Raise UserError for a file or state that is not there; what is in them takes PyTorch to see."""
+    samples, state = options.sample, options.save.resume
+    given = {
+        "--weights": options.token.weights,
+        "--sample_prompts": samples.sample_prompts if samples.draws_during_training else None,
+        "--resume": None if state == "latest" or options.hub.resume_from_huggingface else state,
+    }
+    for option, name in given.items():
+        if name and not os.path.exists(name):  # noqa: PTH110 - Path.exists raises for a name that is too long
+            advice = "States are made by --save_state, in --output_dir" if option == "--resume" else "Check the path"
+            raise UserError(f"{option} {name} does not exist{looked_for(name)}. {advice}.")
 
 
 def check_folder(option: str, given: str) -> None:

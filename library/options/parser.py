@@ -14,6 +14,8 @@ from library.options.config_file import FILE_OPTIONS, config_path, is_of_lora, r
 from library.options.declaration import Option, option_of
 from library.options.option_types import text
 from library.options.options import Options, declared_options, option_groups
+from library.options.sentence_parser import SentenceParser
+from library.support.completion import PrintCompletion
 from library.support.errors import UserError, did_you_mean
 from library.support.shipped_files import shipped
 from library.support.version import DISTRIBUTION, version
@@ -29,24 +31,13 @@ An option that a --config_file switches on is switched off again with =false: --
 A text that it gives is taken back with an empty one: --vae="".
 """
 
-_LONGEST_MESSAGE = 400
 
-
-class OptionParser(argparse.ArgumentParser):
-    """An argument parser whose errors are UserErrors, and which knows the model family it serves."""
+class OptionParser(SentenceParser):
+    """An argument parser which knows the model family it serves, and the slips that are made with options."""
 
     def __init__(self, family: str, **details: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **details)
         self.family = family
-
-    def error(self, message: str) -> NoReturn:
-        """Raise UserError instead of printing the usage, a screenful here, and exiting."""
-        message = message.removeprefix("argument ")
-        if ": ignored explicit argument" in message:  # argparse's words for a value at a flag
-            message = f"{message.split(':')[0]} is a flag: give it alone, or with =true or =false"
-        if len(message) > _LONGEST_MESSAGE:  # argparse repeats whole values
-            message = f"{message[: _LONGEST_MESSAGE // 2]} … {message[-_LONGEST_MESSAGE // 2 :]}"
-        raise UserError(message if message.endswith((".", "?")) else f"{message}.")
 
     def parse_args(  # type: ignore[override]  # its other forms serve namespaces of other classes
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
@@ -92,6 +83,7 @@ def build_parser(description: str, family: str) -> OptionParser:
     """Make the command line's parser; ``family`` is "sd" or "sdxl", and both take the same options."""
     parser = OptionParser(family, usage=USAGE, description=description, epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"{DISTRIBUTION} {version()}")
+    parser.add_argument("--print_completion", action=PrintCompletion)
     group = parser.add_argument_group("Configuration file")
     for name, declared in FILE_OPTIONS.items():
         _add(group, name, declared)

@@ -21,6 +21,10 @@ Relative paths, also those in files, start in the folder that the command is run
 with `configs/` and does not exist there means the file that comes with the program, so that
 `--config_file=configs/quickstart/sd.toml` works from any folder.
 
+Tab completes them, in bash for example once `pip install -e ".[completion]"` is done and `.bashrc` holds the line
+`eval "$(train_textual_inversion --print_completion bash)"`; `sdxl_train_textual_inversion` and
+`textual_inversion_embedding` have such a line of their own. Other shells are zsh, fish, tcsh and powershell.
+
 This page is made from the declarations in `library/options/`, by
 `python -m library.options.reference_page > docs/options.md`.
 """

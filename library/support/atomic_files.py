@@ -98,7 +98,7 @@ def move_away(path: Path, kept: Path) -> None:
 
 
 def _refused(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path} cannot be written: {error.strerror or error}. Check --output_dir.")
+    return UserError(f"{path} cannot be written: {error.strerror or error}. Check the folder and the disk.")
 
 
 def sweep(folder: Path, name: str) -> None:

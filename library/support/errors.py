@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,11 @@ def first_names(names: Sequence[str]) -> str:
     """The first few of the names of files or folders, for a message."""
     shown = ", ".join(names[:NAMES_SHOWN])
     return f"{shown}, …" if len(names) > NAMES_SHOWN else shown
+
+
+def looked_for(path: str | Path) -> str:
+    """Where a relative path was looked for, for a message: " (looked for in /home/me)"; empty for an absolute one."""
+    return "" if Path(path).is_absolute() else f" (looked for in {Path.cwd()})"
 
 
 def first_line(error: BaseException) -> str:

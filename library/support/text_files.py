@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from library.support.errors import UserError
+from library.support.errors import UserError, looked_for
 
 # Far more than anyone writes by hand, far less than a checkpoint that was named by mistake.
 LARGEST_FILE = 16 * 2**20
@@ -53,7 +53,9 @@ def read_text(path: str | Path, what: str, *, largest: int = LARGEST_FILE) -> st
             raise UserError(f"{what} has {status.st_size:,} bytes; at most {largest:,} are read. Is it the right file?")
         return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except FileNotFoundError:
-        raise UserError(f"{what} does not exist. Check the path.") from None
+        raise UserError(f"{what} does not exist{looked_for(path)}. Check the path.") from None
+    except IsADirectoryError:
+        raise UserError(f"{what} is a folder, not a file. Check the path.") from None
     except OSError as error:
         raise UserError(f"{what} cannot be read: {error.strerror or error}.") from error
     except UnicodeDecodeError as error:
@@ -81,8 +83,10 @@ def _toml_advice(text: str, problem: str) -> str:
     """What to write instead, as far as the line at fault tells it."""
     place = re.search(r"at line (\d+)", problem)
     line = text.split("\n")[int(place[1]) - 1] if place else ""
-    if "Cannot overwrite" in problem:
-        return f" {line.partition('=')[0].strip() or 'A key'} is given twice in its table: keep one of them."
+    if "Cannot overwrite" in problem or "twice" in problem:
+        return " It is given twice. Keep one of them."
+    if "Unclosed array" in problem:
+        return " A list ends with ]."
     bare = _BARE_VALUE.match(line) if len(line) <= _LONGEST_ADVICE else None
     if bare and (instead := _toml_value(bare["value"])):
         return f" Write {bare['key']} = {instead}"

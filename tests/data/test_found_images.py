@@ -13,7 +13,6 @@ from library.options.options import Options, declared_options
 from library.support.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-HEAVY = {"torch", "transformers", "diffusers", "accelerate", "bitsandbytes", "safetensors", "huggingface_hub"}
 
 
 def folder_of_images(folder: Path, caption: str) -> Path:
@@ -54,41 +53,6 @@ def run_with(file: Path, *more: str) -> list[str]:
     return [*given, "--token_string=mychar", f"--dataset_config={file}", *more]
 
 
-@pytest.mark.parametrize("script", ["train_textual_inversion", "sdxl_train_textual_inversion"])
-def test_a_refused_option_imports_nothing_heavy(script, tmp_path):
-    for argument, phrase in (("--learning_rat=1", "Did you mean"), ("--max_train_steps=0", "--max_train_steps")):
-        code, said, packages = told(script, *run_with(tmp_path / "data.toml", argument))
-        assert code == 1
-        assert phrase in said
-        assert not packages & (HEAVY | {"numpy", "PIL", "ftfy"})
-
-
-MISTAKES = {
-    "unquoted path": ("image_dir = /data/images", "data.toml"),
-    "missing folder": ("image_dir = '/nowhere/images'", 'The folder "/nowhere/images" does not exist'),
-    "unknown key": ("image_dir = '{images}'\nnum_repeat = 2", "num_repeats"),
-    "no images": ("image_dir = '{empty}'", "holds no images"),
-    "no token": ("image_dir = '{images}'", 'No caption holds the token "mychar"'),
-    "damaged image": ("image_dir = '{damaged}'", "cannot be read"),
-    "missing metadata": ("image_dir = '{images}'\nmetadata_file = '/nowhere.json'", "/nowhere.json"),
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_in_the_dataset_is_told_without_torch(mistake, tmp_path):
-    images = folder_of_images(tmp_path / "images", "a photo of a dog")
-    damaged = folder_of_images(tmp_path / "damaged", "mychar")
-    (damaged / "a.png").write_bytes((damaged / "a.png").read_bytes()[:20])
-    (tmp_path / "empty").mkdir()
-    subset, phrase = MISTAKES[mistake]
-    file = dataset_file(tmp_path, subset.format(images=images, damaged=damaged, empty=tmp_path / "empty"))
-    code, said, packages = told("train_textual_inversion", *run_with(file))
-    assert code == 1
-    assert phrase in said
-    assert "Traceback" not in said
-    assert not packages & HEAVY
-
-
 def test_a_training_says_at_once_what_it_loads_and_leaves_bitsandbytes_out(tmp_path):
     images = folder_of_images(tmp_path / "images", "mychar")
     file = dataset_file(tmp_path, f"image_dir = '{images.as_posix()}'")
@@ -99,17 +63,6 @@ def test_a_training_says_at_once_what_it_loads_and_leaves_bitsandbytes_out(tmp_p
     assert said.index("Loading PyTorch") < said.index(f"error: {model}")
     assert {"torch", "diffusers", "transformers"} <= packages
     assert "bitsandbytes" not in packages
-
-
-@pytest.mark.parametrize("option", ["--pretrained_model_name_or_path", "--vae"])
-def test_a_model_that_does_not_exist_is_told_without_torch(option, tmp_path):
-    images = folder_of_images(tmp_path / "images", "mychar")
-    file = dataset_file(tmp_path, f"image_dir = '{images.as_posix()}'")
-    more = ["--pretrained_model_name_or_path=owner/model", f"{option}=/nowhere/model.safetensors"]
-    code, said, packages = told("train_textual_inversion", *run_with(file, *more))
-    assert code == 1
-    assert f"error: {option} /nowhere/model.safetensors does not exist. Check the path." in said
-    assert not packages & HEAVY
 
 
 @pytest.mark.parametrize(("extension", "looked_for"), [("'.caption'", ".caption"), ("'txt'", ".txt")])
@@ -137,9 +90,9 @@ def test_what_is_found_is_handed_on(tmp_path):
     assert [config.batch_size for config in everything.configs] == [1]
 
 
-def test_templates_need_no_captions_and_a_refused_word_is_left_to_its_own_check(tmp_path):
+def test_templates_need_no_captions_and_a_known_word_is_left_to_its_own_check(tmp_path):
     """For "cat", which the model knows, "no caption holds it" would be the wrong advice."""
     images = folder_of_images(tmp_path / "images", "a photo")
     file = dataset_file(tmp_path, f"image_dir = '{images.as_posix()}'")
-    for token, template in (("mychar", True), ("cat", False), ("ｍｙchar", False)):
+    for token, template in (("mychar", True), ("cat", False)):
         assert found(file, token, template=template).sets

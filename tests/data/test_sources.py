@@ -73,11 +73,6 @@ def test_folder_without_usable_sub_folders(tmp_path):
     assert "10_mychar" in message
 
 
-def test_folder_that_does_not_exist(tmp_path):
-    message = refusal(lambda: load_flags([f"--train_data_dir={tmp_path / 'nowhere'}"]))
-    assert message.startswith(f"--train_data_dir: {tmp_path / 'nowhere'} is not a folder")
-
-
 def test_metadata_flag(caplog):
     (dataset,) = load_flags(["--in_json=meta.json", "--train_data_dir=images", "--reg_data_dir=r", "--cache_info"])
     (subset,) = dataset.subsets
@@ -149,26 +144,6 @@ def test_broken_json(tmp_path, text, expected):
     message = refusal(lambda: load(tmp_path, text, name="data.json"))
     assert message.startswith(f"The dataset file {tmp_path / 'data.json'} ")
     assert expected in message
-
-
-def test_other_endings(tmp_path):
-    message = refusal(lambda: load(tmp_path, MINIMAL, name="data.yaml"))
-    assert '".yaml"' in message
-    assert ".toml or a .json" in message
-
-
-def test_missing_file(tmp_path):
-    message = refusal(lambda: load_flags([f"--dataset_config={tmp_path / 'no.toml'}"]))
-    assert f"{tmp_path / 'no.toml'} does not exist" in message
-
-
-def test_folder_instead_of_a_file(tmp_path):
-    assert "cannot be read: Is a directory" in refusal(lambda: load_flags([f"--dataset_config={tmp_path}"]))
-
-
-def test_file_in_another_encoding(tmp_path):
-    (tmp_path / "data.toml").write_bytes(MINIMAL.replace("images", "Bücher").encode("latin-1"))
-    assert "is not UTF-8" in refusal(lambda: load_flags([f"--dataset_config={tmp_path / 'data.toml'}"]))
 
 
 def test_quiet_where_all_is_well(tmp_path, caplog):

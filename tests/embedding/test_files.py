@@ -528,14 +528,14 @@ class NotATensor:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"a": "text"}, "holds 0 tensors"),
-        ({}, "holds 0 tensors"),
+        ({"a": "text"}, "holds no tensors"),
+        ({}, "holds no tensors"),
         ([ROWS], "holds no named tensors"),
         (ROWS, "holds no named tensors"),
-        ({"a": ROWS, "b": ROWS}, r"holds 2 tensors \(a, b\)"),
+        ({"a": ROWS, "b": ROWS}, r"not an embedding but a file of 2 tensors \(a, b\)"),
         ({f"layer.{i}": ROWS for i in range(9)}, r"9 tensors \(layer.0, layer.1, layer.2, layer.3, layer.4, …\)"),
         ({"string_to_param": {"a": ROWS, "b": ROWS}}, "several embeddings"),
-        ({"string_to_param": "text"}, "holds 0 tensors"),
+        ({"string_to_param": "text"}, "holds no tensors"),
         ({"emp_params_out": ROWS}, "only OneTrainer's output embedding"),
         ({"clip_l_out": ROWS}, "only OneTrainer's output embedding"),
         ({"clip_l_out": ROWS, "clip_g_out": ROWS}, r"output embedding \(clip_g_out, clip_l_out\)"),

@@ -99,14 +99,17 @@ def test_a_slice_is_the_first_vectors(tmp_path):
     assert metadata(output)["ti.num_vectors"] == "2"
 
 
-def test_a_file_that_was_there_is_kept(tmp_path, capsys):
+def test_a_file_that_was_there_is_kept(tmp_path, caplog):
     source, output = embedding(tmp_path / "a.safetensors"), embedding(tmp_path / "b.safetensors", 7)
     before = output.read_bytes()
     for layout in ("safetensors", "diffusers"):
         assert main(["convert", str(source), f"--to={layout}", f"--output={output}"]) == 0
     assert (tmp_path / "b-1.safetensors").read_bytes() == before
     assert (tmp_path / "b-2.safetensors").is_file()
-    assert capsys.readouterr().out.count("The file that was there is now") == 2
+    assert [message.split(": ")[-1] for message in caplog.messages] == [
+        "it is now b-1.safetensors.",
+        "it is now b-2.safetensors.",
+    ]
 
 
 def test_what_is_said(tmp_path, capsys):
@@ -142,6 +145,29 @@ def test_what_is_said(tmp_path, capsys):
         (["slice", "a.safetensors", "--vectors=0", "--output=x.safetensors"], "has 3 vectors"),
         (["convert", "a.safetensors", "--to=a1111", "--output=x.safetensors"], "is a .pt file"),
         (["convert", "a.safetensors", "--to=diffusers", "--output=x"], "is a .safetensors file"),
+        (
+            ["convert", "a.safetensors", "--to=lora", "--output=x.safetensors"],
+            '--to: "lora" is not one of: safetensors, a',
+        ),
+        (["merge", "a.safetensors", "--output=x.zip"], "ends in .safetensors, .pt, .bin or .ckpt."),
+        (["merge", "a.safetensors", "--weights", "1e308", "--output=x.safetensors"], '--weights: "1e308" is too large'),
+        (["merge", "a.safetensors", "--weights", "nan", "--output=x.safetensors"], '--weights: "nan" is not a finite'),
+        (
+            ["slice", "a.safetensors", "--vectors=two", "--output=x.safetensors"],
+            '--vectors: "two" is not a whole number.',
+        ),
+        (
+            ["slice", "uneven.safetensors", "--vectors=1", "--output=x.safetensors"],
+            "2 vectors for clip_l and 3 vectors for",
+        ),
+        (["inspect", "lora.safetensors"], "lora.safetensors is not an embedding but a LoRA file."),
+        (["inspect", "nothing.safetensors"], "nothing.safetensors is not an embedding: it holds no tensors."),
+        (["inspect", "nan.safetensors"], "holds NaN or infinite values (emb_params), so nothing can be made of it."),
+        (
+            ["inspct", "a.safetensors"],
+            '"inspct" is not one of: inspect, convert, merge, slice. Did you mean',
+        ),
+        (["inspect"], "see --help; there must also be FILE."),
     ],
 )
 def test_mistakes_are_a_sentence(arguments, sentence, tmp_path, monkeypatch, capsys):
@@ -150,6 +176,14 @@ def test_mistakes_are_a_sentence(arguments, sentence, tmp_path, monkeypatch, cap
     embedding(tmp_path / "short.safetensors", count=2)
     embedding(tmp_path / "pair.safetensors", pair=True)
     save_file({f"w{number}": torch.zeros(2, 2) for number in range(3)}, tmp_path / "model.safetensors")
+    foreign = {
+        "lora": {"lora_unet_a.lora_down.weight": torch.zeros(2, 2), "lora_unet_a.lora_up.weight": torch.zeros(2, 2)},
+        "nothing": {},
+        "nan": {"emb_params": torch.full((2, 768), float("nan"))},
+        "uneven": {"clip_l": torch.zeros(2, 768), "clip_g": torch.zeros(3, 1280)},
+    }
+    for name, tensors in foreign.items():
+        save_file(tensors, tmp_path / f"{name}.safetensors")
     assert main(arguments) == 1
     said = capsys.readouterr().err
     assert said.startswith("error: ")

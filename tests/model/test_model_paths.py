@@ -42,5 +42,7 @@ def test_what_exists_or_can_be_on_the_hub_passes(tmp_path):
     [(Named("nothing.ckpt"), "--pretrained_model_name_or_path"), (Named("owner/model", "nothing.ckpt"), "--vae")],
 )
 def test_a_missing_file_is_named_with_its_option(named, option):
-    with pytest.raises(UserError, match=rf"^{option} nothing\.ckpt does not exist\. Check the path\.$"):
+    with pytest.raises(
+        UserError, match=rf"^{option} nothing\.ckpt does not exist \(looked for in /.*\)\. Check the path\.$"
+    ):
         check_paths(named)

@@ -22,7 +22,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"cannot be written.*--output_dir"):
+    with pytest.raises(UserError, match=r"cannot be written.*Check the folder and the disk"):
         write_atomically(tmp_path / "file" / "n.pt", b"new")
 
 

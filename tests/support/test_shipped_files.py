@@ -10,11 +10,15 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
+import torch
 
+from library.embedding.files import write_embedding
+from library.embedding.metadata import TrainingRecord
 from library.support.shipped_files import CONFIGS, shipped
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ("train_textual_inversion", "sdxl_train_textual_inversion")
+TOOL = "textual_inversion_embedding"
 # What a wheel is made from; a copy of it, since setuptools leaves a folder "build" that a later wheel would take in.
 SOURCES = (
     "pyproject.toml",
@@ -100,17 +104,27 @@ def run_installed(installed: Path, script: str, arguments: list[str], folder: Pa
     """Run a command as pip's launcher does, in a folder that is not the repository."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     entry = EntryPoint(script, project["scripts"][script], "console_scripts")
-    launcher = f"import sys; from {entry.module} import {entry.attr}; sys.exit({entry.attr}())"
+    launcher = (
+        f"import sys; from {entry.module} import {entry.attr}; sys.argv[0] = {script!r}; sys.exit({entry.attr}())"
+    )
     environment = {**os.environ, "PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", launcher, *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_installed_commands_explain_themselves(script, installed, tmp_path):
+@pytest.mark.parametrize(("script", "word"), [*((script, "--token_string") for script in SCRIPTS), (TOOL, "inspect")])
+def test_installed_commands_explain_themselves(script, word, installed, tmp_path):
     done = run_installed(installed, script, ["--help"], tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "--token_string" in done.stdout
+    assert done.stdout.startswith(f"usage: {script} ")
+    assert word in done.stdout
+
+
+def test_the_installed_tool_looks_into_files(installed, tmp_path):
+    write_embedding(tmp_path / "a.safetensors", {"emb_params": torch.ones(2, 768)}, TrainingRecord("mychar", 2))
+    done = run_installed(installed, TOOL, ["inspect", "a.safetensors"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Stable Diffusion 1.x (vectors of width 768): 2 vectors" in done.stdout
 
 
 def test_the_quickstart_runs_installed_from_any_folder(installed, tmp_path):

@@ -123,7 +123,7 @@ def test_broken_files(reader, ending, tmp_path):
     if reader != "model":  # a model folder may lack any of them
         assert "does not exist" in refusal(lambda: read(path))
         path.mkdir()
-        assert "Is a directory" in refusal(lambda: read(path))
+        assert "is a folder, not a file" in refusal(lambda: read(path))
         path.rmdir()
         os.mkfifo(path)
         assert "is not a regular file" in refusal(lambda: read(path))
