@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from library.options.console import keep_talking
+from library.options.console import keep_talking, quieten
 from library.options.option_types import number, whole_number
 from library.options.sentence_parser import SentenceParser
 from library.support.completion import PrintCompletion
@@ -22,6 +22,7 @@ def main(arguments: Sequence[str] | None = None, called: str = COMMAND) -> int:
     ``called`` is what the user wrote to start it. PyTorch is imported once the arguments are known to be good.
     """
     keep_talking()
+    quieten()
     try:
         asked = _parser(called).parse_args(arguments)
         asked.run(asked)

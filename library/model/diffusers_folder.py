@@ -2,12 +2,14 @@
 
 import itertools
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
 from diffusers.models import AutoencoderKL
 from huggingface_hub.constants import HF_HUB_OFFLINE
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from library.model.architectures import Architecture, TextEncoderLayout
 from library.model.identity import Config, read_config, read_object, whole_number
@@ -162,9 +164,19 @@ def fetch_vae(name: str) -> tuple[Config, UnreadTensors]:
     raise _not_fetched(name, failures[1]) from failures[1]  # of a whole model's VAE, which most names are
 
 
+def _behind(error: BaseException) -> Iterator[BaseException]:
+    """An error, and those that it was raised for or after."""
+    yield error
+    for other in (error.__cause__, error.__context__):
+        if other is not None:
+            yield from _behind(other)
+
+
 def _not_fetched(name: str, error: Exception) -> UserError:
     if HF_HUB_OFFLINE:
         reason = "HF_HUB_OFFLINE is set and there is no copy in the cache"
+    elif any(isinstance(each, LocalEntryNotFoundError) for each in _behind(error)):
+        reason = "it cannot be reached from here, and there is no copy in the cache"
     else:
         reason = str(error).strip().split("\n")[0].split(". ")[0]
     return UserError(

@@ -161,6 +161,8 @@ def quieten() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # "Token indices sequence length is longer than …": long captions are cut, and reported with their files.
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
+    # "Couldn't connect to the Hub": said in our words where nothing is in the cache either.
+    logging.getLogger("diffusers.pipelines.pipeline_utils").setLevel(logging.ERROR)
 
 
 def set_up_logging(options: RuntimeOptions) -> None:

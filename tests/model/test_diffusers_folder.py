@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
 from hub_stand_in import Hub, running
 from huggingface_hub import constants, hf_api
+from huggingface_hub.errors import LocalEntryNotFoundError
 from option_effects import plan
 from runs import arguments, write_dataset
 from test_base_model import assert_same_weights, open_model, options
@@ -106,6 +108,26 @@ def test_a_model_without_weights_is_said(hub, tmp_path, pipeline):
 def test_a_model_that_is_not_there(half, hub):
     with pytest.raises(UserError, match=f"{REPO} is no file or folder here, and it could not be fetched"):
         opened(half=half)
+
+
+@pytest.mark.parametrize("part", ["model", "vae"])
+def test_without_a_connection_a_name_is_one_sentence(part, hub, tiny_sdxl_file, monkeypatch):
+    """As the libraries say it; really trying takes them half a minute."""
+
+    def unreachable(*_, **__):
+        try:
+            raise LocalEntryNotFoundError("cannot find an appropriate cached snapshot folder")
+        except LocalEntryNotFoundError:
+            raise OSError("Cannot load model: it is not fully cached locally (see above") from ConnectionError()
+
+    monkeypatch.setattr(DiffusionPipeline, "download", unreachable)
+    monkeypatch.setattr(AutoencoderKL, "from_pretrained", unreachable)
+    with pytest.raises(UserError) as caught:
+        opened(half=False) if part == "model" else open_model(tiny_sdxl_file, "sdxl", vae=REPO).vae(torch.float32)
+    assert str(caught.value) == (
+        f"{REPO} is no file or folder here, and it could not be fetched from the Hugging Face hub: it cannot be "
+        "reached from here, and there is no copy in the cache. Check the spelling, or give a path."
+    )
 
 
 def test_a_vae_that_is_there_as_fp16_only(hub, tmp_path, pipeline, tiny_sdxl_file):
