@@ -39,6 +39,7 @@ ADDED = {
     "caption_dropout_rate",
     "caption_dropout_every_n_epochs",
     "caption_tag_dropout_rate",
+    "init_word_candidates",
     "normalize_sample_gradients",
     "preserve_embedding_norm",
     "learning_report",
