@@ -23,7 +23,7 @@ PACKAGES = [
     "output",  # results, sample images, reports
 ]
 # Above them, each importing only those below it.
-ABOVE = ["rescue", "setup", "rehearsal", "trainer", "run", "command_line"]
+ABOVE = ["rescue", "setup", "start_choice", "rehearsal", "trainer", "run", "command_line"]
 ORDER = {name: number for number, name in enumerate(PACKAGES + ABOVE)}
 
 

@@ -62,12 +62,13 @@ class Batch:
         """
         return self._with_tensors(lambda tensor: sent(tensor, device))
 
-    def first(self, count: int) -> "Batch":
-        """The batch of the first ``count`` of its samples; its weight stays."""
-        lists = {name: getattr(self, name)[:count] for name in ("keys", "captions", "has_token", "seeds")}
-        lists["input_ids"] = [ids[:count] for ids in self.input_ids]
-        holes = None if self.holes is None else self.holes[:count]
-        return replace(self._with_tensors(lambda tensor: tensor[:count]), **lists, holes=holes)
+    def only(self, numbers: Sequence[int]) -> "Batch":
+        """The batch of those of its samples that have these ``numbers``; its weight stays."""
+        numbers = list(numbers)
+        lists = {name: [getattr(self, name)[number] for number in numbers] for name in ("keys", "captions", "seeds")}
+        tensors = {"has_token": self.has_token[numbers], "holes": None if self.holes is None else self.holes[numbers]}
+        ids = [each[numbers] for each in self.input_ids]
+        return replace(self._with_tensors(lambda tensor: tensor[numbers]), input_ids=ids, **lists, **tensors)
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory; the data loader asks for it by this name."""

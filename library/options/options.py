@@ -62,6 +62,9 @@ class ModelOptions:
     )
 
 
+AUTO = "auto"  # in place of an --init_word
+
+
 @dataclass(frozen=True)
 class TokenOptions:
     """The token"""
@@ -123,7 +126,12 @@ class TokenOptions:
     @property
     def chooses_start(self) -> bool:
         """Whether the run finds its ``init_word`` itself."""
-        return self.init_word == "auto"
+        return self.init_word == AUTO
+
+    @property
+    def candidates(self) -> list[str]:
+        """The ``init_word_candidates`` as the models read them, each once."""
+        return list(dict.fromkeys(word.strip().lower() for word in self.init_word_candidates or ()))
 
 
 @dataclass(frozen=True)
