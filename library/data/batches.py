@@ -64,11 +64,14 @@ class Batch:
 
     def only(self, numbers: Sequence[int]) -> "Batch":
         """The batch of those of its samples that have these ``numbers``; its weight stays."""
-        numbers = list(numbers)
-        lists = {name: [getattr(self, name)[number] for number in numbers] for name in ("keys", "captions", "seeds")}
-        tensors = {"has_token": self.has_token[numbers], "holes": None if self.holes is None else self.holes[numbers]}
-        ids = [each[numbers] for each in self.input_ids]
-        return replace(self._with_tensors(lambda tensor: tensor[numbers]), input_ids=ids, **lists, **tensors)
+        places = list(numbers)
+        chosen: dict[str, Any] = {}
+        for name in ("keys", "captions", "seeds"):
+            chosen[name] = [getattr(self, name)[place] for place in places]
+        chosen["input_ids"] = [ids[places] for ids in self.input_ids]
+        chosen["has_token"] = self.has_token[places]
+        chosen["holes"] = None if self.holes is None else self.holes[places]
+        return replace(self._with_tensors(lambda tensor: tensor[places]), **chosen)
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory; the data loader asks for it by this name."""
