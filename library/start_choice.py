@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from math import isfinite
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +22,12 @@ from library.training.state import random_states, set_random_states
 
 logger = logging.getLogger(__name__)
 
-_SHARE = 0.05  # of the run's time, at most
+_SHARE = 0.05  # of the run's time
 # A step goes forward and backward through networks that are frozen, which costs about two forward passes.
 _PASSES_OF_A_STEP = 2
 # Every word is judged by the loss on few samples, and the best of them by more.
 _FIRST_SAMPLES, _SAMPLES = 4, 16
+_DRAWS = 4  # for each sample, where lines and wildcards of a caption may leave the token out
 _PART_LEFT = 4  # one word of so many is looked at again
 _NEIGHBOURS = 3  # one word of so many is a neighbour of the best
 _FEWEST = 4
@@ -37,7 +39,7 @@ def check_choice(job: Job) -> None:
     if not _is_wanted(job):
         return
     token, tokenizers = job.options.token, job.word.prompts.tokenizers
-    given = token.init_word_candidates or ()
+    given = token.candidates
     for word in given:
         for tokenizer in tokenizers:
             init_word_ids(word, job.word.placeholder.count, tokenizer, option="--init_word_candidates")
@@ -50,7 +52,7 @@ def check_choice(job: Job) -> None:
     if len(given) > (first := count - count // _NEIGHBOURS):
         logger.warning("--init_word_candidates: the run has the time to try only the first %d.", first)
     logger.info(
-        "--init_word=auto: about %d words are tried on the training images before the first step, which takes at most "
+        "--init_word=auto: up to %d words are tried on the training images before the first step, which takes about "
         "%d %% of the time of the run.",
         *(min(count, len(_words(job))), 100 * _SHARE),
     )
@@ -63,7 +65,7 @@ def with_best_start(job: Job, setup: Setup) -> tuple[Job, Setup]:
     before = random_states()
     tables = [embedding.table for embedding in setup.prompt_encoder.embeddings]
     words = _words(job, tables)
-    if unknown := [word for word in job.options.token.init_word_candidates or () if word not in words]:
+    if unknown := [word for word in job.options.token.candidates if word not in words]:
         logger.warning("--init_word_candidates: the model has never learned %s.", ", ".join(unknown))
     ranking = _Trial(job, setup, tables).ranking(words, _affordable(job))
     set_random_states(before)  # the run is the same to the bit as one that names the word
@@ -98,7 +100,7 @@ def _words(job: Job, tables: Sequence[nn.Embedding] = ()) -> list[str]:
     def usable(word: str) -> object:
         return usable_ids(word, placeholder.count, tokenizers, tables)
 
-    return candidates(job.options.token.init_word_candidates, mentioned, usable)
+    return candidates(job.options.token.candidates, mentioned, usable)
 
 
 def _affordable(job: Job) -> int:
@@ -110,12 +112,15 @@ def _affordable(job: Job) -> int:
 
 
 def _limited(batches: Iterable[Batch], samples: int) -> Iterator[Batch]:
-    """The first of the batches, and of the last of these so much that there are so many samples."""
+    """So many samples that hold the token, or as many as there are, in batches; no more batches are asked for."""
     left = samples
     for batch in batches:
-        if left > 0:
-            yield batch.first(left)
-            left -= len(batch)
+        holding = batch.has_token.nonzero().flatten().tolist()[:left]
+        if holding:
+            yield batch.only(holding)
+            left -= len(holding)
+        if not left:
+            return
 
 
 class _Trial:
@@ -124,8 +129,8 @@ class _Trial:
     def __init__(self, job: Job, setup: Setup, tables: Sequence[nn.Embedding]) -> None:
         self.word, self.rows, self.device, self.tables = job.word, setup.rows, job.device, tables
         self.task = replace(setup.task, bands=None)  # those are of the training
-        found = _concept(job).fixed_batches(_SAMPLES, held_out=False)
-        self.batches = [batch for batch in _limited(found, _SAMPLES) if batch.has_token.any()]
+        found = _concept(job).fixed_batches(_DRAWS * _SAMPLES, held_out=False)
+        self.batches = [self.task.encoded(batch.to(self.device)) for batch in _limited(found, _SAMPLES)]
         self.first = list(_limited(self.batches, _FIRST_SAMPLES))
         if not self.batches:
             raise UserError("--init_word=auto: no caption holds the token. Name a word, for example --init_word=girl.")
@@ -146,24 +151,31 @@ class _Trial:
         return tuple(self.losses(best, self.batches, "Comparing the best words"))
 
     def losses(self, words: Sequence[str], batches: Sequence[Batch], title: str) -> list[RankedWord]:
-        """The words with their losses, the least first; of several processes each measures a part."""
-        with progress_bar(title, len(words), "word", silent=self.silent) as bar:
+        """The words with their losses, the least first; of several processes each measures a part.
 
-            def measured(part: Sequence[str]) -> list[RankedWord]:
-                found = []
+        Words whose loss is no number are left out. Raises UserError where no word is left.
+        """
+
+        def measured(part: Sequence[str]) -> list[RankedWord]:
+            found = []
+            with progress_bar(title, len(part), "word", silent=self.silent) as bar:
                 for word in part:
                     found.append(RankedWord(word, self._loss(word, batches)))
-                    bar.update(len(words) / len(part))
-                return found
+                    bar.update()
+            return found
 
-            return sorted(shared_out(words, measured), key=lambda one: one.loss)
+        found = [one for one in shared_out(words, measured) if isfinite(one.loss)]
+        if words and not found:
+            raise UserError(
+                "--init_word=auto: the loss is NaN or infinite, whatever word the vectors start from. Try "
+                "--mixed_precision=bf16 or no, and look at the images and the base model."
+            )
+        return sorted(found, key=lambda one: one.loss)
 
     @torch.no_grad()
     def _loss(self, word: str, batches: Sequence[Batch]) -> float:
         with self.rows.holding(self._rows(word)):
-            moved = (batch.to(self.device) for batch in batches)
-            losses = [self.task.losses(batch)[batch.has_token] for batch in moved]
-        return float(torch.cat(losses).mean())
+            return float(torch.cat(list(map(self.task.losses, batches))).mean())
 
     def _near(self, word: str, count: int) -> list[str]:
         """Words of the vocabulary that are near to one, by the first text encoder."""

@@ -16,6 +16,7 @@ import test_option_effects_recipe
 import test_rehearsal
 import test_run_report
 import test_sample_images
+import test_start_choice
 import test_state
 import test_trackers
 from option_effects import Bench, plan, shows
@@ -37,6 +38,7 @@ MODULES = [
     test_run_report,
     test_sample_images,
     test_trackers,
+    test_start_choice,
     test_state,
 ]
 

@@ -1,6 +1,8 @@
 """``--init_word=auto`` through the real scripts: the word with the lowest loss is chosen, and all else is as ever."""
 
 import json
+import math
+import re
 from itertools import pairwise
 
 import pytest
@@ -10,7 +12,10 @@ from runs import TOKEN, arguments, run, trainers, write_dataset  # noqa: F401  #
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from library import start_choice
+from library.model.vae import FrozenVae
 from library.output.trackers import measured
+from library.training.denoising import DenoisingTask
 
 GIVEN = ["--init_word_candidates", "girl", "painting", "dog", "boat"]
 
@@ -98,6 +103,7 @@ def test_a_resumed_run_keeps_its_word(dataset, tiny_sd1, tmp_path, capsys, train
     [
         (["--max_train_steps=1"], "the run is too short to try 4 words"),
         (["--init_word_candidates", "girl", "qwertyuiop"], '--init_word_candidates "qwertyuiop" is '),
+        (["--init_word_candidates", "girl", "Auto"], '"auto" asks for the choice and cannot be chosen'),
         (["--weights=old.pt"], "and those of --weights have one"),
     ],
 )
@@ -106,6 +112,43 @@ def test_what_cannot_be_chosen_is_said_before_a_model_is_loaded(more, sentence, 
     said = capsys.readouterr().err
     assert sentence in said
     assert "Loading the text encoder" not in said
+
+
+def test_only_samples_with_the_token_judge_and_images_are_encoded_once(tiny_sd1, tmp_path, monkeypatch, capsys):
+    """But for one image the token is in one of four lines; "Girl" and "girl" are the same to the models."""
+    file = write_dataset(tmp_path, subset="num_repeats = 8\nenable_wildcard = true", count=4)
+    file.write_text(file.read_text().replace("batch_size = 2", "batch_size = 16"))
+    for caption in sorted((tmp_path / "images").glob("*.txt"))[1:]:
+        caption.write_text(f"a photo of {TOKEN}\na photo\nan image\na picture\n")
+    seen, encoded = [], []
+    losses, encode = DenoisingTask.losses, FrozenVae.encode
+    monkeypatch.setattr(DenoisingTask, "losses", lambda task, batch, **more: seen.append(batch) or losses(task, batch))
+    monkeypatch.setattr(FrozenVae, "encode", lambda vae, *given, **more: encoded.append(1) or encode(vae, *given))
+    more = ["--init_word=auto", "--cache_latents=false", "--init_word_candidates", "girl", "Girl", "dog"]
+    assert run("sd1", command("sd1", tiny_sd1, file, tmp_path / "out", *more, "--max_train_steps=3")) == 0
+    tried = seen[:-3]
+    assert sum(map(len, tried)) % 4 == 0
+    assert all(batch.has_token.all() for batch in tried)
+    assert len(encoded) < len(tried)
+    said = capsys.readouterr().err
+    assert "Girl" not in said
+    assert re.search(r"Trying words: 100%.*? (\d+)/\1 ", said)
+
+
+@pytest.mark.parametrize("words", ["all", "some"])
+def test_a_word_whose_loss_is_no_number_is_not_chosen(words, dataset, tiny_sd1, tmp_path, monkeypatch, capsys):
+    loss = start_choice._Trial._loss
+    bad = {"girl", "painting"} if words == "some" else None
+    monkeypatch.setattr(
+        start_choice._Trial,
+        "_loss",
+        lambda trial, word, batches: math.nan if bad is None or word in bad else loss(trial, word, batches),
+    )
+    argv = command("sd1", tiny_sd1, dataset, tmp_path, "--init_word=auto", *GIVEN, "--max_train_steps=2")
+    assert run("sd1", argv) == (1 if words == "all" else 0)
+    said = capsys.readouterr().err
+    assert ("the loss is NaN or infinite, whatever word" in said) == (words == "all")
+    assert " nan" not in said
 
 
 def test_words_that_no_model_knows_end_the_run_with_a_sentence(dataset, tiny_sd1, tmp_path, monkeypatch, capsys):

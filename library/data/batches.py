@@ -62,12 +62,16 @@ class Batch:
         """
         return self._with_tensors(lambda tensor: sent(tensor, device))
 
-    def first(self, count: int) -> "Batch":
-        """The batch of the first ``count`` of its samples; its weight stays."""
-        lists = {name: getattr(self, name)[:count] for name in ("keys", "captions", "has_token", "seeds")}
-        lists["input_ids"] = [ids[:count] for ids in self.input_ids]
-        holes = None if self.holes is None else self.holes[:count]
-        return replace(self._with_tensors(lambda tensor: tensor[:count]), **lists, holes=holes)
+    def only(self, numbers: Sequence[int]) -> "Batch":
+        """The batch of those of its samples that have these ``numbers``; its weight stays."""
+        places = list(numbers)
+        chosen: dict[str, Any] = {}
+        for name in ("keys", "captions", "seeds"):
+            chosen[name] = [getattr(self, name)[place] for place in places]
+        chosen["input_ids"] = [ids[places] for ids in self.input_ids]
+        chosen["has_token"] = self.has_token[places]
+        chosen["holes"] = None if self.holes is None else self.holes[places]
+        return replace(self._with_tensors(lambda tensor: tensor[places]), **chosen)
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory; the data loader asks for it by this name."""

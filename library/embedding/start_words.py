@@ -11,6 +11,7 @@ from torch import nn
 
 from library.embedding.placeholder import Placeholder
 from library.embedding.tokenizer import init_word_ids, rows_from_word
+from library.options.options import AUTO
 from library.support.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,8 +48,8 @@ def words_of(captions: Iterable[str], placeholder: Placeholder) -> list[str]:
 
 
 def names_something(word: str) -> bool:
-    """Whether it may be a noun: no number, preposition or the like."""
-    return _WORD.fullmatch(word) is not None and word not in _FUNCTION_WORDS.split()
+    """Whether it may be a noun: no number, preposition or the like, nor what asks for the choice among nouns."""
+    return _WORD.fullmatch(word) is not None and word not in {*_FUNCTION_WORDS.split(), AUTO}
 
 
 def candidates(given: Sequence[str] | None, mentioned: Sequence[str], usable: Callable[[str], object]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from library.options.declaration import Option
 from library.options.option_types import shown
-from library.options.options import Options, as_dict, declared_options
+from library.options.options import AUTO, Options, as_dict, declared_options
 from library.options.training import OptimizerOptions
 from library.support.errors import UserError, looked_for
 from library.support.text_files import is_unicode
@@ -140,6 +140,8 @@ def _check_timesteps(lowest: int | None, end: int | None) -> None:
 def _check_start(options: Options) -> None:
     if not options.token.chooses_start:
         return
+    if AUTO in options.token.candidates:
+        raise UserError(f'--init_word_candidates: "{AUTO}" asks for the choice and cannot be chosen. Write car.')
     if options.token.weights is not None:
         raise UserError("--init_word=auto chooses the start of new vectors, and those of --weights have one. Keep one.")
     if options.dataset.dataset_class:

@@ -62,6 +62,9 @@ class ModelOptions:
     )
 
 
+AUTO = "auto"  # in place of an --init_word
+
+
 @dataclass(frozen=True)
 class TokenOptions:
     """The token"""
@@ -77,7 +80,7 @@ class TokenOptions:
         None,
         "A word for something close, for example girl: the new vectors start from it. It must be one token (or exactly "
         "as many as there are vectors). auto: tries many words on the images and takes the one that explains them "
-        "best, in at most 5 % of the run's time. Unset: an average of all words, which usually learns worse.",
+        "best, in about 5 % of the run's time. Unset: an average of all words, which usually learns worse.",
         metavar="WORD",
         on_resume=OnResume.STATE_COUNTS,
     )
@@ -123,7 +126,12 @@ class TokenOptions:
     @property
     def chooses_start(self) -> bool:
         """Whether the run finds its ``init_word`` itself."""
-        return self.init_word == "auto"
+        return self.init_word == AUTO
+
+    @property
+    def candidates(self) -> list[str]:
+        """The ``init_word_candidates`` as the models read them, each once."""
+        return list(dict.fromkeys(word.strip().lower() for word in self.init_word_candidates or ()))
 
 
 @dataclass(frozen=True)

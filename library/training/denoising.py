@@ -1,6 +1,6 @@
 """One batch through the frozen networks: from latents and prompts to a loss for every sample."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -68,11 +68,17 @@ class DenoisingTask:
             self.bands.see(draw.timesteps, losses)
         return losses
 
+    def encoded(self, batch: Batch) -> Batch:
+        """The batch with the latents that :meth:`losses` makes of its images, for those who ask for many losses."""
+        return replace(batch, latents=self._unscaled(batch, _pixels(batch), check=True))
+
     def _latents(self, batch: Batch, pixels: torch.Tensor | None, check: bool) -> torch.Tensor:
-        latents = batch.latents
-        if latents is None:
-            latents = _there(self.vae).encode(_there(pixels), _generators(batch, 1 << 62), batch.keys, check=check)
-        return latents.float() * self.vae_scale_factor
+        return self._unscaled(batch, pixels, check).float() * self.vae_scale_factor
+
+    def _unscaled(self, batch: Batch, pixels: torch.Tensor | None, check: bool) -> torch.Tensor:
+        if batch.latents is not None:
+            return batch.latents
+        return _there(self.vae).encode(_there(pixels), _generators(batch, 1 << 62), batch.keys, check=check)
 
     def _surroundings(self, batch: Batch, pixels: torch.Tensor | None, check: bool) -> torch.Tensor:
         """The channels that an inpainting U-Net sees besides the noisy latents, float32 [B, 5, h, w]."""

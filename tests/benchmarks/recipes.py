@@ -88,16 +88,29 @@ def carry_out(runs: Sequence[Run], results: Results, workers: int) -> None:
 class Group:
     """The runs of one recipe on one model and concept, by seed."""
 
-    found: Sequence[Found]
+    by_seed: dict[int, Found]
+
+    @property
+    def found(self) -> Sequence[Found]:
+        """All of them."""
+        return list(self.by_seed.values())
 
     @property
     def end(self) -> float:
         """The mean loss on training images at the end."""
         return statistics.mean(each.losses[-1][1] for each in self.found)
 
-    def steps_to(self, loss: float) -> list[int | None]:
-        """For each seed the step at which the loss on training images is there; None where it never is."""
-        return [next((step for step, one, _ in each.losses if one <= loss), None) for each in self.found]
+    def steps_to(self, reference: "Group") -> list[int | None]:
+        """For each seed the step at which the loss on training images is what the reference ends at; None: never.
+
+        A seed draws noise of its own to measure with, so that only runs of one seed can be compared.
+        """
+        ends = {seed: each.losses[-1][1] for seed, each in reference.by_seed.items()}
+        return [
+            next((step for step, one, _ in each.losses if one <= ends[seed]), None)
+            for seed, each in self.by_seed.items()
+            if seed in ends
+        ]
 
     def spread(self, name: str) -> str:
         """Mean and standard deviation over the seeds of a measure; ``training`` and ``fresh`` are the last losses."""
@@ -128,8 +141,8 @@ class Page:
 
     def group(self, recipe: Recipe, model: str, concept: str) -> Group | None:
         """None where no seed has been carried out."""
-        runs = [recipe.run(model, concept, seed) for seed in self.seeds]
-        found = [self.results.found[run] for run in runs if run in self.results.found]
+        runs = {seed: recipe.run(model, concept, seed) for seed in self.seeds}
+        found = {seed: self.results.found[run] for seed, run in runs.items() if run in self.results.found}
         return Group(found) if found else None
 
     def written(self) -> str:
@@ -166,7 +179,7 @@ class Page:
         training, fresh = (statistics.median(each.noise[number] for each in found) for number in (0, 1))
         return (
             f"{len(found)} runs. Standard deviation of a loss between sets of noise: {training:.5f} on training "
-            f"images, {fresh:.5f} on fresh ones; all recipes are measured with one set. ± is between seeds."
+            f"images, {fresh:.5f} on fresh ones; a seed's runs are all measured with one set. ± is between seeds."
         )
 
     def _table(self, model: str, concept: str) -> str:
@@ -174,12 +187,12 @@ class Page:
         if not reference:
             return ""
         kind = "choosing" if next(each.choosing for each in CONCEPTS if each.name == concept) else "once"
-        lines = [f"## {model}, {concept} ({kind}): loss to reach {reference.end:.4f}", ""]
+        lines = [f"## {model}, {concept} ({kind}): loss to reach {reference.end:.4f} on average", ""]
         columns = ["recipe", "seeds", "steps to it", "loss at the end", "on fresh images", "distance", "outline IoU"]
         lines += [f"| {' | '.join([*columns, 'composition', 'norm', 's/step'])} |", "|---" * 10 + "|"]
         for recipe in self.recipes:
             if group := self.group(recipe, model, concept):
-                steps = shown_steps(group.steps_to(reference.end), recipe.steps)
+                steps = shown_steps(group.steps_to(reference), recipe.steps)
                 seconds = statistics.mean(each.seconds / each.losses[-1][0] for each in group.found)
                 names = ("training", "fresh", "distance", "iou", "composed", "norm")
                 cells = [recipe.name, str(len(group.found)), steps, *map(group.spread, names), f"{seconds:.2f}"]
@@ -199,7 +212,7 @@ class Page:
                     and (group := self.group(recipe, model, each.name))
                     and (reference := self.group(self.recipes[0], model, each.name))
                 ]
-                there = sum(middle(group.steps_to(reference.end)) <= 100 for group, reference in pairs)
+                there = sum(middle(group.steps_to(reference)) <= 100 for group, reference in pairs)
                 cells.append(f"{there} of {len(pairs)}")
             lines.append(f"| {' | '.join(cells)} |")
         return "\n".join(lines)
