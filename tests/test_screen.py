@@ -19,7 +19,7 @@ from runs import TOKEN
 ROOT = Path(__file__).parents[1]
 SCRIPT = [sys.executable, str(ROOT / "train_textual_inversion.py")]
 WIDTH = 80
-LONG = "--max_train_steps=100000"
+LONG = "--max_train_steps=2000"  # an interrupt that is lost ends in minutes
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
