@@ -66,7 +66,7 @@ def happenings(job: Job, setup: Setup, hub: HubUpload | None) -> tuple[Callbacks
     if job.accelerator.is_main_process:
         measurements = measurements_of(job, setup)
         report = run_report(job, setup, measurements, log, learning)
-        measurements.readers += [report.told, *([log.told] if log.trackers else [])]
+        measurements.readers += [*([report.told] if job.reports else []), *([log.told] if log.trackers else [])]
         entries += [report, measurements]
     entries.append(log)
     if (held_out := job.data.validation_loader(**job.share)) is not None:
