@@ -234,7 +234,7 @@ def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match=r'p\.txt" of --sample_prompts does not exist'):
         read_sample_prompts(tmp_path / "p.txt")
     (tmp_path / "d.json").mkdir()
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is a folder, not a file"):
         read_sample_prompts(tmp_path / "d.json")
     (tmp_path / "l.txt").write_bytes("ü".encode("latin-1"))
     with pytest.raises(UserError, match="not UTF-8"):

@@ -350,7 +350,7 @@ def test_what_is_no_state(case, state, command, tmp_path, trainers, capsys):  # 
     trainers.clear()
     folder, file = state, state / FILE
     if case == "nothing":
-        folder, sentence = tmp_path / "nowhere", "there is no folder"
+        folder, sentence = tmp_path / "nowhere", "does not exist"
     elif case == "file":
         folder, sentence = tmp_path / "first" / RESULT, "To start from an embedding file use --weights"
     elif case == "other":
