@@ -17,7 +17,7 @@ from library.model.vae import FrozenVae
 from library.output.trackers import measured
 from library.training.denoising import DenoisingTask
 
-GIVEN = ["--init_word_candidates", "girl", "painting", "dog", "boat"]
+GIVEN = ["--init_word_candidates", "girl", "painting,dog", "boat"]
 
 
 @pytest.fixture(scope="module")

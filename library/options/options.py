@@ -130,8 +130,9 @@ class TokenOptions:
 
     @property
     def candidates(self) -> list[str]:
-        """The ``init_word_candidates`` as the models read them, each once."""
-        return list(dict.fromkeys(word.strip().lower() for word in self.init_word_candidates or ()))
+        """The ``init_word_candidates`` as the models read them, each once; commas divide them as spaces do."""
+        words = (word for text in self.init_word_candidates or () for word in text.split(","))
+        return list(dict.fromkeys(word.strip().lower() for word in words if word.strip()))
 
 
 @dataclass(frozen=True)
