@@ -4,6 +4,7 @@ import json
 import random
 import re
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -296,6 +297,8 @@ def wandb_records(file: Path):
             place += 32768 - place % 32768
             continue
         length, kind = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
+        if place + 7 + length > len(content):  # not written to its end yet
+            return
         whole += content[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):  # the whole, or its last part
@@ -303,6 +306,16 @@ def wandb_records(file: Path):
             record.ParseFromString(whole)
             yield record
             whole = b""
+
+
+def whole_run(file: Path) -> list:
+    """The records of a run that has ended: wandb's own process writes them, and on a busy machine it lags behind."""
+    for _ in range(600):
+        records = list(wandb_records(file))
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
+            return records
+        time.sleep(0.2)
+    raise AssertionError(f"no end in {file}: {[record.WhichOneof('record_type') for record in records]}")
 
 
 def test_wandb_offline(watched_run, tmp_path, monkeypatch):
@@ -315,7 +328,7 @@ def test_wandb_offline(watched_run, tmp_path, monkeypatch):
     (file,) = (tmp_path / "logs").rglob("offline-run-*/*.wandb")
     rows: dict[int, dict] = {}
     config, project, name = {}, None, None
-    for record in wandb_records(file):
+    for record in whole_run(file):
         kind = record.WhichOneof("record_type")
         if kind == "history":
             row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
