@@ -12,7 +12,7 @@ from library.data.batches import Batch
 from library.data.concept import Concept
 from library.embedding.initialization import initial_rows
 from library.embedding.start_words import RankedWord, candidates, names_something, usable_ids, words_of
-from library.embedding.tokenizer import init_word_ids
+from library.embedding.tokenizer import init_word_ids, rows_from_word
 from library.embedding.vocabulary import Vocabulary
 from library.model.runtime import shared_out
 from library.setup import Job, Setup
@@ -63,7 +63,7 @@ def with_best_start(job: Job, setup: Setup) -> tuple[Job, Setup]:
     if not _is_wanted(job):
         return job, setup
     before = random_states()
-    tables = [embedding.table for embedding in setup.prompt_encoder.embeddings]
+    tables = setup.prompt_encoder.tables
     words = _words(job, tables)
     if unknown := [word for word in job.options.token.candidates if word not in words]:
         logger.warning("--init_word_candidates: the model has never learned %s.", ", ".join(unknown))
@@ -189,4 +189,4 @@ class _Trial:
     def _rows(self, word: str) -> list[Tensor]:
         """The vectors that start from a word that can be used, [N, D] per text encoder."""
         ids = self._ids(word) or []
-        return [table.weight.detach()[each].float() for table, each in zip(self.tables, ids, strict=True)]
+        return [rows_from_word(table.weight, each, word) for table, each in zip(self.tables, ids, strict=True)]

@@ -82,8 +82,7 @@ def happenings(job: Job, setup: Setup, hub: HubUpload | None) -> tuple[Callbacks
 
 def measurements_of(job: Job, setup: Setup) -> Measurements:
     """What measures the run; nobody reads it yet."""
-    tables = (embedding.table for embedding in setup.prompt_encoder.embeddings)
-    vocabularies = list(map(Vocabulary, tables, job.word.prompts.tokenizers))
+    vocabularies = list(map(Vocabulary, setup.prompt_encoder.tables, job.word.prompts.tokenizers))
     meter = VectorMeter(job.word.placeholder.names, job.family.embedding_keys, setup.starts, vocabularies)
     every = job.options.logging.log_every_n_steps
     result, ranking = job.saves.at_end()[-1].name, setup.ranking

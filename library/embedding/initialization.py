@@ -48,11 +48,9 @@ class NewWord:
         placeholder = Placeholder(required(options.token_string, "token_string"), options.num_vectors_per_token)
         check_token_string(placeholder, tokenizers)
         start_ids = None
-        if options.chooses_start:
-            pass  # known when the images and the networks are there
-        elif options.init_word is not None:
+        if options.init_word is not None and not options.chooses_start:  # a choice takes the images and the networks
             start_ids = [init_word_ids(options.init_word, placeholder.count, tokenizer) for tokenizer in tokenizers]
-        elif options.weights is None:
+        elif options.init_word is None and options.weights is None:
             logger.warning(
                 "No --init_word: the vectors start from the average of all words plus noise. A word for something "
                 "close (girl, dog, painting) usually learns faster and better."

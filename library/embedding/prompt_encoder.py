@@ -71,6 +71,11 @@ class PromptEncoder:
             merged.rows = each
 
     @property
+    def tables(self) -> list[torch.nn.Embedding]:
+        """The frozen token embedding of each text encoder's vocabulary."""
+        return [embedding.table for embedding in self.embeddings]
+
+    @property
     def device(self) -> torch.device:
         """Where the conditioning is made."""
         return self.embeddings[0].table.weight.device

@@ -28,6 +28,7 @@ _FUNCTION_WORDS = """
     and are but for from had has have her his into its near not off one onto our out over own she that the their them
     then there these they this those three two under very was were who whose with without your
 """
+_NAMELESS = {*_FUNCTION_WORDS.split(), AUTO}
 _WORD = re.compile(r"[^\W\d_]{3,}")
 
 
@@ -49,10 +50,10 @@ def words_of(captions: Iterable[str], placeholder: Placeholder) -> list[str]:
 
 def names_something(word: str) -> bool:
     """Whether it may be a noun: no number, preposition or the like, nor what asks for the choice among nouns."""
-    return _WORD.fullmatch(word) is not None and word not in {*_FUNCTION_WORDS.split(), AUTO}
+    return _WORD.fullmatch(word) is not None and word not in _NAMELESS
 
 
-def candidates(given: Sequence[str] | None, mentioned: Sequence[str], usable: Callable[[str], object]) -> list[str]:
+def candidates(given: Sequence[str], mentioned: Sequence[str], usable: Callable[[str], object]) -> list[str]:
     """The words to try that are ``usable``, in order: those ``given`` and those ``mentioned`` in the captions.
 
     Without given ones nouns and mentioned words take turns, so that a short run tries some of both.

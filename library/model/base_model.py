@@ -307,7 +307,7 @@ def _widened(config: Config, tensors: UnreadTensors) -> tuple[Config, UnreadTens
 def _empty(make: Callable[[], _Model], where: str) -> _Model:
     """A model without weights, made from its configuration. Raises UserError where that is impossible."""
     try:
-        # What no tensor holds need not be initialized: torch does so in Python, a millisecond for each.
+        # Every weight is read afterwards. Initializing what holds no memory takes as long again as making the modules.
         with init_empty_weights(), no_init_weights():
             return make()
     except Exception as error:  # the libraries check little, so that a wrong value fails anywhere

@@ -88,18 +88,14 @@ class RunLog(Callback):
                     tracker.store_init_configuration(loggable(options))
         return cls(trackers, logs)
 
-    def values(self, values: Mapping[str, float], step: int) -> None:
-        """Log numbers by name, as they are after ``step`` optimizer steps."""
-        self._tell(lambda tracker: tracker.log(dict(values), step=step))
-
-    def more(self, values: Mapping[str, Any], step: int) -> None:
-        """Log numbers and texts that sd-scripts does not log."""
+    def values(self, values: Mapping[str, Any], step: int) -> None:
+        """Log numbers and texts by name, as they are after ``step`` optimizer steps."""
         self._tell(lambda tracker: tracker.log(dict(values), step=step))
 
     def told(self, line: Line) -> None:
         """Log what was measured, as one of the readers of the measurements."""
         if found := measured(line):
-            self.more(found, line["step"])
+            self.values(found, line["step"])
 
     def show(self, name: str, picture: Image.Image, step: int) -> None:
         """Log an image."""
@@ -117,7 +113,7 @@ class RunLog(Callback):
             self._unlogged.append(result.loss)
             if progress.step % self.every == 0:
                 self.values({"loss": float(np.mean(self._unlogged)), **result.rates}, progress.step)
-                self.more({"loss/smoothed": result.smoothed}, progress.step)
+                self.values({"loss/smoothed": result.smoothed}, progress.step)
                 self._unlogged = []
 
     def after_epoch(self, progress: Progress) -> None:

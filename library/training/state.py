@@ -322,8 +322,6 @@ def note_contents(data: BatchedData, options: Options, state: TrainingState | No
 def _no_state(folder: Path) -> str:
     if folder.is_file():
         return f"--resume: {folder} is a file, but a state is a folder. To start from an embedding file use --weights."
-    if not folder.is_dir():
-        return f"--resume: there is no folder {folder}. States are made by --save_state, in --output_dir."
     return (
         f"--resume: {folder} holds no {FILE}, so it was not saved by this trainer; "
         "start from an embedding file with --weights."

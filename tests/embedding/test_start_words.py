@@ -25,7 +25,7 @@ def test_what_may_be_a_noun():
 
 def test_given_words_come_first_and_others_take_turns():
     assert candidates(["b", "x"], ["a", "b"], {"a", "b"}.__contains__) == ["b", "a"]
-    assert candidates(None, ["chapel", "hat", "woman"], {"chapel", "hat", "person", "woman"}.__contains__) == [
+    assert candidates([], ["chapel", "hat", "woman"], {"chapel", "hat", "person", "woman"}.__contains__) == [
         *("person", "chapel", "woman", "hat")
     ]
 
