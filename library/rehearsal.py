@@ -13,6 +13,7 @@ from library.output.results import REPORT_ENDINGS, USAGE_ENDING
 from library.output.sample_grid import PREVIEW_ENDING
 from library.setup import Job, Setup, set_up
 from library.support.errors import counted
+from library.support.phase import duration
 from library.training.optimizer_step import check_learning
 
 _TRIAL_STEPS = 3  # of which the first, that warms everything up, is not timed
@@ -69,9 +70,9 @@ def _cost(job: Job, loading: float, seconds: list[float], images: str) -> Iterat
         mean = sum(timed) / len(timed)
         left = plan.total_steps - (job.state.step if job.state else 0)
         yield (
-            f"Time: {_duration(mean)} a step, so about {_duration(mean * left)} for {counted(left, 'step')}. This was "
+            f"Time: {mean:.2g} s a step, so about {duration(mean * left)} for {counted(left, 'step')}. This was "
             f"measured in {counted(len(timed), 'trial step')} on {images}, the largest batch of the run. Loading took "
-            f"{_duration(loading)}; {_not_measured(job)} on top."
+            f"{duration(loading)}; {_not_measured(job)} on top."
         )
     if (gigabytes := peak_memory(job.device)) is not None:
         kind = "GPU memory" if job.device.type == "cuda" else "main memory"
@@ -86,14 +87,6 @@ def _not_measured(job: Job) -> str:
         parts = [f"encoding {counted(len(job.data.latent_entries()), 'image')} whose latents are not cached yet"]
     parts += ["drawing sample images"] if options.sample.draws_images else []
     return f"{' and '.join(parts)} {'comes' if len(parts) == 1 else 'come'}"
-
-
-def _duration(seconds: float) -> str:
-    """A length of time for people: "0.35 s", "12 min", "3 h 20 min"."""
-    if seconds < 100:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def _files(job: Job) -> Iterator[str]:

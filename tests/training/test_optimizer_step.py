@@ -44,7 +44,8 @@ def test_a_step_without_the_token_has_no_loss(command, tmp_path, monkeypatch):
     assert sorted(taught) == [False, False, True, True]
     assert [loss is not None for loss in outcome.losses] == taught
     steps = [number for number, each in enumerate(taught, start=1) if each]
-    assert logged == [*((["loss", "lr"], step) for step in steps), (["loss/epoch"], 4)]
+    of_steps = [(names, step) for step in steps for names in (["loss", "lr"], ["loss/smoothed"])]
+    assert logged == [*of_steps, (["loss/epoch"], 4)]
     assert outcome.setup.progress.step == 4
     assert outcome.rates == [pytest.approx(0.01 * (1 - sum(taught[:number]) / 4)) for number in range(4)]
     for before, after, learned in zip(outcome.rows[:-1], outcome.rows[1:], taught[1:], strict=True):
