@@ -39,14 +39,14 @@ def _run(parser: OptionParser, family: str, arguments: Sequence[str] | None) -> 
         # Numpy and Pillow take a while too, and a refused option does without them.
         from library.data.found_images import find_images
         from library.model.model_paths import check_paths
-        from library.support.imports import without_bitsandbytes
+        from library.support.imports import lean_imports
 
         with ended_gently():
             found = find_images(options, family)
             check_paths(options.model)
             check_given_files(options)
         # Imports swallow exceptions: a signal ends the process at once.
-        with phase("Loading PyTorch, transformers and diffusers"), without_bitsandbytes():
+        with phase("Loading PyTorch, transformers and diffusers"), lean_imports():
             from library.run import train
 
         with ended_gently():

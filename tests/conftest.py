@@ -3,6 +3,7 @@
 A session runs either the tests of GPUs (``pytest -m gpu``) or the others, on the CPU whatever the machine has.
 """
 
+import gc
 import logging
 import os
 import re
@@ -68,6 +69,12 @@ def pytest_collection_modifyitems(config, items):
     if len(chosen) < len(items):
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])
         items[:] = chosen
+
+
+def pytest_collection_finish():
+    """What collecting imported stays: no search for garbage goes through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

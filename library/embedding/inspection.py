@@ -17,7 +17,7 @@ from library.model.family import family_of
 from library.model.model_paths import hub_id, local_path
 from library.options.options import ModelOptions
 from library.support.errors import UserError, counted
-from library.support.imports import without_bitsandbytes
+from library.support.imports import lean_imports
 
 _LONGEST_VALUE = 200  # characters of a metadata value that are printed; a thumbnail has many thousands
 _WORDS = 5  # nearest ones that are named
@@ -44,7 +44,7 @@ class KnownWords:
         """Those of a model as ``--model`` names it; only its token tables are read. Raises UserError."""
         if local_path(model) is None:
             hub_id(model, "--model")
-        with without_bitsandbytes():
+        with lean_imports():
             from library.model.base_model import BaseModel
         opened = BaseModel.open(ModelOptions(pretrained_model_name_or_path=model), None)
         keys = family_of(opened.architecture).embedding_keys

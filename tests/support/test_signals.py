@@ -35,7 +35,7 @@ def script(training: str, before: str = "") -> str:
         "import contextlib\ndef stub(name, **content):\n    module = sys.modules[name] = types.ModuleType(name)\n"
         "    vars(module).update(content)\n"
         "stub('library.run', train=train)\n"
-        "stub('library.support.imports', without_bitsandbytes=contextlib.nullcontext)\n"
+        "stub('library.support.imports', lean_imports=contextlib.nullcontext)\n"
         "stub('library.data.found_images', find_images=lambda *_: None)\n"
         "stub('library.model.model_paths', check_paths=id)\n"
         "import train_textual_inversion\nsys.exit(train_textual_inversion.main())\n"
