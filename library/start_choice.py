@@ -104,9 +104,7 @@ def _words(job: Job, tables: Sequence[nn.Embedding] = ()) -> list[str]:
 
 def _affordable(job: Job) -> int:
     """How many words the run has the time to try, as long as all their passes take as long as those of its steps."""
-    order = job.data.order
-    samples = job.plan.total_steps * job.plan.accumulation * job.accelerator.num_processes
-    samples *= order.num_samples / order.num_batches
+    samples = job.plan.total_steps * job.samples_per_step
     return int(_SHARE * _PASSES_OF_A_STEP * samples / (_FIRST_SAMPLES + _SAMPLES / _PART_LEFT))
 
 

@@ -176,9 +176,12 @@ class RunReport(Callback):
         """What there is to look at and to go on with, by its label."""
         usage, state, clock = _beside(path, USAGE_ENDING), _beside(path, "-state"), self.measurements.clock
         pace = f", {clock.steps_per_second:.3g} steps a second" if clock.steps_per_second else ""
+        progress, result = self.learner.progress, self.learner.result
+        stopped = f" of {self.watched.total_steps:,}, then it was stopped" if progress.stopped else ""
         return {
             "file": str(path),
-            "steps": f"{self.learner.progress.step:,}",
+            "steps": f"{progress.step:,}{stopped}",
+            "vectors": result.chosen if result else None,
             "time": f"{duration(clock.seconds)}{pace}",
             "report": str(self.page_path) if self.page else None,
             "samples": str(self.watched.album.folder) if samples else None,
