@@ -4,6 +4,7 @@ The tests themselves are in the other ``test_option_effects_*`` files and those 
 """
 
 import pytest
+import test_early_stopping
 import test_hub
 import test_inpainting
 import test_learning_report
@@ -25,6 +26,7 @@ from runs import arguments, write_dataset
 from library.options.options import DeepSpeedOptions, declared_options
 
 MODULES = [
+    test_early_stopping,
     test_hub,
     test_inpainting,
     test_option_effects_data,

@@ -14,7 +14,7 @@ from library.support.errors import UserError, counted
 from library.support.lookout import Vectors
 from library.training.callbacks import Callback, Callbacks, StepResult
 from library.training.denoising import DenoisingTask
-from library.training.fixed_loss import FixedLoss
+from library.training.fixed_loss import DRAWS, FixedLoss
 from library.training.optimizer_step import Learner, planned_rates
 from library.training.progress import Progress
 from library.training.save_schedule import RunPlan
@@ -89,7 +89,7 @@ def check_stopping(options: Options, rule: StopRule) -> None:
         logger.warning(
             "--early_stopping cannot shorten this run, and only chooses the best vectors of it: with a measurement "
             "every %s and a patience of %d it stops after step %d at the earliest, and the run has %d.",
-            *(counted(every, "step"), rule.patience, last, total),
+            *(_steps(every), rule.patience, last, total),
         )
     rates = planned_rates(options, total)
     if rates[-1] < _COME_DOWN * max(rates):
@@ -134,8 +134,8 @@ class EarlyStopping(Callback):
         set_random_states(before)
         if loss is None:
             raise UserError(
-                "--early_stopping measures the loss on images whose captions hold the token, and none of them does "
-                "without shuffling. Leave it out, or put the token at the beginning of the captions."
+                "--early_stopping measures the loss of samples that hold the token, and none of the first "
+                f"{DRAWS * _SAMPLES} does. Put the token into more of the captions, or leave --early_stopping out."
             )
         return cls(loss, rule, learner, callbacks, images=f"{kind} images", options=options)
 
@@ -143,7 +143,7 @@ class EarlyStopping(Callback):
         """Say what is measured; a resumed run goes on with what was measured before."""
         logger.info(
             "--early_stopping: the loss is measured every %s on %s, with fixed noise.",
-            *(counted(self.rule.every, "step"), f"{counted(len(self.loss), 'sample')} of the {self.images}"),
+            *(_steps(self.rule.every), f"{counted(len(self.loss), 'sample')} of the {self.images}"),
         )
         if state and state.stopping:
             self._go_on(state.stopping)
@@ -216,3 +216,8 @@ class EarlyStopping(Callback):
                 "rate that had not come down. --max_train_steps=%d without --early_stopping trains one that has.",
                 *(step, rates[step - 1], rates[-1], self.rule.total_steps, step),
             )
+
+
+def _steps(every: int) -> str:
+    """What stands after "every"."""
+    return "step" if every == 1 else f"{every:,} steps"

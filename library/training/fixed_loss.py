@@ -10,7 +10,7 @@ from library.data.batches import Batch
 from library.model.runtime import shared_out
 from library.training.denoising import DenoisingTask
 
-_DRAWS = 4  # for each sample, where lines and wildcards of a caption may leave the token out
+DRAWS = 4  # for each sample, where lines and wildcards of a caption may leave the token out
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class FixedLoss:
     ) -> "FixedLoss":
         """Over ``samples`` samples, or as many as there are; ``found`` gives batches of at least so many."""
         task = replace(task, bands=None)  # those are of the training
-        batches = limited(found(_DRAWS * samples), samples)
+        batches = limited(found(DRAWS * samples), samples)
         return cls(task, [task.encoded(batch.to(device)) for batch in batches])
 
     def __len__(self) -> int:
