@@ -18,7 +18,7 @@ class RecipeOptions:
     )
     early_stopping: bool = flag(
         "Measure the loss with fixed noise every so many steps, on held-out images if there are any (else on training "
-        "images), stop when it gets no lower, and keep the vectors with the lowest as the result.",
+        "images), stop when it gets no lower or has settled, and keep the vectors with the lowest as the result.",
         told=True,
     )
     early_stopping_every: int | None = option(

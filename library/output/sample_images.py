@@ -147,10 +147,9 @@ class Sampling(Callback):
             self._draw(progress, epoch_mark(progress.epoch))
 
     def before_result(self, progress: Progress) -> None:
-        """Draw the vectors of the result where they are not those that were drawn last."""
-        result = self.learner.result
-        if result is not None and (progress.stopped or result.step != progress.step):
-            self._draw(progress, step_mark(result.step))
+        """Draw the vectors of the result where they are not simply those of the last step."""
+        if self.learner.result is not None:
+            self._draw(progress, step_mark(self.learner.result.step))
 
     def _draw(self, progress: Progress, mark: str, *, missing: bool = False) -> None:
         machine = self.learner.accelerator

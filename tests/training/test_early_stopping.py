@@ -1,10 +1,12 @@
 """``--early_stopping``: the rule against hand-made references, and real runs that measure, stop and keep the best."""
 
+import itertools
 import json
 import logging
 import math
 import statistics
 import sys
+from datetime import datetime, timedelta
 
 import pytest
 import torch
@@ -317,7 +319,18 @@ def test_a_rate_that_had_not_come_down_is_said(bench):
     assert "come down" not in bench(*EAGER, steps=STEPS).said
 
 
-def test_the_result_is_drawn_in_the_end(bench, tmp_path):
+class Seconds(datetime):
+    """A clock that goes on by a second at each look, so that no two files have the same time in their name."""
+
+    looks = itertools.count()
+
+    @classmethod
+    def now(cls, *_):
+        return datetime(2025, 1, 1) + timedelta(seconds=next(cls.looks))
+
+
+def test_the_result_is_drawn_in_the_end(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr("library.output.sample_images.datetime", Seconds)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text(f"{TOKEN} --w 64 --h 64 --s 2 --d 1")
     drawn = [f"--sample_prompts={prompts}", "--sample_every_n_steps=1", "--no_report=false"]
