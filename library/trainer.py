@@ -36,6 +36,7 @@ from library.training.callbacks import Callbacks, StepResult
 from library.training.early_stopping import EarlyStopping
 from library.training.optimizer_step import check_learning
 from library.training.state import TrainingState, random_states, recorded
+from library.training.tail_average import TailAverage
 from library.training.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,11 @@ def happenings(job: Job, setup: Setup, hub: HubUpload | None) -> tuple[Callbacks
     if options.recipe.early_stopping:
         stopping = EarlyStopping.create(options, job.stop_rule, job.data, setup.task, learner, callbacks)
         entries.append(stopping)
-    state_now = partial(current_state, job, setup, log, stopping)
+    averaging = None
+    if options.recipe.average_last:
+        averaging = TailAverage(options.recipe.average_last, job.plan.total_steps, learner)
+        entries.append(averaging)
+    state_now = partial(current_state, job, setup, log, stopping, averaging)
     saving = Saving(job.saves, results, learner, setup.starts, state_now, callbacks)
     entries.append(saving)
     if setup.pipeline and options.sample.draws_during_training:
@@ -114,7 +119,9 @@ def learning_report(job: Job, setup: Setup, pipeline: SamplingPipeline, concept:
         return measure.report(None if token.weights else token.init_word, setup.starts)
 
 
-def current_state(job: Job, setup: Setup, log: RunLog, stopping: EarlyStopping | None) -> TrainingState:
+def current_state(
+    job: Job, setup: Setup, log: RunLog, stopping: EarlyStopping | None, averaging: TailAverage | None
+) -> TrainingState:
     """All that ``--resume`` needs; all processes take part."""
     return TrainingState(
         step=setup.progress.step,
@@ -129,6 +136,7 @@ def current_state(job: Job, setup: Setup, log: RunLog, stopping: EarlyStopping |
         epoch_losses=log.epoch_losses,
         random_states=gather_object([random_states()]),
         stopping=stopping.state_dict() if stopping else None,
+        averaging=averaging.state_dict() if averaging else None,
     )
 
 

@@ -19,6 +19,7 @@ import test_run_report
 import test_sample_images
 import test_start_choice
 import test_state
+import test_tail_average
 import test_trackers
 from option_effects import Bench, plan, shows
 from runs import arguments, write_dataset
@@ -42,6 +43,7 @@ MODULES = [
     test_trackers,
     test_start_choice,
     test_state,
+    test_tail_average,
 ]
 
 # Options whose effect needs what a test machine may lack. Their tests show that the value arrives where it acts, and

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from library.options.declaration import flag, option
-from library.options.option_types import whole_number
+from library.options.option_types import number, whole_number
 
 
 @dataclass(frozen=True)
@@ -36,5 +36,15 @@ class RecipeOptions:
         read=whole_number,
         at_least=1,
         needs=("early_stopping",),
+        told=True,
+    )
+    average_last: float | None = option(
+        None,
+        "Save as the result the mean of the vectors over this share of the steps, the last ones: 0.33 for the last "
+        "third, which takes the restlessness out of a constant learning rate. Samples in the end and the learning "
+        "report use it; the training and its checkpoints stay as they are. Unset: the last vectors.",
+        read=number,
+        above=0,
+        at_most=1,
         told=True,
     )

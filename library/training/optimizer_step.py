@@ -233,6 +233,11 @@ def check_learning(options: Options, total_steps: int) -> None:
     """Find mistakes in the optimizer's and the schedule's options before anything is loaded. Raises UserError."""
     with silenced():  # what there is to say is said when the real ones are built
         choice = build_optimizer(options.optimizer, [torch.nn.Parameter(torch.zeros(1, 1))])
+        if choice.schedule_free and options.recipe.average_last:
+            raise UserError(
+                f"--average_last: {type(choice.optimizer).__name__} saves an average of its own already. Leave one of "
+                "them out."
+            )
         schedule = build_lr_schedule(options.schedule, choice, total_steps)
         if options.save.save_state or options.save.save_state_on_train_end:
             packed({"optimizer": choice.optimizer.state_dict(), "schedule": schedule.state_dict()})

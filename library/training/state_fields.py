@@ -93,6 +93,18 @@ def _is_stopping(value: Any) -> bool:
     )
 
 
+def _is_averaging(value: Any) -> bool:
+    """The mean that ``--average_last`` has so far, of how many steps, and where it began."""
+    if value is None:
+        return True
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"mean", "count", "begin"}
+        and _are_rows(value["mean"])
+        and all(_is_step(value[name]) for name in ("count", "begin"))
+    )
+
+
 def _are_random_states(value: Any) -> bool:
     return isinstance(value, list) and len(value) > 0 and all(map(_is_random_state, value))
 
@@ -132,4 +144,5 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "resumed": lambda value: value is None or isinstance(value, str),
     "contents": lambda value: isinstance(value, str),
     "stopping": _is_stopping,
+    "averaging": _is_averaging,
 }

@@ -36,6 +36,7 @@ ADDED = {
     "allow_tf32",
     "allow_outside_images",
     "cache_text_encoder_outputs",
+    "average_last",
     "early_stopping",
     "early_stopping_every",
     "early_stopping_patience",
