@@ -198,7 +198,8 @@ class RunReport(Callback):
             return
         begun, step, clock = monotonic(), self.learner.progress.step, self.measurements.clock
         speed = clock.steps_per_second
-        left = (self.watched.total_steps - step) / speed if speed else None
+        ended = self.learner.progress.stopped
+        left = (self.watched.total_steps - step) / speed if speed and not ended else None
         self.standing = replace(self.standing, step=step, seconds=clock.seconds, seconds_left=left)
         content = self.page.page(self.metrics.lines() if lines is None else lines, self.standing)
         write_atomically(self.page_path, content.encode("utf-8", errors="backslashreplace"))

@@ -147,7 +147,7 @@ class EarlyStopping(Callback):
         )
         if state and state.stopping:
             self._go_on(state.stopping)
-            progress.stopped = progress.step < self.rule.total_steps and self._reason() is not None
+            self._stop_where_due(progress)
 
     def after_step(self, progress: Progress, result: StepResult) -> None:
         """Measure where it is due, and stop where the rule says so."""
@@ -161,13 +161,13 @@ class EarlyStopping(Callback):
         self.losses.append(loss)
         logger.info("Step %d: loss/fixed %.5f%s", progress.step, loss, ", the lowest so far" if lowest else "")
         self.callbacks.after_fixed_loss(progress, loss)
-        progress.stopped = progress.step < self.rule.total_steps and self._reason() is not None
+        self._stop_where_due(progress)
 
     def before_result(self, progress: Progress) -> None:
         """Make the best vectors the result, and say so."""
-        total = self.rule.total_steps
         if progress.stopped:
-            logger.info("Stopped after step %d of %d: loss/fixed %s.", progress.step, total, self._reason())
+            total, reason = self.rule.total_steps, self.rule.reason(self.losses)
+            logger.info("Stopped after step %d of %d: loss/fixed %s.", progress.step, total, reason)
         if self.best is None:
             logger.warning("--early_stopping: loss/fixed was never a finite number; the last vectors are the result.")
             return
@@ -186,8 +186,8 @@ class EarlyStopping(Callback):
     def _lowest(self) -> float:
         return min(filter(math.isfinite, self.losses), default=math.inf)
 
-    def _reason(self) -> str | None:
-        return self.rule.reason(self.losses)
+    def _stop_where_due(self, progress: Progress) -> None:
+        progress.stopped = progress.step < self.rule.total_steps and self.rule.reason(self.losses) is not None
 
     def _go_on(self, memory: dict[str, Any]) -> None:
         """Take over what was measured, or the best vectors alone where the measure is another one than it was."""
