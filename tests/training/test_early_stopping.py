@@ -382,9 +382,8 @@ def test_a_resumed_run_stops_where_it_would_have(command, tmp_path, capsys):
     stop = when_it_stops(fixed_losses(whole))
     assert stop < STEPS
     for step in (1, stop - 1, stop):
-        assert run("sd1", command("parts")) == 0
-        assert run("sd1", command("parts", f"--resume={state_of(tmp_path / 'parts', step)}")) == 0
-        assert_same(outcome(tmp_path / "parts"), outcome(whole))
+        assert run("sd1", command(f"from {step}", f"--resume={state_of(whole, step)}")) == 0
+        assert_same(outcome(tmp_path / f"from {step}"), outcome(whole))
     assert "begins anew" not in capsys.readouterr().err
 
 
