@@ -85,8 +85,10 @@ def _not_measured(job: Job) -> str:
     parts = ["reading the images"]
     if options.cache.cache_latents:
         parts = [f"encoding {counted(len(job.data.latent_entries()), 'image')} whose latents are not cached yet"]
+    parts += ["measuring for --early_stopping"] if options.recipe.early_stopping else []
     parts += ["drawing sample images"] if options.sample.draws_images else []
-    return f"{' and '.join(parts)} {'comes' if len(parts) == 1 else 'come'}"
+    listed = " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
+    return f"{listed} {'comes' if len(parts) == 1 else 'come'}"
 
 
 def _files(job: Job) -> Iterator[str]:

@@ -73,5 +73,5 @@ class Rescue:
         logger.log(level, "The vectors of step %d are kept in %s.", vectors.step, path)
 
     def _write(self, results: Results, name: str, vectors: Vectors) -> Path:
-        results.write(name, vectors.rows, vectors.step, vectors.epoch, self.learner.choice, in_haste=True)
+        results.write(name, vectors, self.learner.choice, in_haste=True)
         return results.path(name)

@@ -31,6 +31,7 @@ from library.setup import Job
 from library.start_choice import check_choice
 from library.support.errors import UserError
 from library.trainer import train_and_save
+from library.training.early_stopping import check_stopping
 from library.training.save_schedule import CheckpointNames, RunPlan
 from library.training.state import FILE as STATE_FILE
 from library.training.state import TrainingState
@@ -84,6 +85,7 @@ def train(options: Options, family_name: str, found: FoundImages | None) -> Path
     try:
         job = Job.create(options, family, machine, model, word, data, state)
         check_choice(job)
+        check_stopping(options, job.stop_rule)
         if options.dataset.dry_run:
             rehearse(job)
             return None

@@ -30,6 +30,7 @@ from library.support.phase import phase
 from library.training.denoising import DenoisingTask
 from library.training.diffusion import NoiseSchedule
 from library.training.divergence_guard import DivergenceGuard
+from library.training.early_stopping import StopRule
 from library.training.loss_bands import LossBands
 from library.training.lr_schedulers import LearningRateSchedule, build_lr_schedule
 from library.training.optimizer_step import Learner, StepRules
@@ -98,6 +99,18 @@ class Job:
         """Where this process computes."""
         device: torch.device = self.machine.accelerator.device
         return device
+
+    @property
+    def samples_per_step(self) -> float:
+        """How many samples an optimizer step of all processes has, on the average."""
+        order = self.data.order
+        batches = self.plan.accumulation * self.accelerator.num_processes
+        return float(batches * order.num_samples / order.num_batches)
+
+    @property
+    def stop_rule(self) -> StopRule:
+        """When ``--early_stopping`` measures the loss and stops the run."""
+        return StopRule.create(self.options, self.plan, self.samples_per_step)
 
     @property
     def reports(self) -> bool:

@@ -1,14 +1,13 @@
 """``--init_word=auto``: of many words that are tried, the vectors start from the one that explains the images best."""
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from math import isfinite
 
-import torch
 from torch import Tensor, nn
 
-from library.data.batches import Batch
 from library.data.concept import Concept
 from library.embedding.initialization import initial_rows
 from library.embedding.start_words import RankedWord, candidates, names_something, usable_ids, words_of
@@ -18,6 +17,7 @@ from library.model.runtime import shared_out
 from library.setup import Job, Setup
 from library.support.errors import UserError
 from library.support.progress_bar import progress_bar
+from library.training.fixed_loss import FixedLoss
 from library.training.state import random_states, set_random_states
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,6 @@ _SHARE = 0.05  # of the run's time
 _PASSES_OF_A_STEP = 2
 # Every word is judged by the loss on few samples, and the best of them by more.
 _FIRST_SAMPLES, _SAMPLES = 4, 16
-_DRAWS = 4  # for each sample, where lines and wildcards of a caption may leave the token out
 _PART_LEFT = 4  # one word of so many is looked at again
 _NEIGHBOURS = 3  # one word of so many is a neighbour of the best
 _FEWEST = 4
@@ -105,34 +104,19 @@ def _words(job: Job, tables: Sequence[nn.Embedding] = ()) -> list[str]:
 
 def _affordable(job: Job) -> int:
     """How many words the run has the time to try, as long as all their passes take as long as those of its steps."""
-    order = job.data.order
-    samples = job.plan.total_steps * job.plan.accumulation * job.accelerator.num_processes
-    samples *= order.num_samples / order.num_batches
+    samples = job.plan.total_steps * job.samples_per_step
     return int(_SHARE * _PASSES_OF_A_STEP * samples / (_FIRST_SAMPLES + _SAMPLES / _PART_LEFT))
-
-
-def _limited(batches: Iterable[Batch], samples: int) -> Iterator[Batch]:
-    """So many samples that hold the token, or as many as there are, in batches; no more batches are asked for."""
-    left = samples
-    for batch in batches:
-        holding = batch.has_token.nonzero().flatten().tolist()[:left]
-        if holding:
-            yield batch.only(holding)
-            left -= len(holding)
-        if not left:
-            return
 
 
 class _Trial:
     """Measures what the vectors would lose on the training images if they started from a word."""
 
     def __init__(self, job: Job, setup: Setup, tables: Sequence[nn.Embedding]) -> None:
-        self.word, self.rows, self.device, self.tables = job.word, setup.rows, job.device, tables
-        self.task = replace(setup.task, bands=None)  # those are of the training
-        found = _concept(job).fixed_batches(_DRAWS * _SAMPLES, held_out=False)
-        self.batches = [self.task.encoded(batch.to(self.device)) for batch in _limited(found, _SAMPLES)]
-        self.first = list(_limited(self.batches, _FIRST_SAMPLES))
-        if not self.batches:
+        self.word, self.rows, self.tables = job.word, setup.rows, tables
+        found = partial(job.data.fixed_batches, held_out=False)
+        self.whole = FixedLoss.of(setup.task, found, _SAMPLES, job.device)
+        self.first = self.whole.first(_FIRST_SAMPLES)
+        if not len(self.whole):
             raise UserError("--init_word=auto: no caption holds the token. Name a word, for example --init_word=girl.")
         self.silent = not job.accelerator.is_local_main_process
 
@@ -148,9 +132,9 @@ class _Trial:
         tried += self.losses(near[: most // _NEIGHBOURS], self.first, "Trying their neighbours")
         tried.sort(key=lambda one: one.loss)
         best = [one.word for one in tried[: max(2, len(tried) // _PART_LEFT)]]
-        return tuple(self.losses(best, self.batches, "Comparing the best words"))
+        return tuple(self.losses(best, self.whole, "Comparing the best words"))
 
-    def losses(self, words: Sequence[str], batches: Sequence[Batch], title: str) -> list[RankedWord]:
+    def losses(self, words: Sequence[str], over: FixedLoss, title: str) -> list[RankedWord]:
         """The words with their losses, the least first; of several processes each measures a part.
 
         Words whose loss is no number are left out. Raises UserError where no word is left.
@@ -160,7 +144,7 @@ class _Trial:
             found = []
             with progress_bar(title, len(part), "word", silent=self.silent) as bar:
                 for word in part:
-                    found.append(RankedWord(word, self._loss(word, batches)))
+                    found.append(RankedWord(word, self._loss(word, over)))
                     bar.update()
             return found
 
@@ -172,10 +156,9 @@ class _Trial:
             )
         return sorted(found, key=lambda one: one.loss)
 
-    @torch.no_grad()
-    def _loss(self, word: str, batches: Sequence[Batch]) -> float:
+    def _loss(self, word: str, over: FixedLoss) -> float:
         with self.rows.holding(self._rows(word)):
-            return float(torch.cat(list(map(self.task.losses, batches))).mean())
+            return over.mean()
 
     def _near(self, word: str, count: int) -> list[str]:
         """Words of the vocabulary that are near to one, by the first text encoder."""

@@ -33,8 +33,10 @@ from library.support.progress_bar import paused, progress_bar
 from library.support.running_mean import RunningMean, readable_span
 from library.support.signals import undisturbed
 from library.training.callbacks import Callbacks, StepResult
+from library.training.early_stopping import EarlyStopping
 from library.training.optimizer_step import check_learning
 from library.training.state import TrainingState, random_states, recorded
+from library.training.tail_average import TailAverage
 from library.training.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -71,7 +73,16 @@ def happenings(job: Job, setup: Setup, hub: HubUpload | None) -> tuple[Callbacks
     entries.append(log)
     if (held_out := job.data.validation_loader(**job.share)) is not None:
         entries.append(Validation(held_out, setup.task, learner, callbacks))
-    saving = Saving(job.saves, results, learner, setup.starts, partial(current_state, job, setup, log), callbacks)
+    stopping = None
+    if options.recipe.early_stopping:
+        stopping = EarlyStopping.create(options, job.stop_rule, job.data, setup.task, learner, callbacks)
+        entries.append(stopping)
+    averaging = None
+    if options.recipe.average_last:
+        averaging = TailAverage(options.recipe.average_last, job.plan.total_steps, learner)
+        entries.append(averaging)
+    state_now = partial(current_state, job, setup, log, stopping, averaging)
+    saving = Saving(job.saves, results, learner, setup.starts, state_now, callbacks)
     entries.append(saving)
     if setup.pipeline and options.sample.draws_during_training:
         entries.append(Sampling(job.album, setup.pipeline, learner, callbacks))
@@ -108,7 +119,9 @@ def learning_report(job: Job, setup: Setup, pipeline: SamplingPipeline, concept:
         return measure.report(None if token.weights else token.init_word, setup.starts)
 
 
-def current_state(job: Job, setup: Setup, log: RunLog) -> TrainingState:
+def current_state(
+    job: Job, setup: Setup, log: RunLog, stopping: EarlyStopping | None, averaging: TailAverage | None
+) -> TrainingState:
     """All that ``--resume`` needs; all processes take part."""
     return TrainingState(
         step=setup.progress.step,
@@ -122,6 +135,8 @@ def current_state(job: Job, setup: Setup, log: RunLog) -> TrainingState:
         learner=setup.learner.state_dict(),
         epoch_losses=log.epoch_losses,
         random_states=gather_object([random_states()]),
+        stopping=stopping.state_dict() if stopping else None,
+        averaging=averaging.state_dict() if averaging else None,
     )
 
 
@@ -158,14 +173,16 @@ class Trainer:
         """The loop and the result; whatever ends it early, what was learned is kept."""
         try:
             self.fit()
+            self.callbacks.before_result(self.progress)
             return self.saving.finish(self.progress)
         except BaseException:
+            moment = self.learner.result or self.progress
             with undisturbed():
-                self.rescue.save(self.progress.step, self.progress.epoch)
+                self.rescue.save(moment.step, moment.epoch)
             raise
 
     def fit(self) -> None:
-        """Epochs of optimizer steps until the planned number of steps is done."""
+        """Epochs of optimizer steps until the planned number of steps is done, or the run is stopped."""
         plan, progress = self.job.plan, self.progress
         loader = self.loader()
         self.start()
@@ -174,7 +191,7 @@ class Trainer:
         with bar, warnings.catch_warnings():
             # torch says so where the first steps cannot teach the rows, or overflow in fp16.
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-            while progress.epoch < plan.epochs or not progress.epoch_closed:
+            while not progress.stopped and (progress.epoch < plan.epochs or not progress.epoch_closed):
                 self.train_epoch(loader, bar)
 
     def train_epoch(self, loader: BatchLoader, bar: tqdm) -> None:
@@ -191,6 +208,8 @@ class Trainer:
             bar.update()
             with paused(bar):
                 self.callbacks.after_step(progress, result)
+            if progress.stopped:
+                return  # the epoch stays open, so that a run which is resumed from here may go on with it
             began = time.monotonic()
         progress.close_epoch()
         with paused(bar):

@@ -4,6 +4,7 @@ The tests themselves are in the other ``test_option_effects_*`` files and those 
 """
 
 import pytest
+import test_early_stopping
 import test_hub
 import test_inpainting
 import test_learning_report
@@ -18,6 +19,7 @@ import test_run_report
 import test_sample_images
 import test_start_choice
 import test_state
+import test_tail_average
 import test_trackers
 from option_effects import Bench, plan, shows
 from runs import arguments, write_dataset
@@ -25,6 +27,7 @@ from runs import arguments, write_dataset
 from library.options.options import DeepSpeedOptions, declared_options
 
 MODULES = [
+    test_early_stopping,
     test_hub,
     test_inpainting,
     test_option_effects_data,
@@ -40,6 +43,7 @@ MODULES = [
     test_trackers,
     test_start_choice,
     test_state,
+    test_tail_average,
 ]
 
 # Options whose effect needs what a test machine may lack. Their tests show that the value arrives where it acts, and

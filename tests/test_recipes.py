@@ -107,6 +107,11 @@ def test_a_run_trains_by_the_recipe_and_measures_it(monkeypatch):
     assert first.losses[-1][1] < first.losses[0][1]
     assert first.losses == second.losses
     assert (first.distance, first.iou, first.composed) == (second.distance, second.iou, second.composed)
+    averaged = json.dumps({**json.loads(options), "average_last": 0.5})
+    mean = recipe_run.carried_out(Run("sd", CONCEPTS[0].name, 1, averaged))
+    assert [step for step, _, _ in mean.losses] == [0, 5, 10, 10]  # the last vectors, and the result
+    assert mean.losses[:3] == first.losses
+    assert mean.losses[3][1:] != first.losses[2][1:]
     assert first.norm > 1
     assert first.seconds > 0
     assert all(noise > 0 for noise in first.noise)

@@ -56,7 +56,7 @@ def test_nothing_is_written_and_what_would_be_is_said(scene, capsys):
 
 def test_time_and_memory_are_measured(scene, capsys):
     _, argv = scene
-    assert run("sd1", [*argv, "--max_train_steps=1000", "--gradient_accumulation_steps=2"]) == 0
+    assert run("sd1", [*argv, "--max_train_steps=1000", "--gradient_accumulation_steps=2", "--early_stopping"]) == 0
     said = capsys.readouterr().out
     found = re.search(r"Time: ([\d.e-]+) s a step, so about (?:(\d+) min )?(\d+) s for 1,000 steps", said)
     assert found, said
@@ -65,7 +65,10 @@ def test_time_and_memory_are_measured(scene, capsys):
     assert all_steps == pytest.approx(1000 * step, rel=0.06, abs=1)
     assert "measured in 2 trial steps on 4 images of 128x64 pixels, the largest batch of the run" in said
     assert re.search(r"Memory: \d+\.\d GiB of main memory at most", said)
-    assert "encoding 5 images whose latents are not cached yet and drawing sample images come on top." in said
+    on_top = (
+        "encoding 5 images whose latents are not cached yet, measuring for --early_stopping and drawing sample images"
+    )
+    assert f"{on_top} come on top." in said
 
 
 def test_what_the_run_writes_is_what_was_said(scene, capsys):

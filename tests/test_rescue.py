@@ -33,10 +33,10 @@ class Folder:
     def path(self, name):
         return self.folder / name
 
-    def write(self, name, rows, step, epoch, choice, *, in_haste):
+    def write(self, name, vectors, choice, *, in_haste):
         assert in_haste
         self.path(name).touch()
-        self.written.append((name, [each.tolist() for each in rows], step, epoch))
+        self.written.append((name, [each.tolist() for each in vectors.rows], vectors.step, vectors.epoch))
 
 
 NAMES = SimpleNamespace(step=lambda step: f"a-{step}", file=lambda stem: f"{stem}.safetensors")

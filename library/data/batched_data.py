@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 
 from library.data.batch_order import EpochOrder
+from library.data.batches import Batch
 from library.data.buckets import Size
 from library.data.concept import Concept
 from library.data.image_table import ImageTable
@@ -92,6 +93,12 @@ class BatchedData(Protocol):
 
     def first_prompts(self) -> Iterator[list[torch.Tensor]]:
         """Ids of captions that are known beforehand, int64 [1, chunks, 77] per tokenizer."""
+
+    def fixed_batches(self, samples: int, *, held_out: bool) -> Iterator[Batch]:
+        """The same batches at every call, with noise that is never trained on; see ``Concept.fixed_batches``.
+
+        Of held-out images, or of those that are trained on; nothing where there are none.
+        """
 
     def concept(self) -> Concept | None:
         """The images that teach the word, for the learning report; None where they are not known."""

@@ -19,7 +19,7 @@ from library.embedding.tokenizer import PromptTokenizer
 from library.support.errors import UserError
 
 # Epoch of batches that are not trained on: no run gets as far, so their noise is never trained on.
-_FAR_AWAY = 1_000_000_000
+FAR_AWAY = 1_000_000_000
 # Of lines and wildcards, in search of a caption that holds the token.
 _DRAWS = 64
 
@@ -60,7 +60,7 @@ class Concept:
         loader = BatchLoader(source, BatchSampler(order))
         given = 0
         for passes in itertools.count():
-            loader.set_epoch(_FAR_AWAY + passes, 0)
+            loader.set_epoch(FAR_AWAY + passes, 0)
             for batch in loader:
                 yield batch
                 given += len(batch)

@@ -10,8 +10,10 @@ have a length and give a dictionary for each number below it: one finished batch
   ``--train_inpainting``, which needs images, ``masks`` [B, 1, H, W] in [0, 1] (1 is hidden) in place of random ones
 """
 
+import itertools
 import random
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from torch.utils.data import Dataset
 from library.data.batch_order import BatchRef, EpochOrder
 from library.data.batches import Batch, collate
 from library.data.buckets import Size
-from library.data.concept import Concept
+from library.data.concept import FAR_AWAY, Concept
 from library.data.image_table import ImageTable
 from library.data.latent_cache import LatentCache
 from library.data.latent_entry import PIXELS_PER_LATENT, LatentEntry
@@ -117,6 +119,23 @@ class CustomData:
         """Nothing is held out."""
         return None
 
+    def fixed_batches(self, samples: int, *, held_out: bool) -> Iterator[Batch]:
+        """The first batches of the user's object, as many as make so many samples; nothing is held out.
+
+        The object is told that the first epoch begins; noise and masks are those of an epoch that no run reaches.
+        """
+        source, given = CustomSource(self), 0
+        for position in itertools.count():
+            if held_out or given >= samples:
+                return
+            passes, number = divmod(position, len(self.dataset))
+            told = BatchRef((number,), 1, 0, position, 1.0)
+            batch = source.batch(told, replace(told, epoch=FAR_AWAY + passes))
+            if not len(batch):
+                return
+            yield batch
+            given += len(batch)
+
     def concept(self) -> Concept | None:
         """Only the user's class knows which images teach the word."""
         return None
@@ -135,9 +154,13 @@ class CustomSource(Dataset[Batch]):
         self.data = data
 
     def __getitem__(self, ref: BatchRef) -> Batch:
-        data = self.data
         if not ref.indices:
-            return collate([], 0.0, len(data.prompts.tokenizers))
+            return collate([], 0.0, len(self.data.prompts.tokenizers))
+        return self.batch(ref, ref)
+
+    def batch(self, ref: BatchRef, seeds_of: BatchRef) -> Batch:
+        """The batch that the object is asked for by one reference, with the noise and masks of another."""
+        data = self.data
         _tell(data.dataset, "set_current_epoch", ref.epoch)
         _tell(data.dataset, "set_current_step", ref.step)
         number = ref.indices[0]
@@ -147,7 +170,7 @@ class CustomSource(Dataset[Batch]):
             raise UserError(
                 f"--dataset_class {data.name} fails at batch {number}: {type(error).__name__}: {error}."
             ) from error
-        return _Reader(data, ref).batch(values)
+        return _Reader(data, seeds_of).batch(values)
 
 
 class _Reader:

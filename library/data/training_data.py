@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from library.data.batch_order import BatchSampler
+from library.data.batches import Batch
 from library.data.buckets import Size
 from library.data.concept import Concept
 from library.data.config import DatasetConfig
@@ -153,6 +154,10 @@ class TrainingData:
     def source(self, max_steps: int) -> SampleSource:
         """Draws the images to train on."""
         return self._source(self.table, max_steps)
+
+    def fixed_batches(self, samples: int, *, held_out: bool) -> Iterator[Batch]:
+        """See ``Concept.fixed_batches``."""
+        return self.concept().fixed_batches(samples, held_out=held_out)
 
     def concept(self) -> Concept:
         """The images that teach the word, with the latents that are used by now."""

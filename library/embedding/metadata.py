@@ -42,7 +42,8 @@ class TrainingRecord:
     """How an embedding came about; None means "not known" and is left out of the file.
 
     ``base_model`` is a name (never a path), ``steps`` and ``epoch`` count from 1 at the moment of saving. ``run`` is
-    the same in all files of one run; ``resumed`` tells what ``--resume`` changed in its course.
+    the same in all files of one run; ``resumed`` tells what ``--resume`` changed in its course, ``chosen`` how the
+    vectors became its result, where they are not simply those of its last step.
     """
 
     token: str
@@ -57,6 +58,7 @@ class TrainingRecord:
     optimizer: str | None = None
     run: str | None = None
     resumed: str | None = None
+    chosen: str | None = None
 
     def as_metadata(self) -> dict[str, str]:
         """The record as ``ti.<name>`` strings, and what sd-scripts has a name for (``ss_<name>``) under that too."""

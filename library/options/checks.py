@@ -123,6 +123,11 @@ def check_combinations(options: Options) -> None:
         logger.warning("--clip_skip is unusual with --v2: those models use the second last layer already.")
     if options.dataset.train_inpainting and options.cache.cache_latents:
         raise UserError(f"--{CACHED_INPAINTING}")
+    if options.recipe.early_stopping and options.recipe.average_last:
+        raise UserError(
+            "--average_last takes the mean over the end of a run whose length is known, and --early_stopping may stop "
+            "it before. Keep one of them."
+        )
     _check_timesteps(noise.min_timestep, noise.max_timestep)
     _check_precision(options)
     chosen_optimizer(options.optimizer)

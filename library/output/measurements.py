@@ -72,13 +72,19 @@ class Measurements(Callback):
         """Tell the loss on held-out images."""
         self.tell({"step": progress.step, "loss/validation": loss})
 
+    def after_fixed_loss(self, progress: Progress, loss: float) -> None:
+        """Tell the loss with fixed noise."""
+        self.tell({"step": progress.step, "loss/fixed": loss})
+
     def after_save(self, progress: Progress, action: Action) -> None:
         """Tell which words the saved vectors are near to."""
         self.flush()
         if action.kind == "save":
-            kind = "result" if action.name == self.result else "saved"
+            line: Line = {"step": progress.step, "result" if action.name == self.result else "saved": action.name}
+            if self.learner.result is not None:
+                line |= {"result_step": self.learner.result.step, "chosen": self.learner.result.chosen}
             with self.learner.averaged_rows() as rows:
-                self._tell_nearest({"step": progress.step, kind: action.name}, rows)
+                self._tell_nearest(line, rows)
 
     def flush(self) -> None:
         """Tell what the steps since the last time have measured, and warn of vectors that went too far."""

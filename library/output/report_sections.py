@@ -75,10 +75,12 @@ def training_section(lines: Sequence[Line]) -> Section:
         line_chart("Loss", [Series("raw", loss, faint=True), Series("smoothed", smoothed(loss))]),
         line_chart("Loss by timestep", bands, "smoothed; 0 is a clean image, 999 pure noise"),
         line_chart("Validation loss", [Series("on held-out images", points(lines, "loss/validation"), 2)]),
+        line_chart("Loss with fixed noise", [Series("measured", points(lines, "loss/fixed"), 2)]),
         line_chart("Learning rate", rates),
         line_chart("Gradient norm", [Series("before clipping", smoothed(points(lines, "gradient_norm")), 3)]),
     ]
-    return Section("training", "Training", "The x axes count optimizer steps.", _charts(charts))
+    chosen = next((f" The vectors of the result are {line['chosen']}." for line in lines if line.get("chosen")), "")
+    return Section("training", "Training", escape(f"The x axes count optimizer steps.{chosen}"), _charts(charts))
 
 
 def vectors_section(lines: Sequence[Line], typical: dict[str, float]) -> Section:

@@ -28,6 +28,7 @@ from library.output.report import movement_table, movement_warning, movements, u
 from library.output.ss_metadata import ss_metadata
 from library.support.atomic_files import move_away, sweep, write_atomically
 from library.support.errors import UserError, survived
+from library.support.lookout import Vectors
 from library.training.optimizers import OptimizerChoice
 from library.training.save_schedule import RunPlan, remove_checkpoint
 from library.training.state import TrainingState, run_of_state
@@ -139,27 +140,18 @@ class Results:
         """Where the file ``name`` is or will be."""
         return self.folder / name
 
-    def write(
-        self,
-        name: str,
-        rows: Sequence[Tensor],
-        step: int,
-        epoch: int,
-        choice: OptimizerChoice,
-        *,
-        in_haste: bool = False,
-    ) -> None:
-        """Write rows [N, D], one tensor per text encoder, as they are after ``step`` steps in ``epoch`` (from 1).
+    def write(self, name: str, vectors: Vectors, choice: OptimizerChoice, *, in_haste: bool = False) -> None:
+        """Write an embedding file.
 
-        ``choice`` is the optimizer that trained them. ``in_haste`` does without the checkpoint's hash where it is not
-        known yet. A file of another run that stands in the place is kept under the next free number, and so is its
-        report.
+        ``choice`` is the optimizer that trained the vectors. ``in_haste`` does without the checkpoint's hash where it
+        is not known yet. A file of another run that stands in the place is kept under the next free number, and so is
+        its report.
         """
         record = TrainingRecord(
             token=self.word.placeholder.text,
             num_vectors=self.word.placeholder.count,
-            steps=step,
-            epoch=epoch,
+            steps=vectors.step,
+            epoch=vectors.epoch,
             init_word=None if self.options.token.weights else self.options.token.init_word,
             base_model=self.model.name,
             base_model_hash=self.model.hash(wait=not in_haste),
@@ -168,13 +160,14 @@ class Results:
             optimizer=choice.description,
             run=self.run,
             resumed=self.resumed,
+            chosen=vectors.chosen,
         )
         if self.options.metadata.no_metadata:
             record = record.without_training()
         path = self.path(name)
         kept = write_embedding(
             path,
-            dict(zip(self.family.embedding_keys, rows, strict=True)),
+            dict(zip(self.family.embedding_keys, vectors.rows, strict=True)),
             record,
             dtype=SAVE_DTYPES.get(self.options.save.save_precision or ""),
             metadata=self.metadata,

@@ -176,9 +176,12 @@ class RunReport(Callback):
         """What there is to look at and to go on with, by its label."""
         usage, state, clock = _beside(path, USAGE_ENDING), _beside(path, "-state"), self.measurements.clock
         pace = f", {clock.steps_per_second:.3g} steps a second" if clock.steps_per_second else ""
+        progress, result = self.learner.progress, self.learner.result
+        stopped = f" of {self.watched.total_steps:,}, then it was stopped" if progress.stopped else ""
         return {
             "file": str(path),
-            "steps": f"{self.learner.progress.step:,}",
+            "steps": f"{progress.step:,}{stopped}",
+            "vectors": result.chosen if result else None,
             "time": f"{duration(clock.seconds)}{pace}",
             "report": str(self.page_path) if self.page else None,
             "samples": str(self.watched.album.folder) if samples else None,
@@ -195,7 +198,8 @@ class RunReport(Callback):
             return
         begun, step, clock = monotonic(), self.learner.progress.step, self.measurements.clock
         speed = clock.steps_per_second
-        left = (self.watched.total_steps - step) / speed if speed else None
+        ended = self.learner.progress.stopped
+        left = (self.watched.total_steps - step) / speed if speed and not ended else None
         self.standing = replace(self.standing, step=step, seconds=clock.seconds, seconds_left=left)
         content = self.page.page(self.metrics.lines() if lines is None else lines, self.standing)
         write_atomically(self.page_path, content.encode("utf-8", errors="backslashreplace"))

@@ -146,6 +146,11 @@ class Sampling(Callback):
         if self.album.schedule.after_epoch(progress.epoch):
             self._draw(progress, epoch_mark(progress.epoch))
 
+    def before_result(self, progress: Progress) -> None:
+        """Draw the vectors of the result where they are not simply those of the last step."""
+        if self.learner.result is not None:
+            self._draw(progress, step_mark(self.learner.result.step))
+
     def _draw(self, progress: Progress, mark: str, *, missing: bool = False) -> None:
         machine = self.learner.accelerator
         share = {"process_index": machine.process_index, "num_processes": machine.num_processes}

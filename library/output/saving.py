@@ -8,6 +8,7 @@ from torch import Tensor
 from library.model.hub import HubUpload
 from library.output.results import Results
 from library.support.errors import UserError
+from library.support.lookout import Vectors
 from library.training.callbacks import Callback, Callbacks, StepResult
 from library.training.optimizer_step import Learner
 from library.training.optimizers import largest_rate
@@ -64,7 +65,8 @@ class Saving(Callback):
         path = self.results.path(result.name)
         if self.writes:
             rate = largest_rate(self.learner.choice) or None
-            self.results.report(path, self.starts, rows, progress.step, rate)
+            moment = self.learner.result or progress
+            self.results.report(path, self.starts, rows, moment.step, rate)
         return path
 
     def carry_out(self, progress: Progress, actions: Iterable[Action]) -> None:
@@ -83,8 +85,9 @@ class Saving(Callback):
     def save(self, progress: Progress, name: str) -> list[Tensor]:
         """Write the embedding file ``name`` and return the rows in it."""
         with self.learner.averaged_rows() as rows:
+            vectors = self.learner.result or Vectors(rows, progress.step, progress.epoch)
             if self.writes:
-                self.results.write(name, rows, progress.step, progress.epoch, self.learner.choice)
+                self.results.write(name, vectors, self.learner.choice)
         return rows
 
     def save_state(self, name: str) -> None:

@@ -166,6 +166,8 @@ def measured(line: Line) -> dict[str, float | str]:
         found[f"vectors/nearest/{label}"] = ", ".join(f"{word} ({cosine:.2f})" for word, cosine in words)
     if "start_words" in line:
         found["start_words"] = ", ".join(f"{word} ({loss:.4f})" for word, loss in line["start_words"])
+    if line.get("chosen"):
+        found["chosen"] = line["chosen"]
     if "verdict" in line:
         found["verdict"] = f"{line['verdict']}: {line['reason']}"
     return found

@@ -26,11 +26,15 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Vectors:
-    """The vectors as they would be saved after ``step`` steps in ``epoch`` (from 1): on the CPU, [N, D] per encoder."""
+    """The vectors as they would be saved after ``step`` steps in ``epoch`` (from 1): on the CPU, [N, D] per encoder.
+
+    ``chosen`` says how they became the result of a run, where they are not simply those of its last step.
+    """
 
     rows: Sequence[Tensor]
     step: int
     epoch: int
+    chosen: str | None = None
 
 
 class Lookout:

@@ -43,11 +43,17 @@ class Callback:
     def after_validation(self, progress: Progress, loss: float) -> None:
         """The loss on held-out images is known."""
 
+    def after_fixed_loss(self, progress: Progress, loss: float) -> None:
+        """The loss with fixed noise is known."""
+
     def after_samples(self, progress: Progress, images: Mapping[int, np.ndarray]) -> None:
         """All processes have drawn their sample images: uint8 [H, W, 3] by the number of their prompt."""
 
     def after_save(self, progress: Progress, action: Action) -> None:
         """An embedding file or a state is complete, the result of the run included."""
+
+    def before_result(self, progress: Progress) -> None:
+        """No more steps follow, and the result is about to be saved."""
 
     def after_result(self, path: Path) -> None:
         """The result is the embedding file ``path``, and what it was trained with can still be used."""
@@ -85,6 +91,11 @@ class Callbacks(Callback):
         for entry in self.entries:
             entry.after_validation(progress, loss)
 
+    def after_fixed_loss(self, progress: Progress, loss: float) -> None:
+        """Tell each entry."""
+        for entry in self.entries:
+            entry.after_fixed_loss(progress, loss)
+
     def after_samples(self, progress: Progress, images: Mapping[int, np.ndarray]) -> None:
         """Tell each entry."""
         for entry in self.entries:
@@ -94,6 +105,11 @@ class Callbacks(Callback):
         """Tell each entry."""
         for entry in self.entries:
             entry.after_save(progress, action)
+
+    def before_result(self, progress: Progress) -> None:
+        """Tell each entry."""
+        for entry in self.entries:
+            entry.before_result(progress)
 
     def after_result(self, path: Path) -> None:
         """Tell each entry."""

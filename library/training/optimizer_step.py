@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from library.embedding.tokenizer import TrainableRows
 from library.options.console import silenced
 from library.options.options import Options
 from library.support.errors import UserError, first_line
+from library.support.lookout import Vectors
 from library.support.signals import in_one_piece
 from library.training.denoising import DenoisingTask
 from library.training.divergence_guard import DivergenceGuard
@@ -47,7 +49,7 @@ class Learner:
     """The rows with their optimizer, its schedule and the ``rules`` of a step.
 
     ``progress`` counts the steps; ``gradient_norm`` is that of the last one's gradient over all rows, before it was
-    limited.
+    limited. ``result`` are the vectors to save and to use in the end, where they are not those of the last step.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Learner:
         self.accelerator, self.rows, self.choice, self.schedule, self.watch = accelerator, rows, choice, schedule, watch
         self.progress, self.rules = progress, rules
         self.gradient_norm = 0.0
+        self.result: Vectors | None = None
         self.optimizer: AcceleratedOptimizer
         self.optimizer, self.prepared_rows = accelerator.prepare(choice.optimizer, rows)
 
@@ -110,9 +113,12 @@ class Learner:
     def averaged_rows(self) -> Iterator[list[Tensor]]:
         """The rows as they are to be used, within a ``with``: the average of an optimizer that keeps one.
 
-        The training values come back bit by bit, so that saving more often does not change a run.
+        Once the ``result`` is chosen, it is that. The training values come back bit by bit, so that saving more often
+        does not change a run.
         """
         with self.rows.kept(), averaged_values(self.choice.optimizer):
+            if self.result is not None:
+                self.rows.assign(self.result.rows)
             yield self.values()
 
     def values(self) -> list[Tensor]:
@@ -227,6 +233,23 @@ def check_learning(options: Options, total_steps: int) -> None:
     """Find mistakes in the optimizer's and the schedule's options before anything is loaded. Raises UserError."""
     with silenced():  # what there is to say is said when the real ones are built
         choice = build_optimizer(options.optimizer, [torch.nn.Parameter(torch.zeros(1, 1))])
+        if choice.schedule_free and options.recipe.average_last:
+            raise UserError(
+                f"--average_last: {type(choice.optimizer).__name__} saves an average of its own already. Leave one of "
+                "them out."
+            )
         schedule = build_lr_schedule(options.schedule, choice, total_steps)
         if options.save.save_state or options.save.save_state_on_train_end:
             packed({"optimizer": choice.optimizer.state_dict(), "schedule": schedule.state_dict()})
+
+
+def planned_rates(options: Options, total_steps: int) -> list[float]:
+    """The learning rate of each of the run's steps; one that follows the loss stays as it begins."""
+    with silenced(), warnings.catch_warnings(action="ignore"):  # torch: the optimizer makes no steps
+        choice = build_optimizer(options.optimizer, [torch.nn.Parameter(torch.zeros(1, 1))])
+        schedule = build_lr_schedule(options.schedule, choice, total_steps)
+        rates = []
+        for _ in range(total_steps):
+            rates += schedule.get_last_lr()[:1]
+            schedule.go_to(1)
+    return rates

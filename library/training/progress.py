@@ -10,13 +10,15 @@ class Progress:
     """After ``step`` optimizer steps, the last of them in ``epoch`` (from 1; 0 before the first).
 
     Of that epoch this process has done ``batches_done`` batches; ``epoch_closed`` tells whether its end has come, and
-    with it what is due then. The step is counted in the same moment in which it changes the vectors.
+    with it what is due then. The step is counted in the same moment in which it changes the vectors. A run that is
+    ``stopped`` takes no more steps, however many were planned.
     """
 
     step: int = 0
     epoch: int = 0
     batches_done: int = 0
     epoch_closed: bool = True
+    stopped: bool = False
 
     @classmethod
     def at(cls, plan: RunPlan, step: int, *, closed: bool) -> "Progress":

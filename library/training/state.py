@@ -55,7 +55,8 @@ class TrainingState:
     began with, ``learner`` is what ``Learner.state_dict`` gives, ``epoch_losses`` are the losses of the epoch so far,
     ``random_states`` those of each process (see :func:`random_states`). ``run`` is what all files of the run hold ("",
     as in ``contents``: not known), ``base`` the checkpoint's hash if it has one; ``resumed`` tells what ``--resume``
-    has changed so far.
+    has changed so far. ``stopping`` is what ``EarlyStopping.state_dict`` gives, ``averaging``
+    what ``TailAverage.state_dict`` does.
     """
 
     step: int
@@ -72,6 +73,8 @@ class TrainingState:
     base: str | None = None
     resumed: str | None = None
     contents: str = ""
+    stopping: dict[str, Any] | None = None
+    averaging: dict[str, Any] | None = None
 
     def write(self, folder: Path) -> Path | None:
         """Make the folder, or replace an older state of the same run in it, at once or not at all. Raises UserError.

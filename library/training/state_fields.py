@@ -78,6 +78,33 @@ def _are_losses(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(loss, float) for loss in value)
 
 
+def _is_stopping(value: Any) -> bool:
+    """The losses that ``--early_stopping`` has measured and, of any, the vectors with the lowest."""
+    if value is None:
+        return True
+    if not isinstance(value, dict) or value.keys() != {"losses", "best"} or not _are_losses(value["losses"]):
+        return False
+    best = value["best"]
+    return best is None or (
+        isinstance(best, dict)
+        and best.keys() == {"rows", "step", "epoch"}
+        and _are_rows(best["rows"])
+        and all(_is_step(best[name]) for name in ("step", "epoch"))
+    )
+
+
+def _is_averaging(value: Any) -> bool:
+    """The mean that ``--average_last`` has so far, of how many steps, and where it began."""
+    if value is None:
+        return True
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"mean", "count", "begin"}
+        and _are_rows(value["mean"])
+        and all(_is_step(value[name]) for name in ("count", "begin"))
+    )
+
+
 def _are_random_states(value: Any) -> bool:
     return isinstance(value, list) and len(value) > 0 and all(map(_is_random_state, value))
 
@@ -116,4 +143,6 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "base": lambda value: value is None or isinstance(value, str),
     "resumed": lambda value: value is None or isinstance(value, str),
     "contents": lambda value: isinstance(value, str),
+    "stopping": _is_stopping,
+    "averaging": _is_averaging,
 }

@@ -105,6 +105,11 @@ class FixedLosses(Callback):
         if progress.step % EVERY == 0 or progress.step == self.job.plan.total_steps:
             self._measure(progress.step)
 
+    def before_result(self, progress: Progress) -> None:
+        """In the end, where the result is not simply the last vectors: they have been measured already."""
+        if self.setup.learner.result is not None:
+            self._measure(progress.step)
+
     def after_training(self, path: Path) -> None:
         """Noise of the losses, images and norms."""
         self.found.seconds = time.monotonic() - self.started - self.measuring

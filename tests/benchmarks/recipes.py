@@ -162,7 +162,8 @@ class Page:
                     if group := self.group(recipe, model, concept.name):
                         means = [
                             (float(step[0][0]), statistics.mean(one for _, one, _ in step))
-                            for step in zip(*(each.losses for each in group.found), strict=True)
+                            # Some may have been stopped before others.
+                            for step in zip(*(each.losses for each in group.found), strict=False)
                         ]
                         series.append(Series(recipe.name, means[1:], colour % 8))
                 charts.append(line_chart(f"{model}, {concept.name}", series))

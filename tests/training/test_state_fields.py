@@ -45,6 +45,13 @@ def test_a_sound_state(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "stopping", [None, {"losses": [], "best": None}, {"losses": [0.5], "best": {"rows": [ROWS], "step": 3, "epoch": 1}}]
+)
+def test_what_early_stopping_keeps(stopping, tmp_path):
+    assert read({**sound(), "stopping": stopping}, tmp_path).stopping is not None or stopping is None
+
+
+@pytest.mark.parametrize(
     ("field", "value"),
     [
         ("step", -1),
@@ -72,6 +79,18 @@ def test_a_sound_state(tmp_path):
         ("learner", {**sound()["learner"], "schedule": None}),
         ("learner", {**sound()["learner"], "taught": "yes"}),
         ("learner", {**sound()["learner"], "rows": [torch.ones(2)]}),
+        ("stopping", []),
+        ("stopping", {"losses": [0.5]}),
+        ("stopping", {"losses": [1], "best": None}),
+        ("stopping", {"losses": [0.5], "best": [ROWS]}),
+        ("stopping", {"losses": [0.5], "best": {"rows": [ROWS], "step": 1}}),
+        ("stopping", {"losses": [0.5], "best": {"rows": [ROWS[0]], "step": 1, "epoch": 1}}),
+        ("stopping", {"losses": [0.5], "best": {"rows": [ROWS], "step": -1, "epoch": 1}}),
+        ("averaging", []),
+        ("averaging", {"mean": [ROWS], "count": 2}),
+        ("averaging", {"mean": [ROWS[0]], "count": 2, "begin": 1}),
+        ("averaging", {"mean": [ROWS], "count": 2.0, "begin": 1}),
+        ("averaging", {"mean": [ROWS], "count": 2, "begin": -1}),
         ("epoch_losses", [1]),
         ("epoch_losses", 0.5),
         ("random_states", []),
