@@ -3,6 +3,7 @@
 A session runs either the tests of GPUs (``pytest -m gpu``) or the others, on the CPU whatever the machine has.
 """
 
+import gc
 import logging
 import os
 import re
@@ -70,6 +71,24 @@ def pytest_collection_modifyitems(config, items):
         items[:] = chosen
 
 
+_MANY_MODULES = 50  # as many as a library brings
+_modules_known = 0
+
+
+def _spare_imports() -> None:
+    """Let the garbage collector pass over what imports made: a million objects that stay, at every turn."""
+    global _modules_known
+    if len(sys.modules) >= _modules_known + _MANY_MODULES:
+        _modules_known = len(sys.modules)
+        gc.collect()
+        gc.freeze()
+
+
+def pytest_collection_finish():
+    """What the tests' files import, and the tests themselves, stay."""
+    _spare_imports()
+
+
 @pytest.fixture
 def bfloat16_cpu(monkeypatch) -> Callable[[bool], None]:
     """A CPU that works in bfloat16, whatever the machine has; called with False, one without such instructions."""
@@ -107,6 +126,7 @@ def _clean_process():
         state.GradientState._reset_state()
     if threads is not None:
         sys.modules["torch"].set_num_threads(threads)
+    _spare_imports()
 
 
 def _folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
