@@ -71,10 +71,22 @@ def pytest_collection_modifyitems(config, items):
         items[:] = chosen
 
 
+_MANY_MODULES = 50  # as many as a library brings
+_modules_known = 0
+
+
+def _spare_imports() -> None:
+    """Let the garbage collector pass over what imports made: a million objects that stay, at every turn."""
+    global _modules_known
+    if len(sys.modules) >= _modules_known + _MANY_MODULES:
+        _modules_known = len(sys.modules)
+        gc.collect()
+        gc.freeze()
+
+
 def pytest_collection_finish():
-    """What collecting imported stays: no search for garbage goes through it again."""
-    gc.collect()
-    gc.freeze()
+    """What the tests' files import, and the tests themselves, stay."""
+    _spare_imports()
 
 
 @pytest.fixture
@@ -114,6 +126,7 @@ def _clean_process():
         state.GradientState._reset_state()
     if threads is not None:
         sys.modules["torch"].set_num_threads(threads)
+    _spare_imports()
 
 
 def _folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -12,24 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands import launch
 from runs import SCRIPTS, TOKEN, arguments, run, trainers, write_dataset  # noqa: F401  (a fixture)
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_models import save_folder
+from torch.distributed import run as distributed
 from warm_processes import WarmProcess
 
 from library.support import processes
 from library.training.state import TrainingState
 
 ROOT = Path(__file__).parents[2]
-
-
-def start(module: str, *arguments: object) -> subprocess.CompletedProcess:
-    """Run a Python module in a process of its own, offline and on the CPU."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, "-m", module, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
 
 
 # What torch says of a port that another program listens to.
@@ -43,44 +38,19 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def two_nodes(*command: object) -> list[tuple[int, str, str]]:
-    """Run a script as two nodes of one process each, as two machines would: each has a launcher of its own.
+def two_nodes(argv: list[str], folder: Path) -> list[tuple[int, str, str]]:
+    """Run the script of SD models as two nodes of one process each, as two machines would: each has its launcher.
 
     Exit code, standard output and errors of each. Anew where another program took the port in between.
     """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     for _ in range(5):
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
-        launcher += ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
-        nodes = [
-            subprocess.Popen(
-                [*launcher, f"--node_rank={rank}", *map(str, command)],
-                cwd=ROOT,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in (0, 1)
-        ]
-        done = _ended(nodes)
+        launcher = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+        given = [[*launcher, f"--node_rank={rank}", SCRIPTS["sd1"].__file__, *argv] for rank in (0, 1)]
+        done = _both(folder, Path(distributed.__file__), given, [environment] * 2)
         if not any(TAKEN in errors for _, _, errors in done):
             break
     return done
-
-
-def _ended(nodes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
-    said = []
-    try:
-        for node in nodes:
-            said.append(node.communicate(timeout=300))
-            if TAKEN in said[-1][1]:  # the others would wait for a partner that listens to another program's port
-                break
-    finally:
-        for node in nodes:
-            node.kill()
-    said += [node.communicate() for node in nodes[len(said) :]]
-    return [(node.returncode, *texts) for node, texts in zip(nodes, said, strict=True)]
 
 
 def two_processes(file: Path, argv: list[str], folder: Path, **environment: str) -> list[tuple[int, str, str]]:
@@ -110,11 +80,16 @@ def _two_processes(
     common |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if "ACCELERATE_USE_CPU" not in environment:
         del common["ACCELERATE_USE_CPU"]
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
+    return _both(folder, file, [argv] * 2, [{**common, **each} for each in ranks])
+
+
+def _both(folder: Path, file: Path, given: list[list[str]], environments: list[dict]) -> list[tuple[int, str, str]]:
+    """Run a file twice at a time, and wait for both."""
     begun = []
     try:
-        for rank in range(2):
-            ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            begun.append(WarmProcess(folder, rank, file, argv, {**common, **ranks}))
+        for number, (argv, environment) in enumerate(zip(given, environments, strict=True)):
+            begun.append(WarmProcess(folder, number, file, argv, environment))
         first = begun[0].ended(300)
         if TAKEN in first[2]:  # the other would wait for a partner that listens to another program's port
             begun[1].kill()
@@ -167,7 +142,7 @@ def test_two_nodes_equal_one_process_with_accumulation(dataset, tmp_path, tiny_s
     alone = arguments("sd2", tiny_sd2, dataset, tmp_path / "one", *more, "--gradient_accumulation_steps=2")
     assert run("sd2", alone) == 0
     argv = arguments("sd2", tiny_sd2, dataset, tmp_path / "two", *more)
-    (first, out, errors), (second, silence, more_errors) = two_nodes(SCRIPTS["sd2"].__file__, *argv)
+    (first, out, errors), (second, silence, more_errors) = two_nodes(argv, tmp_path)
     assert (first, second) == (0, 0), errors + more_errors
     assert "2 processes" in errors
     assert (out.count("The embedding is in"), silence) == (1, "")
@@ -191,10 +166,9 @@ def test_images_of_all_processes_reach_the_trackers_and_the_report(dataset, tmp_
         if count == 1:
             alone = WarmProcess(tmp_path, 0, file, argv, {**os.environ, "RANK": "0", "WORLD_SIZE": "1"})
             code, said, errors = alone.ended(300)
+            assert code == 0, errors
         else:
-            done = start("torch.distributed.run", "--standalone", "--nproc_per_node=2", file, *argv)
-            code, said, errors = done.returncode, done.stdout, done.stderr
-        assert code == 0, errors
+            said = one_run(file, argv, tmp_path)
         (events,) = {path.parent for path in (tmp_path / folder / "logs").rglob("events*")}
         reader = EventAccumulator(str(events)).Reload()
         assert sorted(reader.Tags()["images"]) == ["sample_0", "sample_1", "sample_2", "samples"]
@@ -238,17 +212,16 @@ def test_two_processes_go_on_from_a_state(dataset, tmp_path, tiny_sd1):
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signal")
 def test_a_run_that_is_told_to_end_keeps_what_it_learned(dataset, tmp_path, tiny_sd1):
     argv = arguments("sd1", tiny_sd1, dataset, tmp_path / "out", "--max_train_steps=100000", "--save_every_n_steps=3")
-    command = [sys.executable, SCRIPTS["sd1"].__file__, *argv, "--max_data_loader_n_workers=1"]
-    process = subprocess.Popen(
-        [*map(str, command)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
-    )
+    argv.append("--max_data_loader_n_workers=1")
+    script = Path(SCRIPTS["sd1"].__file__)
+    begun = WarmProcess(tmp_path, 0, script, argv, {**os.environ, "OMP_NUM_THREADS": "1"})
     for _ in range(1200):
-        if (tmp_path / "out" / f"{TOKEN}-step00000003.safetensors").exists() or process.poll() is not None:
+        if (tmp_path / "out" / f"{TOKEN}-step00000003.safetensors").exists() or not begun.process.is_alive():
             break
         time.sleep(0.1)
-    process.terminate()
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 143, said
+    begun.process.terminate()
+    code, _, said = begun.ended(60)
+    assert code == 143, said
     kept = re.search(r"The vectors of step (\d+) are kept in (.+)\.$", said, re.MULTILINE)
     assert int(kept[1]) >= 3
     assert load_file(kept[2])["emb_params"].isfinite().all()
@@ -257,9 +230,11 @@ def test_a_run_that_is_told_to_end_keeps_what_it_learned(dataset, tmp_path, tiny
 
 def test_a_mistake_through_the_launcher_is_a_sentence(dataset, tmp_path, tiny_sd1):
     argv = [*arguments("sd1", tiny_sd1, dataset, tmp_path / "out"), "--token_string=cat"]
-    done = start("accelerate.commands.launch", "--cpu", "--num_processes=1", SCRIPTS["sd1"].__file__, *argv)
-    assert done.returncode != 0
-    assert 'error: --token_string "cat"' in done.stderr
+    command = ["--cpu", "--num_processes=1", SCRIPTS["sd1"].__file__, *argv]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    code, _, said = WarmProcess(tmp_path, 0, Path(launch.__file__), command, environment).ended(300)
+    assert code != 0
+    assert 'error: --token_string "cat"' in said
 
 
 def test_loader_workers_change_nothing(dataset, tmp_path, tiny_sd1):
