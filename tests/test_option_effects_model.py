@@ -256,6 +256,21 @@ def test_fp16_without_a_gpu_becomes_bf16(bench, monkeypatch):
 
 
 @shows("mixed_precision")
+@pytest.mark.parametrize("capable", [True, False])
+def test_a_cpu_that_is_slow_in_bf16_is_told_of(capable, bfloat16_cpu, monkeypatch, caplog):
+    monkeypatch.setattr(runtime, "computes_on_cpu", lambda: True)
+    bfloat16_cpu(capable)
+    runtime.choose_precision(RuntimeOptions(mixed_precision="no"))
+    assert not caplog.records
+    runtime.choose_precision(RuntimeOptions(mixed_precision="bf16"))
+    assert ("bf16 is slow here: this CPU has no instructions for bfloat16" in caplog.text) is not capable
+    monkeypatch.setattr(runtime, "computes_on_cpu", lambda: False)
+    caplog.clear()
+    runtime.choose_precision(RuntimeOptions(mixed_precision="bf16"))
+    assert not caplog.records
+
+
+@shows("mixed_precision")
 def test_precision_given_wins_over_that_of_the_launcher(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert runtime.choose_precision(RuntimeOptions()).dtype == torch.bfloat16

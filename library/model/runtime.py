@@ -70,6 +70,11 @@ def choose_precision(options: RuntimeOptions) -> Precision:
     if chosen == "fp16" and computes_on_cpu():
         logger.warning("fp16 needs a GPU and none is used: bf16 is used instead.")
         chosen = "bf16"
+    if chosen == "bf16" and computes_on_cpu() and not _multiplies_bfloat16():
+        logger.warning(
+            "bf16 is slow here: this CPU has no instructions for bfloat16, so that a step can take many times as "
+            "long as in float32. Use --mixed_precision=no where twice the memory for the frozen models is at hand."
+        )
     if options.full_fp16 or options.full_bf16:
         flag = "--full_fp16" if options.full_fp16 else "--full_bf16"
         logger.info(
@@ -83,13 +88,18 @@ def computes_on_cpu() -> bool:
     return not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
+def _multiplies_bfloat16() -> bool:
+    """Whether this CPU does so itself, and not by way of float32."""
+    capable = torch.cpu.get_capabilities()
+    return any(capable.get(name) for name in _BFLOAT16_INSTRUCTIONS)
+
+
 def vae_dtype(precision: Precision, device: torch.device, *, whole: bool = False) -> torch.dtype:
     """What the VAE works in: the run's precision, but float32 if that is asked for (``whole``) or faster.
 
     A CPU without instructions for bfloat16 multiplies it by way of float32.
     """
-    capable = torch.cpu.get_capabilities()
-    if whole or (device.type == "cpu" and not any(capable.get(name) for name in _BFLOAT16_INSTRUCTIONS)):
+    if whole or (device.type == "cpu" and not _multiplies_bfloat16()):
         return torch.float32
     return precision.dtype
 
