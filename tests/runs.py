@@ -12,6 +12,7 @@ from inputs import TOKEN, arguments, write_dataset
 import sdxl_train_textual_inversion
 import train_textual_inversion
 from library import trainer
+from library.model import base_model
 from library.setup import Job, Setup
 
 SCRIPTS = {"sd1": train_textual_inversion, "sd2": train_textual_inversion, "sdxl": sdxl_train_textual_inversion}
@@ -19,9 +20,23 @@ SCRIPTS = {"sd1": train_textual_inversion, "sd2": train_textual_inversion, "sdxl
 __all__ = ["SCRIPTS", "TOKEN", "Training", "arguments", "recorded_trainings", "run", "trainers", "write_dataset"]
 
 
+_read_tokenizer = base_model._read_tokenizer
+_tokenizers = {}
+
+
+def _tokenizer_read_once(folder: Path):
+    """The tokenizer of a folder, which no run changes: reading it takes as long as a step of a tiny model."""
+    files = ((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in folder.iterdir())
+    key = (folder, *sorted(files))
+    if key not in _tokenizers:
+        _tokenizers[key] = _read_tokenizer(folder)
+    return _tokenizers[key]
+
+
 def run(family: str, argv: list[str]) -> int:
     """The exit code of the family's script."""
-    return SCRIPTS[family].main(argv)
+    with patch.object(base_model, "_read_tokenizer", _tokenizer_read_once):
+        return SCRIPTS[family].main(argv)
 
 
 @dataclass

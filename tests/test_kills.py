@@ -8,11 +8,10 @@ variable FILE_EVENTS_STRIDE says otherwise, and 1 strikes at all of them (half a
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from warm_processes import WarmProcess
 
 TESTS = Path(__file__).parent
 
@@ -20,18 +19,13 @@ TESTS = Path(__file__).parent
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 @pytest.mark.parametrize("kind", ["kill", "full"])
-def test_whatever_happens_at_a_file_event(kind, tiny_sd1):
+def test_whatever_happens_at_a_file_event(kind, tiny_sd1, tmp_path):
     stride = os.environ.get("FILE_EVENTS_STRIDE", "29")
-    path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-    done = subprocess.run(
-        [sys.executable, str(TESTS / "file_events.py"), str(tiny_sd1), kind, stride],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    argv = [tiny_sd1, kind, stride]
+    process = WarmProcess(tmp_path, 0, TESTS / "file_events.py", argv, {**os.environ, "OMP_NUM_THREADS": "1"})
+    code, said, errors = process.ended(3 * 3600)
+    assert code == 0, errors
+    found = json.loads(said.splitlines()[-1])
     print(f"{kind}: {found['struck']} of {found['events']} file events")
     assert found["struck"] > 5
     assert found["wrong"] == []

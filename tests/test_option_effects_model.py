@@ -15,7 +15,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from option_effects import Bench, captions_of, plan, shows
 from runs import TOKEN, arguments, write_dataset
 from safetensors.torch import load_file, save_file
-from tiny_models import build_pipeline, ldm_vae, save_folder
+from tiny_models import build_pipeline, build_unet, ldm_vae, save_folder
 
 from library.data.captions import OBJECT_TEMPLATES, STYLE_TEMPLATES
 from library.data.latent_cache import LatentCache
@@ -384,9 +384,23 @@ def test_xformers(bench, monkeypatch):
     assert switched == ["unet", "vae"]
 
 
+def with_small_unet(family, folder):
+    """A model whose U-Net has a block of each kind and no more: each layer takes the compiler a second."""
+    kinds = ("DownBlock2D", "CrossAttnDownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
+    changes = {"block_out_channels": (32, 64), "layers_per_block": 1}
+    changes |= dict(zip(("down_block_types", "up_block_types"), kinds, strict=True))
+    if family == "sdxl":
+        changes |= {"transformer_layers_per_block": [1, 1], "attention_head_dim": [4, 4]}
+    pipeline = build_pipeline(family)
+    pipeline.register_modules(unet=build_unet(family, **changes))
+    pipeline.save_pretrained(folder)
+    return folder
+
+
 @shows("torch_compile", "dynamo_backend")
 @pytest.mark.parametrize(("family", "backend", "steps"), [("sd1", "aot_eager", 1), ("sdxl", "eager", 2)])
-def test_compilation(bench, family, backend, steps):
+def test_compilation(bench, family, backend, steps, tmp_path):
+    model = f"--pretrained_model_name_or_path={with_small_unet(family, tmp_path / 'model')}"
     compiled = []
     original = torch.nn.Module.compile
 
@@ -396,14 +410,14 @@ def test_compilation(bench, family, backend, steps):
 
     torch._dynamo.reset()
     with patch.object(torch.nn.Module, "compile", recorded):
-        faster = bench("--torch_compile", f"--dynamo_backend={backend}", family=family, steps=steps)
+        faster = bench(model, "--torch_compile", f"--dynamo_backend={backend}", family=family, steps=steps)
         idle = bench("--torch_compile", "--dynamo_backend=no")
         bench(f"--dynamo_backend={backend}")
     encoders = {"sd1": ["CLIPTextModel"], "sdxl": ["CLIPTextModel", "CLIPTextModelWithProjection"]}[family]
     assert compiled == [(name, backend) for name in ["UNet2DConditionModel", *encoders]]
     for module in (faster.setup.task.unet, *faster.setup.prompt_encoder.text_encoders):
         assert module._compiled_call_impl is not None
-    plain = bench.plain(family, steps)
+    plain = bench(model, family=family, steps=steps)
     assert faster.losses == pytest.approx(plain.losses, rel=1e-4)
     for ours, theirs in zip(faster.rows[-1], plain.rows[-1], strict=True):
         assert torch.allclose(ours, theirs, atol=1e-3)

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from library.data.caption_files import caption_extensions
@@ -122,8 +123,13 @@ def _some(paths: Sequence[str]) -> str:
 
 def _is_known(word: Placeholder) -> bool:
     """Whether the token is a word of the vocabulary, as far as that can be told without the model's tokenizer."""
-    vocabulary = json.loads((VOCABULARY / "vocab.json").read_text(encoding="utf-8"))
-    return f"{word.text.lower()}</w>" in vocabulary
+    return f"{word.text.lower()}</w>" in _vocabulary()
+
+
+@cache
+def _vocabulary() -> frozenset[str]:
+    """The bundled vocabulary's tokens, as they are written there."""
+    return frozenset(json.loads((VOCABULARY / "vocab.json").read_text(encoding="utf-8")))
 
 
 def presence(caption: str, rules: CaptionRules, word: Placeholder) -> str:

@@ -1,6 +1,7 @@
 """The header of a safetensors file, checked in every point before any of its tensors is read."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any, NoReturn, TypeGuard
 
@@ -13,6 +14,7 @@ from library.support.stored_tensors import Place, contiguous, is_count, is_shape
 LONGEST_HEADER = 25_000_000
 _LONGEST_NAME = 1000
 _AGAIN = "Download or copy it again."
+_HALF = re.compile("[\ud800-\udfff]")
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -74,7 +76,7 @@ def _no_constant(name: str) -> NoReturn:
 
 def _is_text(value: object) -> TypeGuard[str]:
     """Whether it is a string that can be printed: JSON also knows halves of characters."""
-    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+    return isinstance(value, str) and not _HALF.search(value)
 
 
 def _metadata(path: Path, content: object) -> dict[str, str]:

@@ -8,7 +8,7 @@ import io
 import mmap as memory_map
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from math import prod
 from pathlib import Path
 from typing import TypeGuard
@@ -34,7 +34,7 @@ class Place:
     stride: tuple[int, ...]
     start: int
 
-    @property
+    @cached_property
     def span(self) -> int:
         """Bytes from ``start`` to the end of the last element."""
         if 0 in self.shape:

@@ -22,7 +22,7 @@ def _few_small_steps(monkeypatch):
     """The images of the tiny models say nothing anyway, nor do many of them or many samples of their loss."""
     monkeypatch.setattr(learning_report, "PICTURES", 4)
     monkeypatch.setattr(learning_report, "_STEPS", 2)
-    monkeypatch.setattr(learning_report, "_LOSS_SAMPLES", 12)
+    monkeypatch.setattr(learning_report, "_LOSS_SAMPLES", 4)
 
 
 def reported(family, tmp_path, model, *more, dataset="", caption=f"a photo of {TOKEN} (new)"):
@@ -43,7 +43,7 @@ def numbers_in(folder) -> dict:
 @shows("learning_report")
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_what_is_written(family, tmp_path, request, capsys, monkeypatch):
-    monkeypatch.setattr(learning_report, "PICTURES", 16)
+    monkeypatch.setattr(learning_report, "PICTURES", 8)  # as many as the sheet shows of each
     found = reported(family, tmp_path, model_of(family, request), "--num_vectors_per_token=2")
     assert found["before"]["prompt_word"] == '"girl"'
     assert found["after"]["prompt_word"] == f'"{TOKEN}"'
@@ -53,7 +53,7 @@ def test_what_is_written(family, tmp_path, request, capsys, monkeypatch):
         assert found["after"][name] > 0
         assert found["before"][name] != found["after"][name]
     printed = capsys.readouterr().out
-    assert "What the token learned (16 images each, drawn from the same noise):" in printed
+    assert "What the token learned (8 images each, drawn from the same noise):" in printed
     assert f"{found['after']['distance']:.2f}" in printed
     assert f"{found['after']['loss']:.5f}" in printed
     with Image.open(tmp_path / "out" / f"{TOKEN}_report.png") as sheet:

@@ -155,6 +155,7 @@ def test_the_report_of_an_earlier_run_is_kept_with_its_embedding(dataset, tmp_pa
 def test_one_verdict_everywhere(dataset, tmp_path, tiny_sd1, monkeypatch):
     monkeypatch.setattr(learning_report, "_STEPS", 2)
     monkeypatch.setattr(learning_report, "PICTURES", 4)
+    monkeypatch.setattr(learning_report, "_LOSS_SAMPLES", 8)
     argv = arguments("sd1", tiny_sd1, dataset, tmp_path, "--learning_report", "--save_state_on_train_end", REPORT)
     outcome = train("sd1", argv, tmp_path)
     written = json.loads((tmp_path / f"{TOKEN}_report.json").read_text())

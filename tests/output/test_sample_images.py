@@ -88,6 +88,8 @@ def test_the_sampler_is_the_prompts_own_or_the_options(command, tmp_path):
 
 def test_drawing_changes_nothing(command, tmp_path, monkeypatch):
     monkeypatch.setattr(learning_report, "_STEPS", 2)
+    monkeypatch.setattr(learning_report, "PICTURES", 4)
+    monkeypatch.setattr(learning_report, "_LOSS_SAMPLES", 8)
     assert run("sd1", command(folder="plain")) == 0
     drawn = ("--sample_every_n_steps=1", "--sample_at_first", "--sample_sampler=euler_a", "--learning_report")
     assert run("sd1", command(*drawn, folder="drawn")) == 0
@@ -114,7 +116,7 @@ def test_a_decoder_that_overflows_changes_nothing(command, tmp_path, monkeypatch
         return original(vae, latents) * (1 if vae.decoding_dtype == torch.float32 else torch.inf)
 
     monkeypatch.setattr(FrozenVae, "_pixels", overflowing)
-    flags = ("--cache_latents=false", "--mixed_precision=bf16")
+    flags = ("--cache_latents=false", "--mixed_precision=bf16", "--max_train_steps=2")
     assert run("sd1", command(*flags, folder="plain")) == 0
     assert run("sd1", command(*flags, "--sample_every_n_steps=1", folder="drawn")) == 0
     assert capsys.readouterr().err.count("it draws in float32 from here on") == 1

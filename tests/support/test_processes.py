@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands import launch
 from runs import SCRIPTS, TOKEN, arguments, run, trainers, write_dataset  # noqa: F401  (a fixture)
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -23,13 +24,6 @@ from library.support import processes
 from library.training.state import TrainingState
 
 ROOT = Path(__file__).parents[2]
-
-
-def start(module: str, *arguments: object) -> subprocess.CompletedProcess:
-    """Run a Python module in a process of its own, offline and on the CPU."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, "-m", module, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
 
 
 # What torch says of a port that another program listens to.
@@ -191,10 +185,9 @@ def test_images_of_all_processes_reach_the_trackers_and_the_report(dataset, tmp_
         if count == 1:
             alone = WarmProcess(tmp_path, 0, file, argv, {**os.environ, "RANK": "0", "WORLD_SIZE": "1"})
             code, said, errors = alone.ended(300)
+            assert code == 0, errors
         else:
-            done = start("torch.distributed.run", "--standalone", "--nproc_per_node=2", file, *argv)
-            code, said, errors = done.returncode, done.stdout, done.stderr
-        assert code == 0, errors
+            said = one_run(file, argv, tmp_path)
         (events,) = {path.parent for path in (tmp_path / folder / "logs").rglob("events*")}
         reader = EventAccumulator(str(events)).Reload()
         assert sorted(reader.Tags()["images"]) == ["sample_0", "sample_1", "sample_2", "samples"]
@@ -238,17 +231,16 @@ def test_two_processes_go_on_from_a_state(dataset, tmp_path, tiny_sd1):
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signal")
 def test_a_run_that_is_told_to_end_keeps_what_it_learned(dataset, tmp_path, tiny_sd1):
     argv = arguments("sd1", tiny_sd1, dataset, tmp_path / "out", "--max_train_steps=100000", "--save_every_n_steps=3")
-    command = [sys.executable, SCRIPTS["sd1"].__file__, *argv, "--max_data_loader_n_workers=1"]
-    process = subprocess.Popen(
-        [*map(str, command)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
-    )
+    argv.append("--max_data_loader_n_workers=1")
+    script = Path(SCRIPTS["sd1"].__file__)
+    begun = WarmProcess(tmp_path, 0, script, argv, {**os.environ, "OMP_NUM_THREADS": "1"})
     for _ in range(1200):
-        if (tmp_path / "out" / f"{TOKEN}-step00000003.safetensors").exists() or process.poll() is not None:
+        if (tmp_path / "out" / f"{TOKEN}-step00000003.safetensors").exists() or not begun.process.is_alive():
             break
         time.sleep(0.1)
-    process.terminate()
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 143, said
+    begun.process.terminate()
+    code, _, said = begun.ended(60)
+    assert code == 143, said
     kept = re.search(r"The vectors of step (\d+) are kept in (.+)\.$", said, re.MULTILINE)
     assert int(kept[1]) >= 3
     assert load_file(kept[2])["emb_params"].isfinite().all()
@@ -257,9 +249,11 @@ def test_a_run_that_is_told_to_end_keeps_what_it_learned(dataset, tmp_path, tiny
 
 def test_a_mistake_through_the_launcher_is_a_sentence(dataset, tmp_path, tiny_sd1):
     argv = [*arguments("sd1", tiny_sd1, dataset, tmp_path / "out"), "--token_string=cat"]
-    done = start("accelerate.commands.launch", "--cpu", "--num_processes=1", SCRIPTS["sd1"].__file__, *argv)
-    assert done.returncode != 0
-    assert 'error: --token_string "cat"' in done.stderr
+    command = ["--cpu", "--num_processes=1", SCRIPTS["sd1"].__file__, *argv]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    code, _, said = WarmProcess(tmp_path, 0, Path(launch.__file__), command, environment).ended(300)
+    assert code != 0
+    assert 'error: --token_string "cat"' in said
 
 
 def test_loader_workers_change_nothing(dataset, tmp_path, tiny_sd1):
