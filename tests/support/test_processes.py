@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_models import save_folder
+from torch.distributed import run as distributed
 from warm_processes import WarmProcess
 
 from library.support import processes
@@ -37,44 +38,19 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def two_nodes(*command: object) -> list[tuple[int, str, str]]:
-    """Run a script as two nodes of one process each, as two machines would: each has a launcher of its own.
+def two_nodes(argv: list[str], folder: Path) -> list[tuple[int, str, str]]:
+    """Run the script of SD models as two nodes of one process each, as two machines would: each has its launcher.
 
     Exit code, standard output and errors of each. Anew where another program took the port in between.
     """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     for _ in range(5):
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
-        launcher += ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
-        nodes = [
-            subprocess.Popen(
-                [*launcher, f"--node_rank={rank}", *map(str, command)],
-                cwd=ROOT,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in (0, 1)
-        ]
-        done = _ended(nodes)
+        launcher = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+        given = [[*launcher, f"--node_rank={rank}", SCRIPTS["sd1"].__file__, *argv] for rank in (0, 1)]
+        done = _both(folder, Path(distributed.__file__), given, [environment] * 2)
         if not any(TAKEN in errors for _, _, errors in done):
             break
     return done
-
-
-def _ended(nodes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
-    said = []
-    try:
-        for node in nodes:
-            said.append(node.communicate(timeout=300))
-            if TAKEN in said[-1][1]:  # the others would wait for a partner that listens to another program's port
-                break
-    finally:
-        for node in nodes:
-            node.kill()
-    said += [node.communicate() for node in nodes[len(said) :]]
-    return [(node.returncode, *texts) for node, texts in zip(nodes, said, strict=True)]
 
 
 def two_processes(file: Path, argv: list[str], folder: Path, **environment: str) -> list[tuple[int, str, str]]:
@@ -104,11 +80,16 @@ def _two_processes(
     common |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if "ACCELERATE_USE_CPU" not in environment:
         del common["ACCELERATE_USE_CPU"]
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
+    return _both(folder, file, [argv] * 2, [{**common, **each} for each in ranks])
+
+
+def _both(folder: Path, file: Path, given: list[list[str]], environments: list[dict]) -> list[tuple[int, str, str]]:
+    """Run a file twice at a time, and wait for both."""
     begun = []
     try:
-        for rank in range(2):
-            ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            begun.append(WarmProcess(folder, rank, file, argv, {**common, **ranks}))
+        for number, (argv, environment) in enumerate(zip(given, environments, strict=True)):
+            begun.append(WarmProcess(folder, number, file, argv, environment))
         first = begun[0].ended(300)
         if TAKEN in first[2]:  # the other would wait for a partner that listens to another program's port
             begun[1].kill()
@@ -161,7 +142,7 @@ def test_two_nodes_equal_one_process_with_accumulation(dataset, tmp_path, tiny_s
     alone = arguments("sd2", tiny_sd2, dataset, tmp_path / "one", *more, "--gradient_accumulation_steps=2")
     assert run("sd2", alone) == 0
     argv = arguments("sd2", tiny_sd2, dataset, tmp_path / "two", *more)
-    (first, out, errors), (second, silence, more_errors) = two_nodes(SCRIPTS["sd2"].__file__, *argv)
+    (first, out, errors), (second, silence, more_errors) = two_nodes(argv, tmp_path)
     assert (first, second) == (0, 0), errors + more_errors
     assert "2 processes" in errors
     assert (out.count("The embedding is in"), silence) == (1, "")
