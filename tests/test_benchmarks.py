@@ -28,7 +28,9 @@ def cells(page: str) -> list[list[str]]:
 
 
 def test_the_command_of_the_page_is_one():
-    done = subprocess.run([sys.executable, "-m", "tests.benchmarks", "--help"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.benchmarks", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage: python -m tests.benchmarks ")
 

@@ -10,11 +10,13 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from photos import make_photos
 from runs import TOKEN
+from warm_processes import WarmProcess
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = [sys.executable, str(ROOT / "train_textual_inversion.py")]
@@ -43,36 +45,74 @@ def command(*more: str) -> list[str]:
     return [*SCRIPT, *given, "--max_data_loader_n_workers=0", "--max_train_steps=4", *more]
 
 
-def on_a_terminal(argv: list[str], interrupt=None) -> tuple[int, str]:
-    """Run in a terminal of its own; ``interrupt`` is called with its descriptor and the process when it trains."""
+def on_a_terminal(argv: list[str]) -> tuple[int, str]:
+    """Run in a terminal of its own."""
     process, screen = pty.fork()
     if process == 0:
         os.execvpe(argv[0], argv, {**os.environ, "TERM": "xterm", "OMP_NUM_THREADS": "1"})
-    fcntl.ioctl(screen, termios.TIOCSWINSZ, struct.pack("HHHH", 24, WIDTH, 0, 0))
+    _set_size(screen)
+    shown = b"".join(_shown_on(screen))
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), shown.decode()
+
+
+def interrupted_on_a_terminal(folder: Path, interrupt) -> tuple[int, str]:
+    """Run in a terminal of its own, with everything imported.
+
+    ``interrupt`` is called with the terminal's descriptor and the process when it trains.
+    """
+    screen, inner = os.openpty()
+    _set_size(screen)
+    run = warm(folder, INTERRUPTED, os.ttyname(inner))
     shown, told = b"", False
+    for chunk in _shown_on(screen, inner):
+        shown += chunk
+        if not told and TRAINING.exists():
+            interrupt(screen, run.process.pid)
+            told = True
+    return run.ended(240)[0], shown.decode()
+
+
+def _set_size(screen: int) -> None:
+    fcntl.ioctl(screen, termios.TIOCSWINSZ, struct.pack("HHHH", 24, WIDTH, 0, 0))
+
+
+def _shown_on(screen: int, inner: int | None = None) -> Iterator[bytes]:
+    """What comes until nobody has the terminal any more; ``inner`` is this process's own hold of its other side."""
     try:
         while chunk := os.read(screen, 65536):
-            shown += chunk
-            if interrupt and not told and Path(f"out/{TOKEN}-step00000003.safetensors").exists():
-                interrupt(screen, process)
-                told = True
+            yield chunk
+            if inner is not None:  # the run has it now
+                os.close(inner)
+                inner = None
     except OSError:  # on Linux the end of a terminal is an error
         pass
     finally:
         os.close(screen)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), shown.decode()
 
 
-def through_a_pipe(argv: list[str], interrupt: signal.Signals | None = None) -> tuple[int, str]:
-    process = subprocess.Popen(
-        argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}
+def through_a_pipe(argv: list[str]) -> tuple[int, str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, check=False, timeout=240
     )
-    while interrupt and process.poll() is None and not Path(f"out/{TOKEN}-step00000003.safetensors").exists():
+    return done.returncode, done.stdout.decode()
+
+
+def warm(folder: Path, argv: list[str], terminal: str = "") -> WarmProcess:
+    """Begin a run with everything imported, on a terminal or into files."""
+    environment = {**os.environ, "TERM": "xterm", "OMP_NUM_THREADS": "1"}
+    return WarmProcess(folder, 0, ROOT / "tests" / "begun_in.py", [folder, terminal, *argv[1:]], environment)
+
+
+def into_files(folder: Path, argv: list[str], interrupt: signal.Signals | None = None) -> tuple[int, str]:
+    """Run with everything imported, and with files in place of a pipe: they are no terminal either."""
+    run = warm(folder, argv)
+    while interrupt and run.process.is_alive() and not TRAINING.exists():
         time.sleep(0.05)
     if interrupt:
-        process.send_signal(interrupt)
-    said, _ = process.communicate(timeout=240)
-    return process.returncode, said.decode()
+        os.kill(run.process.pid, interrupt)
+    code, *said = run.ended(240)
+    return code, "".join(said)
 
 
 def broken_lines(shown: str) -> list[str]:
@@ -93,6 +133,8 @@ def check_pipe(said: str) -> None:
     assert "Traceback" not in said
 
 
+TRAINING = Path(f"out/{TOKEN}-step00000003.safetensors")  # is there in the midst of the training
+INTERRUPTED = command(LONG, "--save_every_n_steps=3")
 LOOKED_AT = ["--sample_prompts=prompts.txt", "--sample_every_n_steps=2", "--sample_at_first", "--save_state"]
 MISTAKE = ["--v_parameterization", "--network_dim=8"]
 
@@ -140,8 +182,7 @@ def test_a_tool_s_command_that_cannot_be_read():
 
 
 def test_ctrl_c_on_a_terminal(folder):
-    argv = command(LONG, "--save_every_n_steps=3")
-    code, shown = on_a_terminal(argv, lambda screen, _: os.write(screen, b"\x03"))
+    code, shown = interrupted_on_a_terminal(folder, lambda screen, _: os.write(screen, b"\x03"))
     assert code == 130, shown
     check_terminal(shown)
     assert "Interrupted." in shown
@@ -149,9 +190,9 @@ def test_ctrl_c_on_a_terminal(folder):
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_signals_in_a_pipe(name, folder):
+def test_signals_without_a_terminal(name, folder):
     number = getattr(signal, name)
-    code, said = through_a_pipe(command(LONG, "--save_every_n_steps=3"), number)
+    code, said = into_files(folder, INTERRUPTED, number)
     assert code == {"SIGINT": 130, "SIGTERM": 143}[name], said
     check_pipe(said)
     assert re.search(r"The vectors of step \d+ are kept in out/", said)
@@ -159,12 +200,11 @@ def test_signals_in_a_pipe(name, folder):
 
 
 def test_sigterm_on_a_terminal(folder):
-    argv = command(LONG, "--save_every_n_steps=3")
-    code, shown = on_a_terminal(argv, lambda _, process: os.kill(process, signal.SIGTERM))
+    code, shown = interrupted_on_a_terminal(folder, lambda _, process: os.kill(process, signal.SIGTERM))
     assert code == 143, shown
     check_terminal(shown)
 
 
 def test_nothing_below_the_level_is_printed(folder):
-    code, said = through_a_pipe(command("--console_log_level=ERROR", *LOOKED_AT))
+    code, said = into_files(folder, command("--console_log_level=ERROR", *LOOKED_AT))
     assert (code, said) == (0, "")

@@ -6,6 +6,7 @@ import runpy
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import chdir
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +24,8 @@ class WarmProcess:
         self.files = [folder / f"{name}{number}.txt" for name in ("out", "err")]
         given = ([str(each) for each in self.files], str(file), [str(each) for each in argv], environment)
         self.process = context.Process(target=_run, args=given)
-        self.process.start()
+        with chdir(ROOT):  # where the server, which the first of them starts, imports the library from
+            self.process.start()
 
     def ended(self, seconds: float) -> tuple[int, str, str]:
         """Exit code, standard output and errors; a process that is not over in time is killed."""
