@@ -281,9 +281,8 @@ def load_unet(job: Job) -> UNet2DConditionModel:
         unet = job.model.unet(
             dtype, job.device, float8=options.runtime.fp8_base, inpainting=options.dataset.train_inpainting
         )
-    unet.to(  # type: ignore[call-arg]  # diffusers wraps it as if it were a function
-        memory_format=device_settings.fastest_format(job.device, dtype)
-    )
+    if (layout := device_settings.fastest_format(job.device, dtype)) != torch.preserve_format:
+        unet.to(memory_format=layout)  # type: ignore[call-arg]  # diffusers wraps it as if it were a function
     if options.training.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     return unet

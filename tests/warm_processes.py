@@ -10,7 +10,8 @@ from contextlib import chdir
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-_PRELOADED = ["library.trainer", "library.run", "train_textual_inversion", "sdxl_train_textual_inversion"]
+_SCRIPTS = ["train_textual_inversion", "sdxl_train_textual_inversion"]
+_PRELOADED = ["library.trainer", "library.run", *_SCRIPTS, "tests.spared_imports"]
 _SERVED = "forkserver" in multiprocessing.get_all_start_methods()
 
 

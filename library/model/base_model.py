@@ -358,4 +358,6 @@ def _filler(tensors: UnreadTensors, dtype: torch.dtype, device: torch.device | s
 def _finished(model: _Model, device: torch.device | str) -> _Model:
     if sum(weight.numel() for weight in model.parameters()) >= _LARGE_MODEL:
         give_back()  # what was read and cast
-    return model.to(device).requires_grad_(False).eval()
+    if torch.device(device).type != "cpu":
+        model.to(device)  # what is not read from a file
+    return model.requires_grad_(False).eval()

@@ -46,6 +46,15 @@ def dataset(tmp_path_factory):
     )
 
 
+@pytest.fixture(scope="module")
+def whole(dataset, tmp_path_factory, tiny_sd1):
+    """The folder of an undisturbed run of seven steps, made once, with what each of them left. Do not write into it."""
+    folder = tmp_path_factory.mktemp("whole")
+    more = ["--num_vectors_per_token=2", "--max_train_steps=7", "--save_every_n_steps=1", "--save_state"]
+    assert run("sd1", arguments("sd1", tiny_sd1, dataset, folder, *more)) == 0
+    return folder
+
+
 @pytest.fixture
 def command(dataset, tmp_path, tiny_sd1):
     def build(folder: str, *more: str, family: str = "sd1", model=tiny_sd1) -> list[str]:
@@ -156,7 +165,6 @@ def test_what_is_due_at_the_end_of_an_epoch_is_not_forgotten(command, tmp_path, 
 
 @shows("save_state_on_train_end")
 def test_a_finished_run_can_be_made_longer(command, tmp_path, capsys):
-    assert run("sd1", command("whole")) == 0
     assert run("sd1", command("short", "--max_train_steps=4", "--save_state_on_train_end")) == 0
     assert sorted(path.name for path in (tmp_path / "short").iterdir()) == sorted([RESULT, f"{TOKEN}-state"])
     state = tmp_path / "short" / f"{TOKEN}-state"
@@ -196,8 +204,7 @@ def test_the_scaler_of_fp16_goes_on_too(command, tmp_path, trainers, monkeypatch
     assert state.learner["scaler"]["scale"] == 16.0
 
 
-def test_an_interrupted_run_goes_on_from_its_last_state(command, tmp_path, monkeypatch, capsys):
-    assert run("sd1", command("whole")) == 0
+def test_an_interrupted_run_goes_on_from_its_last_state(whole, command, tmp_path, monkeypatch, capsys):
     save = Saving.save
 
     def interrupted(saving, progress, name):
@@ -211,12 +218,22 @@ def test_an_interrupted_run_goes_on_from_its_last_state(command, tmp_path, monke
         assert run("sd1", command("cut", "--save_every_n_steps=2", "--save_state")) == 130
     assert "The vectors of step 4 are kept in" in capsys.readouterr().err
     assert run("sd1", command("cut", f"--resume={tmp_path / 'cut' / STATES[2]}")) == 0
-    assert_same(tensors(tmp_path / "cut"), tensors(tmp_path / "whole"))
+    assert_same(tensors(tmp_path / "cut"), tensors(whole))
+
+
+@pytest.fixture(scope="module")
+def first(dataset, tmp_path_factory, tiny_sd1):
+    """The folder of a short run with a state at its end, made once. Do not write into it."""
+    folder = tmp_path_factory.mktemp("first")
+    more = ["--num_vectors_per_token=2", "--max_train_steps=2", "--save_state"]
+    assert run("sd1", arguments("sd1", tiny_sd1, dataset, folder, *more)) == 0
+    return folder
 
 
 @pytest.fixture
-def state(command, tmp_path):
-    assert run("sd1", command("first", "--max_train_steps=2", "--save_state")) == 0
+def state(first, tmp_path):
+    """The state of a short run, each test's own."""
+    shutil.copytree(first, tmp_path / "first")
     return tmp_path / "first" / f"{TOKEN}-state"
 
 
@@ -568,12 +585,13 @@ def test_a_state_that_may_not_be_read(tmp_path):
     assert found == ("error", f"--resume=latest: {folder.parent} cannot be read: Permission denied.")
 
 
-def test_resume_latest(command, tmp_path, capsys):
-    more = ["--save_every_n_steps=2", "--save_state"]
+def test_resume_latest(whole, command, tmp_path, capsys):
+    more = ["--save_every_n_steps=1", "--save_state"]
     assert run("sd1", command("out", *more, "--resume=latest")) == 1
     assert "holds no state of mychar" in capsys.readouterr().err
-    assert run("sd1", command("out", *more)) == 0
-    wanted = tensors(tmp_path / "out")
+    shutil.copytree(whole, tmp_path / "out", dirs_exist_ok=True)
+    wanted = tensors(whole)
+    shutil.rmtree(tmp_path / "out" / STATES[7])
     shutil.rmtree(tmp_path / "out" / f"{TOKEN}-state")
     (tmp_path / "out" / RESULT).unlink()
     assert run("sd1", command("out", *more, "--resume=latest")) == 0
@@ -610,9 +628,8 @@ def test_a_state_that_fails_leaves_no_folder_of_its_name(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interrupt_in_the_optimizers_step_counts_it(command, tmp_path, monkeypatch, capsys):
+def test_an_interrupt_in_the_optimizers_step_counts_it(whole, command, tmp_path, monkeypatch, capsys):
     """What is kept under the name of a step is what that step has made."""
-    assert run("sd1", command("whole", "--save_every_n_steps=1")) == 0
     update, updates = Learner._update_rows, []
 
     def interrupted(learner, *more):
@@ -625,4 +642,4 @@ def test_an_interrupt_in_the_optimizers_step_counts_it(command, tmp_path, monkey
     assert run("sd1", command("out")) == 143
     assert "The vectors of step 3 are kept in" in capsys.readouterr().err
     name = f"{TOKEN}-step00000003.safetensors"
-    assert_same(tensors(tmp_path / "out", name), tensors(tmp_path / "whole", name))
+    assert_same(tensors(tmp_path / "out", name), tensors(whole, name))
