@@ -84,7 +84,7 @@ class Job:
         plan = RunPlan.create(options.training, data.order.num_batches, processes)
         saves = SaveSchedule.create(options.save, plan.epochs)
         results = Results.create(options, family, model, word, data)
-        album = SampleImages.create(options, word.prompts)
+        album = SampleImages.create(options, word.prompts, model.name)
         if state:
             results = results.continuing(state, plan, data.fingerprint, processes)
         return cls(options, family, machine, model, word, data, state, plan, saves, results, album)

@@ -85,7 +85,7 @@ def happenings(job: Job, setup: Setup, hub: HubUpload | None) -> tuple[Callbacks
     saving = Saving(job.saves, results, learner, setup.starts, state_now, callbacks)
     entries.append(saving)
     if setup.pipeline and options.sample.draws_during_training:
-        entries.append(Sampling(job.album, setup.pipeline, learner, callbacks))
+        entries.append(Sampling(job.album, setup.pipeline, learner, callbacks, results.path))
     if hub:
         entries.append(Uploads(hub, results, states=options.hub.save_state_to_huggingface))
     return callbacks, saving

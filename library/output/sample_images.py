@@ -1,9 +1,11 @@
 """The images of ``--sample_prompts``: when they are drawn, and the files they become."""
 
 import glob
+import hashlib
+import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -26,12 +28,13 @@ from library.support.progress_bar import progress_bar
 from library.training.callbacks import Callback, Callbacks, StepResult
 from library.training.optimizer_step import Learner
 from library.training.progress import Progress
-from library.training.save_schedule import SampleSchedule
+from library.training.save_schedule import Action, SampleSchedule
 from library.training.state import TrainingState
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "sample"
+_A1111_HASH = 12  # characters by which it knows an embedding file
 _LOST = "A sample image was lost; the training goes on without it."
 
 
@@ -44,10 +47,12 @@ class SampleImages:
     folder: Path
     output_name: str
     sampler: str  # of prompts that name none
+    model: str  # its name
+    token: str
 
     @classmethod
-    def create(cls, options: Options, tokenizer: PromptTokenizer) -> "SampleImages":
-        """Read the prompts, if any are to be drawn.
+    def create(cls, options: Options, tokenizer: PromptTokenizer, model: str) -> "SampleImages":
+        """Read the prompts, if any are to be drawn; ``model`` is the name of what draws them.
 
         Raises UserError for a file, a sampler or a folder that cannot be used.
         """
@@ -61,8 +66,15 @@ class SampleImages:
         folder = Path(required(options.save.output_dir, "output_dir")) / FOLDER
         if drawn and folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file, but sample images go into a folder of this name. Move the file.")
-        name = required(options.save.output_name, "output_name")
-        return cls(tuple(drawn), SampleSchedule.create(options.sample), folder, name, options.sample.sample_sampler)
+        return cls(
+            tuple(drawn),
+            SampleSchedule.create(options.sample),
+            folder,
+            required(options.save.output_name, "output_name"),
+            options.sample.sample_sampler,
+            model,
+            tokenizer.placeholder.text,
+        )
 
     def draw(
         self,
@@ -72,13 +84,15 @@ class SampleImages:
         process_index: int = 0,
         num_processes: int = 1,
         missing: bool = False,
+        embedding_hash: str | None = None,
     ) -> dict[int, np.ndarray]:
         """Draw this process's share of the prompts, or what is ``missing`` of it, one by one, and write the files.
 
         Returns the images, uint8 [H, W, 3], by the number of their prompt (from 0). What cannot be drawn or written
         is said and left out.
 
-        ``mark`` tells in the files' names when it was: see :func:`epoch_mark` and :func:`step_mark`.
+        ``mark`` tells in the files' names when it was: see :func:`epoch_mark` and :func:`step_mark`. ``embedding_hash``
+        is the SHA-256 of the file that holds the vectors as they are, if there is one.
         """
         wanted = [(number, prompt) for number, prompt in enumerate(self.prompts) if prompt]
         mine = wanted[process_index::num_processes]
@@ -93,7 +107,7 @@ class SampleImages:
                 with survived(_LOST):
                     (picture,) = pipeline.draw([prompt])
                     pictures[number] = picture
-                    self._write(prompt, picture, f"{mark}_{number:02d}_{moment}")
+                    self._write(prompt, picture, f"{mark}_{number:02d}_{moment}", embedding_hash)
                 bar.update()
         return pictures
 
@@ -104,26 +118,45 @@ class SampleImages:
         numbered = {int(match[1]): file.name for file in files if (match := name.fullmatch(file.name))}
         return {number: numbered[number] for number in range(len(self.prompts)) if number in numbered}
 
-    def _write(self, prompt: SamplePrompt, picture: np.ndarray, mark: str) -> None:
+    def _write(self, prompt: SamplePrompt, picture: np.ndarray, mark: str, embedding_hash: str | None) -> None:
         seed = "" if prompt.seed is None else f"_{prompt.seed}"
         notes = PngInfo()
-        notes.add_itxt("parameters", parameters(prompt, self.sampler))
+        notes.add_itxt("parameters", self._parameters(prompt, embedding_hash))
         write_png(self.folder / f"{self.output_name}_{mark}{seed}.png", Image.fromarray(picture), notes)
 
+    def _parameters(self, prompt: SamplePrompt, embedding_hash: str | None) -> str:
+        """How an image was drawn, in the form of AUTOMATIC1111, which image browsers and other programs read."""
+        negative = [f"Negative prompt: {prompt.negative_prompt}"] if prompt.negative_prompt else []
+        drawn = [f"Steps: {prompt.steps}", f"Sampler: {prompt.sampler or self.sampler}", f"CFG scale: {prompt.scale:g}"]
+        drawn += [] if prompt.seed is None else [f"Seed: {prompt.seed}"]
+        drawn += [f"Size: {prompt.width}x{prompt.height}", f"Model: {_quoted(self.model)}"]
+        if embedding_hash is not None:
+            drawn.append(
+                f"TI hashes: {json.dumps(f'{self.token}: {embedding_hash[:_A1111_HASH]}', ensure_ascii=False)}"
+            )
+        return "\n".join([prompt.prompt, *negative, ", ".join(drawn)])
 
-def parameters(prompt: SamplePrompt, sampler: str) -> str:
-    """How an image was drawn, in the form of AUTOMATIC1111, which image browsers and other programs read."""
-    negative = [f"Negative prompt: {prompt.negative_prompt}"] if prompt.negative_prompt else []
-    seed = [] if prompt.seed is None else [f"Seed: {prompt.seed}"]
-    drawn = [f"Steps: {prompt.steps}", f"Sampler: {prompt.sampler or sampler}", f"CFG scale: {prompt.scale:g}"]
-    return "\n".join([prompt.prompt, *negative, ", ".join([*drawn, *seed, f"Size: {prompt.width}x{prompt.height}"])])
+
+def _quoted(value: str) -> str:
+    """As AUTOMATIC1111 writes a value that its own separators would cut."""
+    return json.dumps(value, ensure_ascii=False) if any(sign in value for sign in ",:\n") else value
 
 
 class Sampling(Callback):
     """Draws the album when it is due, with the rows as they would be saved; the others hear of the images."""
 
-    def __init__(self, album: SampleImages, pipeline: SamplingPipeline, learner: Learner, callbacks: Callbacks) -> None:
+    def __init__(
+        self,
+        album: SampleImages,
+        pipeline: SamplingPipeline,
+        learner: Learner,
+        callbacks: Callbacks,
+        path: Callable[[str], Path],
+    ) -> None:
+        """``path`` is where an embedding of a name is saved."""
         self.album, self.pipeline, self.learner, self.callbacks = album, pipeline, learner, callbacks
+        self.path = path
+        self.saved: tuple[int, str] | None = None  # the step and the name of the last embedding file
 
     def on_start(self, progress: Progress, state: TrainingState | None) -> None:
         """Draw what is wanted of an untrained word, or what is missing of the moment at which the state was saved."""
@@ -146,6 +179,11 @@ class Sampling(Callback):
         if self.album.schedule.after_epoch(progress.epoch):
             self._draw(progress, epoch_mark(progress.epoch))
 
+    def after_save(self, progress: Progress, action: Action) -> None:
+        """Remember which vectors a file holds."""
+        if action.kind == "save":
+            self.saved = progress.step, action.name
+
     def before_result(self, progress: Progress) -> None:
         """Draw the vectors of the result where they are not simply those of the last step."""
         if self.learner.result is not None:
@@ -155,9 +193,21 @@ class Sampling(Callback):
         machine = self.learner.accelerator
         share = {"process_index": machine.process_index, "num_processes": machine.num_processes}
         with self.learner.averaged_rows():
-            mine = self.album.draw(self.pipeline, mark, missing=missing, **share)
+            known = self._embedding_hash(progress)
+            mine = self.album.draw(self.pipeline, mark, missing=missing, embedding_hash=known, **share)
         # All have drawn when all have told: the folder is complete then.
         self.callbacks.after_samples(progress, dict(gather_object([*mine.items()])))
+
+    def _embedding_hash(self, progress: Progress) -> str | None:
+        """That of the file with the vectors of this step, where one was saved; the main process tells the others."""
+        found: str | None = None
+        step, name = self.saved or (None, "")
+        last_vectors = self.learner.result is None
+        if step == progress.step and last_vectors and self.learner.accelerator.is_main_process:
+            with survived("The hash of the embedding is not in the sample images."):
+                found = hashlib.sha256(self.path(name).read_bytes()).hexdigest()
+        first: str | None = gather_object([found])[0]
+        return first
 
 
 def _with_scenes(wanted: Sequence[SamplePrompt]) -> Sequence[SamplePrompt | None]:

@@ -1,5 +1,6 @@
 """Sample images during training: when, under which names, with which rows, and that they change nothing."""
 
+import hashlib
 import re
 from types import SimpleNamespace
 
@@ -61,14 +62,29 @@ def test_images_come_when_they_are_due(flags, wanted, command, tmp_path):
     assert sizes == [(64, 64), (72, 64)] * len(wanted)
 
 
-def test_images_show_the_rows_of_their_moment(command, tmp_path):
+def test_images_show_the_rows_of_their_moment(command, tmp_path, tiny_sd1):
     assert run("sd1", command("--sample_every_n_steps=2", "--sample_at_first", "--learning_rate=1")) == 0
     files = sorted((tmp_path / "out" / "sample").glob("*_7.png"))
     pictures = [np.asarray(Image.open(file)).astype(int) for file in files]
     assert len(pictures) == 3  # at step 2, 4, and before
     assert all(np.abs(one - pictures[-1]).max() > 0 for one in pictures[:-1])
-    wanted = f"a photo of {TOKEN}\nSteps: 2, Sampler: ddim, CFG scale: 7.5, Seed: 7, Size: 64x64"
+    wanted = (
+        f"a photo of {TOKEN}\nSteps: 2, Sampler: ddim, CFG scale: 7.5, Seed: 7, Size: 64x64, Model: {tiny_sd1.name}"
+    )
     assert Image.open(files[0]).text == {"parameters": wanted}
+
+
+def test_images_name_the_embedding_file_of_their_moment(command, tmp_path):
+    """AUTOMATIC1111 finds an embedding by the first twelve characters of the SHA-256 of its file."""
+    assert run("sd1", command("--sample_every_n_steps=1", "--save_every_n_steps=2")) == 0
+    files = sorted((tmp_path / "out" / "sample").glob("*_7.png"))
+    assert len(files) == 4
+    for step, file in enumerate(files, start=1):
+        saved = tmp_path / "out" / f"{TOKEN}-step{step:08d}.safetensors"
+        told = Image.open(file).text["parameters"]
+        assert saved.exists() == (step % 2 == 0) == ("TI hashes" in told)
+        if saved.exists():
+            assert told.endswith(f'TI hashes: "{TOKEN}: {hashlib.sha256(saved.read_bytes()).hexdigest()[:12]}"')
 
 
 @shows("sample_sampler")
@@ -212,7 +228,7 @@ def test_where_a_prompt_holds_the_word(word, prompt, holds, tmp_path, caplog):
     with caplog.at_level("WARNING"):
         save = SaveOptions(output_dir=str(tmp_path), output_name="a")
         options = SimpleNamespace(sample=sample, save=save, dataset=DatasetOptions())
-        SampleImages.create(options, words(word=word))
+        SampleImages.create(options, words(word=word), "a model")
     assert ("No prompt of --sample_prompts holds the token" in caplog.text) != holds
 
 
