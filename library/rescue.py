@@ -44,10 +44,16 @@ class Rescue:
             return None
         with self.learner.averaged_rows() as rows:
             finite = all(torch.isfinite(each).all() for each in rows)
-        return Vectors(rows, step, epoch) if finite else None
+        return (self.learner.result or Vectors(rows, step, epoch)) if finite else None
 
     def save(self, step: int, epoch: int) -> None:
-        """Keep the vectors; those of shortly before, where their device is lost."""
+        """Keep the vectors; those of shortly before, where their device is lost.
+
+        A result that was chosen already is what is kept, but never in place of a checkpoint of its step.
+        """
+        chosen = self.learner.result
+        if chosen and self.results.path(self.names.file(self.names.step(chosen.step))).exists():
+            self.learner.result = None
         try:
             vectors = self.vectors(step, epoch)
         except RuntimeError:

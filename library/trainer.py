@@ -176,9 +176,8 @@ class Trainer:
             self.callbacks.before_result(self.progress)
             return self.saving.finish(self.progress)
         except BaseException:
-            moment = self.learner.result or self.progress
             with undisturbed():
-                self.rescue.save(moment.step, moment.epoch)
+                self.rescue.save(self.progress.step, self.progress.epoch)
             raise
 
     def fit(self) -> None:

@@ -14,7 +14,7 @@ class Learned:
     """Stands in for a learner: one encoder's rows, on a device that may be lost."""
 
     def __init__(self):
-        self.watch = SimpleNamespace(taught=True)
+        self.watch, self.result = SimpleNamespace(taught=True), None
         self.choice, self.lost, self.rows = None, False, [torch.ones(1, 2)]
 
     @contextmanager

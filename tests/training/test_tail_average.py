@@ -6,6 +6,7 @@ import pytest
 import torch
 from option_effects import Bench, plan, shows
 from runs import TOKEN, arguments, run, write_dataset
+from safetensors import safe_open
 from safetensors.torch import load_file
 from test_early_stopping import Seconds
 from test_processes import one_run
@@ -13,6 +14,7 @@ from test_processes import one_run
 import train_textual_inversion
 from library.embedding.tokenizer import typical_norm
 from library.output import learning_report
+from library.output.saving import Saving
 from library.training.state import FILE, TrainingState, packed
 from library.training.tail_average import TailAverage
 
@@ -131,6 +133,25 @@ def test_the_report_and_the_last_samples_use_it(bench, tmp_path, monkeypatch):
     before, after = sorted((done.folder / "sample").glob(f"{TOKEN}_000007_00_*.png"))
     assert before.read_bytes() != after.read_bytes()
     assert (done.folder / "sample" / f"{TOKEN}_grid.png").exists()
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_an_interrupted_end_spoils_no_checkpoint(saved, command, tmp_path, monkeypatch):
+    """The mean takes the place of no checkpoint, and where there is none it is kept as what it is."""
+
+    def interrupted(saving, progress):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Saving, "finish", interrupted)
+    more = ["--average_last=1"] if saved else ["--average_last=1", "--save_every_n_steps=100"]
+    assert run("sd1", command("cut", *more)) == 130
+    monkeypatch.undo()
+    assert run("sd1", command("whole")) == 0
+    kept = load_file(tmp_path / "cut" / checkpoint(STEPS))["emb_params"]
+    last = load_file(tmp_path / "whole" / checkpoint(STEPS))["emb_params"]
+    assert torch.equal(kept, last) == saved
+    with safe_open(tmp_path / "cut" / checkpoint(STEPS), "pt") as file:
+        assert ("ti.chosen" in file.metadata()) != saved
 
 
 # ---- resuming
