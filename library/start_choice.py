@@ -17,14 +17,12 @@ from library.model.runtime import shared_out
 from library.setup import Job, Setup
 from library.support.errors import UserError
 from library.support.progress_bar import progress_bar
-from library.training.fixed_loss import FixedLoss
-from library.training.state import random_states, set_random_states
+from library.training.fixed_loss import PASSES_OF_A_STEP, FixedLoss
+from library.training.state import random_states_kept
 
 logger = logging.getLogger(__name__)
 
 _SHARE = 0.05  # of the run's time
-# A step goes forward and backward through networks that are frozen, which costs about two forward passes.
-_PASSES_OF_A_STEP = 2
 # Every word is judged by the loss on few samples, and the best of them by more.
 _FIRST_SAMPLES, _SAMPLES = 4, 16
 _PART_LEFT = 4  # one word of so many is looked at again
@@ -61,13 +59,12 @@ def with_best_start(job: Job, setup: Setup) -> tuple[Job, Setup]:
     """The job with the word that was chosen, and the setup with vectors that start from it, if it is to be chosen."""
     if not _is_wanted(job):
         return job, setup
-    before = random_states()
     tables = setup.prompt_encoder.tables
-    words = _words(job, tables)
-    if unknown := [word for word in job.options.token.candidates if word not in words]:
-        logger.warning("--init_word_candidates: the model has never learned %s.", ", ".join(unknown))
-    ranking = _Trial(job, setup, tables).ranking(words, _affordable(job))
-    set_random_states(before)  # the run is the same to the bit as one that names the word
+    with random_states_kept():  # the run is the same to the bit as one that names the word
+        words = _words(job, tables)
+        if unknown := [word for word in job.options.token.candidates if word not in words]:
+            logger.warning("--init_word_candidates: the model has never learned %s.", ", ".join(unknown))
+        ranking = _Trial(job, setup, tables).ranking(words, _affordable(job))
     best, others = ranking[0], ", ".join(f"{one.word} {one.loss:.4f}" for one in ranking[1:4])
     logger.info('The vectors start from "%s", which has the lowest loss: %.4f (%s).', best.word, best.loss, others)
     options = replace(job.options, token=replace(job.options.token, init_word=best.word, init_word_candidates=None))
@@ -105,7 +102,7 @@ def _words(job: Job, tables: Sequence[nn.Embedding] = ()) -> list[str]:
 def _affordable(job: Job) -> int:
     """How many words the run has the time to try, as long as all their passes take as long as those of its steps."""
     samples = job.plan.total_steps * job.samples_per_step
-    return int(_SHARE * _PASSES_OF_A_STEP * samples / (_FIRST_SAMPLES + _SAMPLES / _PART_LEFT))
+    return int(_SHARE * PASSES_OF_A_STEP * samples / (_FIRST_SAMPLES + _SAMPLES / _PART_LEFT))
 
 
 class _Trial:

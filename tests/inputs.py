@@ -21,6 +21,11 @@ def write_dataset(folder: Path, general: str = "", dataset: str = "", subset: st
     return file
 
 
+def write_shuffled_dataset(folder: Path) -> Path:
+    """Five photographs in batches of two, with captions that are shuffled."""
+    return write_dataset(folder, count=5, subset="shuffle_caption = true", caption=f"{TOKEN}, red, green, blue")
+
+
 def arguments(family: str, model: Path, dataset: Path | None, output: Path, *more: str) -> list[str]:
     """The command line of a short run; ``more`` is appended and may override. ``--no_report=false`` adds the report."""
     given = [f"--pretrained_model_name_or_path={model}", f"--output_dir={output}", f"--token_string={TOKEN}"]

@@ -1,7 +1,6 @@
 """The images of ``--sample_prompts``: when they are drawn, and the files they become."""
 
 import glob
-import hashlib
 import json
 import logging
 import re
@@ -24,6 +23,7 @@ from library.output.samplers import check_sampler
 from library.output.sampling import SamplingPipeline
 from library.support.atomic_files import write_png
 from library.support.errors import UserError, survived
+from library.support.file_hash import FileHash
 from library.support.progress_bar import progress_bar
 from library.training.callbacks import Callback, Callbacks, StepResult
 from library.training.optimizer_step import Learner
@@ -131,9 +131,7 @@ class SampleImages:
         drawn += [] if prompt.seed is None else [f"Seed: {prompt.seed}"]
         drawn += [f"Size: {prompt.width}x{prompt.height}", f"Model: {_quoted(self.model)}"]
         if embedding_hash is not None:
-            drawn.append(
-                f"TI hashes: {json.dumps(f'{self.token}: {embedding_hash[:_A1111_HASH]}', ensure_ascii=False)}"
-            )
+            drawn.append(f"TI hashes: {_quoted(f'{self.token}: {embedding_hash[:_A1111_HASH]}')}")
         return "\n".join([prompt.prompt, *negative, ", ".join(drawn)])
 
 
@@ -204,8 +202,7 @@ class Sampling(Callback):
         step, name = self.saved or (None, "")
         last_vectors = self.learner.result is None
         if step == progress.step and last_vectors and self.learner.accelerator.is_main_process:
-            with survived("The hash of the embedding is not in the sample images."):
-                found = hashlib.sha256(self.path(name).read_bytes()).hexdigest()
+            found = FileHash(self.path(name)).get()
         first: str | None = gather_object([found])[0]
         return first
 

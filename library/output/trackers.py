@@ -22,7 +22,7 @@ from library.support.errors import UserError, first_line, survived
 from library.support.text_files import parse_toml, read_text
 from library.training.callbacks import Callback, StepResult
 from library.training.progress import Progress
-from library.training.state import TrainingState, random_states, set_random_states
+from library.training.state import TrainingState, random_states_kept
 
 PROJECT = "textual_inversion"
 _TRACKERS = ("tensorboard", "wandb")  # and the packages they need
@@ -176,15 +176,13 @@ def measured(line: Line) -> dict[str, float | str]:
 @contextmanager
 def _begun(name: str) -> Iterator[None]:
     """Within a ``with``: a tracker begins; what is random in the training stays as it is. Raises UserError."""
-    states = random_states()
     try:
-        yield
+        with random_states_kept():
+            yield
     except Exception as error:  # each tracker fails in its own way: no key, no server, a folder that cannot be written
         raise UserError(
             f"Logging to {name} cannot begin: {first_line(error)} Put that right, or leave --log_with out."
         ) from error
-    finally:
-        set_random_states(states)
 
 
 def _log_folder(options: LoggingOptions) -> Path:

@@ -14,19 +14,17 @@ from library.support.errors import UserError, counted
 from library.support.lookout import Vectors
 from library.training.callbacks import Callback, Callbacks, StepResult
 from library.training.denoising import DenoisingTask
-from library.training.fixed_loss import DRAWS, FixedLoss
+from library.training.fixed_loss import DRAWS, PASSES_OF_A_STEP, FixedLoss
 from library.training.optimizer_step import Learner, planned_rates
 from library.training.progress import Progress
 from library.training.save_schedule import RunPlan
-from library.training.state import TrainingState, random_states, set_random_states
+from library.training.state import TrainingState, random_states_kept
 
 logger = logging.getLogger(__name__)
 
 _SAMPLES = 16  # that are measured
 _MEASUREMENTS = 40  # of a whole run, as long as they take no more than this share of its time
 _SHARE = 0.1
-# A step goes forward and backward through networks that are frozen, which costs about two forward passes.
-_PASSES_OF_A_STEP = 2
 # DVAR's rule ("Is This Loss Informative?", NeurIPS 2023): the loss has settled when its variance over the last
 # measurements is a small part of that over all. A window of very few says nothing.
 _SETTLED, _SMALLEST_WINDOW = 0.15, 8
@@ -48,7 +46,7 @@ class StopRule:
     def create(cls, options: Options, plan: RunPlan, samples: float) -> "StopRule":
         """The rule for a run with so many ``samples`` a step, of all processes."""
         recipe, total = options.recipe, plan.total_steps
-        affordable = math.ceil(_SAMPLES / (_SHARE * _PASSES_OF_A_STEP * samples))
+        affordable = math.ceil(_SAMPLES / (_SHARE * PASSES_OF_A_STEP * samples))
         every = recipe.early_stopping_every or max(math.ceil(total / _MEASUREMENTS), affordable)
         return cls(every, recipe.early_stopping_patience, total)
 
@@ -123,15 +121,14 @@ class EarlyStopping(Callback):
         callbacks: Callbacks,
     ) -> "EarlyStopping":
         """Take the samples from ``data``. Raises UserError where none holds the token."""
-        before = random_states()  # a dataset of the user's own may draw from them
         device = learner.accelerator.device
         kinds = {"held-out": True, "training": False}
         losses = (
             (FixedLoss.of(task, partial(data.fixed_batches, held_out=held_out), _SAMPLES, device), kind)
             for kind, held_out in kinds.items()
         )
-        loss, kind = next(((loss, kind) for loss, kind in losses if len(loss)), (None, ""))
-        set_random_states(before)
+        with random_states_kept():  # a dataset of the user's own may draw from them
+            loss, kind = next(((loss, kind) for loss, kind in losses if len(loss)), (None, ""))
         if loss is None:
             raise UserError(
                 "--early_stopping measures the loss of samples that hold the token, and none of the first "

@@ -10,6 +10,8 @@ from library.data.batches import Batch
 from library.model.runtime import shared_out
 from library.training.denoising import DenoisingTask
 
+# A step goes forward and backward through networks that are frozen, which costs about two forward passes.
+PASSES_OF_A_STEP = 2
 DRAWS = 4  # for each sample, where lines and wildcards of a caption may leave the token out
 
 

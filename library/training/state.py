@@ -4,7 +4,8 @@ import io
 import json
 import logging
 import random
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -352,3 +353,13 @@ def set_random_states(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
+
+
+@contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Within a ``with``: whatever draws from the global generators, the training goes on with them as they were."""
+    states = random_states()
+    try:
+        yield
+    finally:
+        set_random_states(states)

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands import launch
-from runs import SCRIPTS, TOKEN, arguments, run, trainers, write_dataset  # noqa: F401  (a fixture)
+from inputs import write_shuffled_dataset
+from runs import SCRIPTS, TOKEN, arguments, run, trainers  # noqa: F401  (a fixture)
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -103,7 +104,7 @@ def _both(folder: Path, file: Path, given: list[list[str]], environments: list[d
 def dataset(tmp_path_factory):
     """Five photographs in batches of one: with two processes the last step has an empty batch."""
     folder = tmp_path_factory.mktemp("data")
-    file = write_dataset(folder, count=5, subset="shuffle_caption = true", caption=f"{TOKEN}, red, green, blue")
+    file = write_shuffled_dataset(folder)
     file.write_text(file.read_text().replace("batch_size = 2", "batch_size = 1"))
     return file
 

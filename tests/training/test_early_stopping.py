@@ -10,6 +10,7 @@ from datetime import datetime, timedelta
 
 import pytest
 import torch
+from inputs import write_shuffled_dataset
 from option_effects import Bench, shows
 from PIL import Image
 from runs import TOKEN, arguments, run, write_dataset
@@ -142,10 +143,7 @@ def test_a_rate_that_comes_down_is_said(optimizer, schedule, last, caplog):
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """Five photographs in batches of two, with captions that are shuffled."""
-    return write_dataset(
-        tmp_path_factory.mktemp("data"), count=5, subset="shuffle_caption = true", caption=f"{TOKEN}, red, green, blue"
-    )
+    return write_shuffled_dataset(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
+from inputs import write_shuffled_dataset
 from option_effects import Bench, plan, shows
-from runs import TOKEN, arguments, run, write_dataset
+from runs import TOKEN, arguments, run
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_early_stopping import Seconds
@@ -26,10 +27,7 @@ THIRD = [*EACH, "--average_last=0.33"]  # 2.3 of 7 steps: the last three
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """Five photographs in batches of two, with captions that are shuffled."""
-    return write_dataset(
-        tmp_path_factory.mktemp("data"), count=5, subset="shuffle_caption = true", caption=f"{TOKEN}, red, green, blue"
-    )
+    return write_shuffled_dataset(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
