@@ -231,10 +231,12 @@ class BaseModel:
         if inpainting and not self.inpainting:
             config, tensors = _widened(config, tensors)
         where = f"{self.source.path} (U-Net)"
+        if float8 and torch.device(device).type == "cpu":
+            # Weights are dequantized one after the other at every step. The empty model comes after it: every weight
+            # of it is asked for and let go, which would leave a heap of gigabytes for all others to be strewn in.
+            return_large_blocks()
         model: UNet2DConditionModel = _empty(lambda: UNet2DConditionModel.from_config(config), where)
         _check_fit(model, tensors, where)
-        if float8 and torch.device(device).type == "cpu":
-            return_large_blocks()  # weights are dequantized one after the other at every step
         freeze_layers(model, float8=float8, fill=_filler(tensors, dtype, device))
         return _finished(model, device)
 
@@ -356,7 +358,8 @@ def _filler(tensors: UnreadTensors, dtype: torch.dtype, device: torch.device | s
 
 
 def _finished(model: _Model, device: torch.device | str) -> _Model:
-    if sum(weight.numel() for weight in model.parameters()) >= _LARGE_MODEL:
+    # Weights of 8 bits are buffers.
+    if sum(tensor.numel() for tensors in (model.parameters(), model.buffers()) for tensor in tensors) >= _LARGE_MODEL:
         give_back()  # what was read and cast
     if torch.device(device).type != "cpu":
         model.to(device)  # what is not read from a file
