@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 
 LINUX_DRIVER = Path("/proc/driver/nvidia/version")
+# Builds of PyTorch as uv names them: the one for the driver, and the one that still serves cards from Maxwell on.
+_FOR_THE_DRIVER, _FOR_OLD_CARDS = "auto", "cu126"
 
 
 def describe_device(device: torch.device, precision: str) -> str:
@@ -49,14 +51,51 @@ def unused_gpu(cpu_chosen: bool) -> str | None:
         return None
     if torch.version.cuda:
         return (
-            f"An NVIDIA driver was found, but {describe_torch()} can use no GPU: the driver is too old for it, the GPU "
-            "is not supported any more, or CUDA_VISIBLE_DEVICES hides it. Update the driver, or install a PyTorch for "
-            "an older CUDA (the command is on pytorch.org, under Get Started). Training goes on, slowly, on the CPU."
+            f"An NVIDIA driver was found, but {describe_torch()} can use no GPU: the driver is too old for it, or "
+            f"CUDA_VISIBLE_DEVICES hides the GPU. Update the driver, or install a PyTorch for this one: "
+            f"{_install(_FOR_THE_DRIVER)}. Training goes on, slowly, on the CPU."
         )
     return (
-        f"An NVIDIA driver was found, but this PyTorch {torch.__version__} was built without CUDA. Remove it "
-        "(pip uninstall torch) and install one for CUDA with the command that pytorch.org shows under Get Started: "
-        "on Windows plain pip installs the one for the CPU. Training goes on, slowly, on the CPU."
+        f"An NVIDIA driver was found, but this PyTorch {torch.__version__} was built without CUDA, as plain pip "
+        f"installs it on Windows. Install one for CUDA: {_install(_FOR_THE_DRIVER)}. Training goes on, slowly, on the "
+        "CPU."
+    )
+
+
+def unsupported_gpu(device: torch.device) -> str | None:
+    """That this PyTorch has no code for the NVIDIA GPU ``device``, with what to do; None where nothing is amiss."""
+    if device.type != "cuda" or torch.version.hip:
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    codes = [_code(name) for name in torch.cuda.get_arch_list()]
+    if not codes or any(_runs_on(capability, kind, version) for kind, version in codes):
+        return None
+    build = _FOR_OLD_CARDS if capability < min(version for _, version in codes) else _FOR_THE_DRIVER
+    return (
+        f"{describe_torch()} has no code for {torch.cuda.get_device_properties(device).name} (compute capability "
+        f"{capability[0]}.{capability[1]}), only for {', '.join(torch.cuda.get_arch_list())}: the first computation "
+        f"will fail. Install one that has: {_install(build)}."
+    )
+
+
+def _code(name: str) -> tuple[str, tuple[int, int]]:
+    """``sm_86`` as ("sm", (8, 6)); the letter of ``sm_90a`` is of no account."""
+    kind, number = name.split("_")
+    digits = number.rstrip("af")
+    return kind, (int(digits[:-1]), int(digits[-1]))
+
+
+def _runs_on(card: tuple[int, int], kind: str, version: tuple[int, int]) -> bool:
+    """Code for one generation (``sm``) runs on later cards of it; the other kind is compiled for any later card."""
+    return version <= card and (kind == "compute" or version[0] == card[0])
+
+
+def _install(build: str) -> str:
+    """The command for a build of PyTorch; uv finds it, where pip would have to be told the address of its index."""
+    torch_release = f"torch=={torch.__version__.split('+')[0]}"
+    return (
+        f"pip install uv && uv pip install --python {sys.executable} --reinstall {torch_release} "
+        f"--torch-backend={build}"
     )
 
 

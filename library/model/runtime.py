@@ -20,7 +20,7 @@ from accelerate.utils import (
     set_seed,
 )
 
-from library.model.device_report import unused_gpu
+from library.model.device_report import unsupported_gpu, unused_gpu
 from library.model.device_settings import check_device, set_tf32
 from library.options.launcher import check_launcher
 from library.options.training import RuntimeOptions
@@ -116,7 +116,8 @@ class Machine:
         """Choose the precision and join the other processes, if there are any."""
         precision = choose_precision(options)
         accelerator = make_accelerator(options, precision)
-        if warning := unused_gpu(cpu_chosen=parse_flag_from_env("ACCELERATE_USE_CPU")):
+        unused = unused_gpu(cpu_chosen=parse_flag_from_env("ACCELERATE_USE_CPU"))
+        if warning := unused or unsupported_gpu(accelerator.device):
             logger.warning(warning)
         check_device(options, accelerator.device)
         set_tf32(options, accelerator.device)

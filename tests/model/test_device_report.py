@@ -1,12 +1,14 @@
 """What is said about the device, on machines that are simulated."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from library.model import device_report
-from library.model.device_report import describe_device, unused_gpu
+from library.model import device_report, runtime
+from library.model.device_report import describe_device, unsupported_gpu, unused_gpu
+from library.options.options import RuntimeOptions
 
 
 @pytest.fixture
@@ -50,11 +52,57 @@ def test_other_devices_are_named(machine):
     assert "the device mps in fp16" in describe_device(torch.device("mps"), "fp16")
 
 
+def install(build: str) -> str:
+    """The command that the warnings give."""
+    release = torch.__version__.split("+")[0]
+    return (
+        f"pip install uv && uv pip install --python {sys.executable} --reinstall torch=={release} "
+        f"--torch-backend={build}."
+    )
+
+
 def test_a_gpu_that_this_pytorch_cannot_use_is_a_warning(machine):
     machine(driver=True)
-    assert "built without CUDA" in unused_gpu(cpu_chosen=False)
+    said = unused_gpu(cpu_chosen=False)
+    assert "built without CUDA" in said
+    assert install("auto") in said
     machine(cuda="13.0", driver=True)
-    assert "the driver is too old" in unused_gpu(cpu_chosen=False)
+    said = unused_gpu(cpu_chosen=False)
+    assert "the driver is too old" in said
+    assert install("auto") in said
+
+
+@pytest.mark.parametrize(
+    ("capability", "codes", "build"),
+    [
+        ((8, 6), ["sm_75", "sm_80", "sm_90"], None),  # what is made for 8.0 runs on 8.6
+        ((12, 0), ["sm_75", "sm_90", "compute_90"], None),  # compiled for the card when it is loaded
+        ((9, 0), ["sm_80", "sm_90a"], None),
+        ((8, 6), [], None),  # nothing is known
+        ((6, 1), ["sm_75", "sm_80", "compute_90"], "cu126"),
+        ((12, 0), ["sm_75", "sm_90"], "auto"),
+        ((8, 0), ["sm_75", "sm_86"], "auto"),
+    ],
+)
+def test_a_card_that_this_pytorch_has_no_code_for_is_a_warning(capability, codes, build, machine, monkeypatch):
+    machine(cuda="13.0", gpu=True, driver=True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: codes)
+    said = unsupported_gpu(torch.device("cuda", 0))
+    if build is None:
+        assert said is None
+    else:
+        assert f"NVIDIA GeForce RTX 3060 (compute capability {capability[0]}.{capability[1]})" in said
+        assert ", ".join(codes) in said
+        assert install(build) in said
+    assert unsupported_gpu(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("which", ["unused_gpu", "unsupported_gpu"])
+def test_a_run_warns_of_its_gpu(which, monkeypatch, caplog):
+    monkeypatch.setattr(runtime, which, lambda *_, **__: "This is about the GPU.")
+    runtime.Machine.create(RuntimeOptions())
+    assert "This is about the GPU." in caplog.text
 
 
 @pytest.mark.parametrize(
