@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 import sys
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 from runs import TOKEN, arguments, write_dataset
 
 from library.data import loader as loader_module
+from library.embedding import prompt_encoder
 from library.model.vae import FrozenVae
 
 
@@ -489,7 +491,9 @@ def test_cached_prompts(tmp_path, bench):
         f"[[datasets.subsets]]\nis_reg = true\nimage_dir = '{(tmp_path / 'reg').as_posix()}'\n"
     )
     plain = bench(dataset=file, steps=3)
-    cached = bench("--cache_text_encoder_outputs", dataset=file, steps=3)
+    with patch.object(prompt_encoder, "_on_cpu", wraps=prompt_encoder._on_cpu) as moved:
+        cached = bench("--cache_text_encoder_outputs", dataset=file, steps=3)
+    assert moved.call_count == 1  # on a GPU very many captions would fill its memory
     assert len(cached.batches[0][0]) == 2
     assert "1 captions without the token are cached, 1 captions with it stay live" in cached.said
     assert "cached, " not in plain.said

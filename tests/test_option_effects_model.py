@@ -4,6 +4,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import timedelta
 from types import ModuleType, SimpleNamespace
 from unittest.mock import patch
@@ -17,13 +18,16 @@ from runs import TOKEN, arguments, write_dataset
 from safetensors.torch import load_file, save_file
 from tiny_models import build_pipeline, build_unet, ldm_vae, save_folder
 
+from library import run as run_module
 from library.data.captions import OBJECT_TEMPLATES, STYLE_TEMPLATES
 from library.data.latent_cache import LatentCache
-from library.model import base_model, runtime, weight_files
+from library.model import base_model, device_settings, runtime, weight_files
+from library.model import vae as frozen_vae
 from library.model.base_model import BaseModel
 from library.model.frozen_layers import FrozenConv2d, FrozenLinear, dequantize, quantize
 from library.model.vae import vae_fingerprint
 from library.options.options import RuntimeOptions
+from library.training.state import TrainingState
 
 # One step with weights that lie elsewhere in memory: on some processors sums are then made in another order.
 ALIKE = {"rtol": 1e-4, "atol": 1e-5}
@@ -475,6 +479,7 @@ def test_settings_of_several_processes_reach_accelerate(bench):
 
     def recorded(**details):
         given.append({type(handler).__name__: handler for handler in details["kwargs_handlers"]})
+        assert details["dynamo_backend"] == "no"  # or accelerate would compile the tiny module of the vectors
         return original(**details)
 
     flags = ["--ddp_timeout=7", "--ddp_gradient_as_bucket_view", "--ddp_static_graph"]
@@ -485,3 +490,58 @@ def test_settings_of_several_processes_reach_accelerate(bench):
     ddp = given[0]["DistributedDataParallelKwargs"]
     assert (ddp.gradient_as_bucket_view, ddp.static_graph) == (True, True)
     assert given[1] == {}
+
+
+def test_the_compiler_that_accelerates_settings_ask_for_is_used(bench, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    with patch.object(runtime, "compile_modules") as compiling:
+        bench()
+    (asked, modules), _ = compiling.call_args
+    assert (asked.torch_compile, asked.dynamo_backend) == (True, "eager")
+    assert len(modules) == 2  # the U-Net and the text encoder
+
+
+def test_weights_lie_as_the_device_is_fastest_with(bench):
+    """The order in memory that NVIDIA's tensor cores like, on a CPU: it changes no result beyond rounding."""
+
+    def last(model):
+        return {
+            layer.weight.is_contiguous(memory_format=torch.channels_last) for layer in model.modules() if wide(layer)
+        }
+
+    def wide(layer):
+        weight = getattr(layer, "weight", None)
+        return weight is not None and weight.ndim == 4 and weight.shape[1] > 1 and weight.shape[2] > 1
+
+    plain = bench("--cache_latents=false")
+    with ExitStack() as stack:
+        for module in (device_settings, frozen_vae):
+            stack.enter_context(patch.object(module, "fastest_format", lambda *_: torch.channels_last))
+        outcome = bench("--cache_latents=false")
+    for found, where in ((outcome, {True}), (plain, {False})):
+        assert last(found.setup.task.unet) == last(found.setup.task.vae.vae) == where
+    torch.testing.assert_close(outcome.rows[0][0], plain.rows[0][0], **ALIKE)
+
+
+def test_the_allocator_is_told_the_sizes_of_the_batches_before_anything_is_loaded(bench):
+    events = []
+    load = BaseModel.text_encoders
+
+    def loading(model, *details):
+        events.append("loaded")
+        return load(model, *details)
+
+    with (
+        patch.object(run_module, "let_memory_grow", lambda *told: events.append(told)),
+        patch.object(BaseModel, "text_encoders", loading),
+    ):
+        bench()
+    assert events == [({(64, 64)}, torch.device("cpu")), "loaded"]
+
+
+def test_a_state_records_the_precision_that_was_in_force(bench, monkeypatch):
+    """It came from the launcher, and a resume without that launcher is to go on in it."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    outcome = bench("--save_state")
+    assert outcome.setup.task.unet.dtype == torch.bfloat16
+    assert TrainingState.read(outcome.folder / f"{TOKEN}-state").options["mixed_precision"] == "bf16"

@@ -115,6 +115,8 @@ def test_the_pages_hold_the_commands_they_should():
     others = [command for command in others if command[:4] != shlex.split(SET_UP)[:4] and command[3:] not in tools()]
     assert [command[2:] for command in others] == [
         ["pytest", "-q", "-n", "auto"],  # what is running now
+        # not run, which the page says: it needs PyTorch's own index
+        ["&&", "uv", "pip", "install", "-r", "requirements.txt", "--torch-backend=auto"],
         ["pytest", "-m", "gpu"],  # run by test_gpu_session.py
         ["tests.benchmarks", "--out", "benchmarks.md"],  # run by test_benchmarks.py
     ]

@@ -38,8 +38,8 @@ _OTHERS = "heic heif gif tif tiff jfif jp2 avif jxl psd svg ico tga dng cr2 cr3 
 UNREAD_EXTENSIONS = {f".{ending}" for ending in _OTHERS.split()} - {*IMAGE_EXTENSIONS}
 
 # What Pillow may take a file for, whatever its name says. Others of its readers start programs, or are hardly used.
-_FORMATS: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "BMP")
-_FORMATS += (("AVIF",) if features.check("avif") else ()) + (("JXL",) if "JXL" in Image.OPEN else ())
+FORMATS: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "BMP")
+FORMATS += (("AVIF",) if features.check("avif") else ()) + (("JXL",) if "JXL" in Image.OPEN else ())
 
 # How to turn pixels [h, w, channels] upright, by their EXIF orientation.
 _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
@@ -254,7 +254,7 @@ def _opened(path: Path | str) -> Iterator[Image.Image]:
         with warnings.catch_warnings():
             # Of large photos (twice as large ones are an error) and odd metadata; they name no file and change nothing.
             warnings.simplefilter("ignore")
-            with Image.open(path, formats=_FORMATS) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 _forget_texts(image)
                 yield image
     except UserError:
@@ -284,7 +284,7 @@ def _why_unreadable(path: Path, error: Exception) -> str:
         with path.open("rb") as file:
             if missing := not_downloaded(file.read(64)):
                 return f"The image {path} cannot be read: {missing}. Fetch it again, or remove it."
-        return f"{path} is not an image in a format known here ({', '.join(_FORMATS)}). Convert it, or remove it."
+        return f"{path} is not an image in a format known here ({', '.join(FORMATS)}). Convert it, or remove it."
     reason = str(error).rstrip(".") or type(error).__name__
     return f"The image {path} cannot be read: {reason}. Copy or export it again, or remove it."
 

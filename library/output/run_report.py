@@ -140,7 +140,7 @@ class RunReport(Callback):
             write_for_run(album.folder / f"{album.output_name}{GRID_ENDING}", grid, self.metrics.run)
             self.watched.show("samples", grid, self.learner.progress.step)
         newest = list(sample_files(lines).values())[-1]
-        with Image.open(album.folder / newest[min(newest)]) as image:
+        with Image.open(album.folder / newest[min(newest)], formats=("PNG",)) as image:
             write_for_run(_beside(self.watched.file, PREVIEW_ENDING), image.convert("RGB"), self.metrics.run)
 
     def after_result(self, path: Path) -> None:

@@ -51,7 +51,7 @@ def write_for_run(path: Path, image: Image.Image, run: str) -> None:
 def run_of_image(path: Path) -> str | None:
     """The run that a file of :func:`write_for_run` is of; None where it does not say so, or is not there."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=("PNG",)) as image:
             return str(image.info[_RUN]) if _RUN in image.info else None
     except OSError:
         return None

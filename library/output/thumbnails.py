@@ -6,6 +6,8 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
+from library.data.images import FORMATS
+
 Box = tuple[float, float, float, float]
 _QUALITY = 82
 
@@ -45,7 +47,7 @@ def _thumbnail(path: Path, side: int, kept: Box | None) -> str | None:
 def small_image(path: Path, side: int) -> Image.Image | None:
     """The image at ``path``, upright and on white, at most ``side`` pixels wide and high; None if it cannot be read."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             image.draft("RGB", (2 * side, 2 * side))  # JPEG files are read at a fraction of their size
             image.thumbnail((2 * side, 2 * side))
             upright = _on_white(ImageOps.exif_transpose(image))

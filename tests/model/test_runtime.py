@@ -6,10 +6,20 @@ import pytest
 import torch
 
 from library.model import runtime
+from library.options.options import RuntimeOptions
 from library.support.errors import UserError
 
 LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no"}
 BY_TORCHRUN = {"TORCHELASTIC_RUN_ID": "none"}
+
+
+@pytest.mark.parametrize(
+    ("device", "timeout", "seconds"),
+    [("cpu", None, None), ("cpu", 5, None), ("cuda", None, 540), ("cuda", 5, 270)],
+)
+def test_a_gpu_run_waits_for_others_a_little_less_than_nccl(device, timeout, seconds):
+    """NCCL's own end comes without a word, and the vectors would be lost with it."""
+    assert runtime.patience(RuntimeOptions(ddp_timeout=timeout), torch.device(device)) == seconds
 
 
 @pytest.mark.parametrize(

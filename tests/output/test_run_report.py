@@ -309,6 +309,7 @@ def test_what_a_run_is_stands_before_its_first_step(dataset, tmp_path, tiny_sd1)
     block = said[said.index("This run:") : said.index("steps: ")]
     rows = dict(re.findall(r"^  (\w+(?: \w+)*)  +(.+)$", block, re.MULTILINE))
     assert rows["token"] == f'{TOKEN}, 2 vectors, from the word "girl"'
+    assert re.match(r"the CPU with \d+ threads? in float32, with PyTorch \d", rows["device"])
     assert rows["plan"].startswith("4 steps in 2 epochs of 2 batches")
     assert "AdamW" in rows["optimizer"]
     assert rows["embedding"] == str(tmp_path / f"{TOKEN}.safetensors")

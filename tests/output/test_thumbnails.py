@@ -44,3 +44,10 @@ def test_what_cannot_be_read_is_none(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
     assert Thumbnails().of(tmp_path / "broken.png", 100) is None
     assert Thumbnails().of(tmp_path / "missing.png", 100) is None
+
+
+def test_only_the_formats_of_images_are_opened(tmp_path):
+    """Whatever a name ends in: others of Pillow's readers start programs."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.tiff")
+    (tmp_path / "a.tiff").rename(tmp_path / "a.png")
+    assert Thumbnails().of(tmp_path / "a.png", 64) is None
