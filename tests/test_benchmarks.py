@@ -50,17 +50,23 @@ def test_it_measures_and_writes(tmp_path, monkeypatch):
 
     in_its_process = benchmarks.measured
     monkeypatch.setattr(Measuring.__init__, "__defaults__", (measured,))
-    command = ["--out", str(tmp_path / "benchmarks.md"), "--profile", "tiny", "--only", "caching", "vectors"]
+    command = ["--out", str(tmp_path / "benchmarks.md"), "--profile", "tiny", "--only", "caching", "steps"]
     assert benchmarks.main(command) == 0
-    assert len(cases) == 4
+    assert len(cases) == 6
     page = (tmp_path / "benchmarks.md").read_text()
     assert "Computing on the CPU" in page
-    assert [row[:4] for row in cells(page)] == [["sd1", "64", "1", "no"], ["sdxl", "64", "1", "no"]] + [
-        ["sd1", "64", "1", "no"]
-    ] * 2
-    for row in cells(page):
+    sd, sdxl = ["sd1", "64", "1", "no"], ["sdxl", "64", "1", "no"]
+    cached, steps = cells(page)[:2], cells(page)[2:]
+    assert [row[:4] for row in cached] == [sd, sdxl]
+    for row in cached:
         assert float(row[5]) > 0
-        assert re.match(r"\d+\.\d{3} \(≤ 1\.0[35]: ", row[-1])
+        assert re.match(r"\d+\.\d{3} \(≤ 1\.05: ", row[-1])
+    checkpointing = "--gradient_checkpointing"
+    assert [row[:5] for row in steps] == [[*each, flag] for each in (sd, sdxl) for flag in ("–", checkpointing)]
+    for row in steps:
+        assert float(row[5]) > 0
+        assert float(row[6]) > 0
+        assert re.match(r"\d+\.\d{3}" + (r" \(≤ 1\.03: " if row[4] == "–" else "$"), row[7])
 
 
 def test_the_bare_loop_runs_the_weights_of_the_training(bench_outcome):

@@ -17,6 +17,9 @@ from tests.benchmarks.case import ROOT, Case, Result
 from tests.benchmarks.page import Row, Section, written
 
 CHECKPOINTING, COMPILED, FLOAT8 = ("--gradient_checkpointing",), ("--torch_compile",), ("--fp8_base",)
+FRUGAL_ATTENTION, UNCACHED = ("--mem_eff_attn",), ("--cache_latents=false",)
+# The bare loop needs weights and latents as they are.
+_WITHOUT_BARE = {*FLOAT8, *UNCACHED}
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ PROFILES = {
         tiny=False,
         models=(("sd1", 512), ("sdxl", 1024)),
         batches=(1, 4),
-        variants=((), CHECKPOINTING, COMPILED, FLOAT8, (*CHECKPOINTING, *FLOAT8)),
+        variants=((), CHECKPOINTING, COMPILED, FLOAT8, (*CHECKPOINTING, *FLOAT8), FRUGAL_ATTENTION, UNCACHED),
         sweep_sizes=(256, 512, 768, 1024),
         sweep_batches=(1, 2, 4, 8),
         vectors=(1, 4, 16, 64),
@@ -100,8 +103,7 @@ class Measuring:
             self.models[family] = str(write_model(family, self.folder / family, tiny=self.profile.tiny))
         case = Case(family, self.models[family], size, images=self.profile.images)
         case = replace(case, **{**self.profile.usual, **details})
-        # The bare loop needs the weights as they are, and is not compiled.
-        return replace(case, bare=case.bare and "--fp8_base" not in case.flags)
+        return replace(case, bare=case.bare and _WITHOUT_BARE.isdisjoint(case.flags))
 
     def __call__(self, case: Case) -> Result:
         """The case's result."""

@@ -101,9 +101,9 @@ class Section:
     def of_steps(cls, rows: Sequence[Row]) -> "Section":
         """Steps, and what each option saves."""
         text = (
-            "Whole optimizer steps of the real training, with cached latents, beside a loop that only runs plain "
-            "frozen networks forward and backward (with checkpointing where the training has it). The multiple is of "
-            "the bare loop without any option."
+            "Whole optimizer steps of the real training, with cached latents unless the row says otherwise, beside a "
+            "loop that only runs plain frozen networks forward and backward (with checkpointing where the training has "
+            "it). The multiple is of the bare loop without any option."
         )
         columns = ("options", "s/step", "bare s/step", "× bare eager loop", "outside the networks")
         columns += ("peak GB", "bare peak GB", "GB saved", "s from launch to the first step")

@@ -307,6 +307,9 @@ def test_what_a_run_is_stands_before_its_first_step(dataset, tmp_path, tiny_sd1)
     argv += ["--max_train_steps=4", "--save_every_n_steps=2"]
     said = train("sd1", argv, tmp_path).err
     block = said[said.index("This run:") : said.index("steps: ")]
+    waits = ("Loading PyTorch", "Loading the text encoder.", "Loading the VAE.", "Latents: ", "Loading the U-Net.")
+    places = [said.index(wait) for wait in (*waits, "This run:")]
+    assert places == sorted(places)
     rows = dict(re.findall(r"^  (\w+(?: \w+)*)  +(.+)$", block, re.MULTILINE))
     assert rows["token"] == f'{TOKEN}, 2 vectors, from the word "girl"'
     assert re.match(r"the CPU with \d+ threads? in float32, with PyTorch \d", rows["device"])
