@@ -15,7 +15,7 @@ from library.data.latent_cache import LatentCache
 from library.embedding.initialization import NewWord, initial_rows
 from library.embedding.prompt_encoder import PromptEncoder
 from library.embedding.start_words import RankedWord
-from library.embedding.tokenizer import TrainableRows, table_spread, token_table, typical_norm
+from library.embedding.tokenizer import TrainableRows, mean_norm, table_spread, token_table, typical_norm
 from library.model import device_settings, runtime
 from library.model.base_model import BaseModel
 from library.model.family import ModelFamily
@@ -229,11 +229,12 @@ def build_learner(job: Job, rows: TrainableRows, tables: Sequence[torch.nn.Embed
 
 def step_rules(options: Options, tables: Sequence[torch.nn.Embedding]) -> StepRules:
     """What a step does besides following the gradient; ``tables`` are the frozen token embeddings."""
-    keeps_norm = options.token.preserve_embedding_norm
+    keeps_norm, most = options.token.preserve_embedding_norm, options.recipe.max_embedding_norm
     return StepRules(
         max_grad_norm=clip_limit(options),
         normalizes_samples=options.recipe.normalize_sample_gradients,
         norms=[typical_norm(table.weight) for table in tables] if keeps_norm else None,
+        max_norms=[most * mean_norm(table.weight) for table in tables] if most and not keeps_norm else None,
     )
 
 

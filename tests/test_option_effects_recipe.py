@@ -122,3 +122,70 @@ def test_weights_that_normalizing_takes_away_are_said(bench, tmp_path):
     sentence = "--min_snr_gamma changes the loss that is logged, but not what is learned"
     assert sentence in plan("sd1", [*argv, "--normalize_sample_gradients"]).said
     assert sentence not in plan("sd1", argv).said
+
+
+# ---- how long a vector may get
+
+
+def lengths(outcome, step, encoder):
+    return outcome.rows[step][encoder].norm(dim=1)
+
+
+def usual_length(outcome, encoder):
+    """The mean length of a word that the model knows: tables have rows of zeros too."""
+    table = outcome.setup.prompt_encoder.tables[encoder].weight
+    norms = [row.norm().item() for row in table if row.any()]
+    return sum(norms) / len(norms)
+
+
+@shows("max_embedding_norm")
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_longer_vectors_are_shortened_after_the_step_and_no_others(family, bench):
+    """A rate at which the first step makes some longer and the second step all."""
+    free = bench("--num_vectors_per_token=3", "--learning_rate=0.05", family=family, steps=2)
+    most = [sorted(lengths(free, 0, encoder).tolist())[1] for encoder in range(len(free.setup.starts))]
+    share = min(norm / usual_length(free, encoder) for encoder, norm in enumerate(most))
+    given = ["--num_vectors_per_token=3", "--learning_rate=0.05", f"--max_embedding_norm={share}"]
+    done = bench(*given, family=family, steps=2)
+    for encoder in range(len(most)):
+        limit = share * usual_length(done, encoder)
+        for before, row in zip(free.rows[0][encoder], done.rows[0][encoder], strict=True):
+            if before.norm() <= limit * (1 - 1e-6):
+                assert torch.equal(row, before)
+            else:
+                assert torch.allclose(row, before * limit / before.norm(), rtol=1e-5)
+        assert lengths(done, 1, encoder).max() <= limit * (1 + 1e-6)
+    assert any(
+        lengths(free, 0, encoder).max() > share * usual_length(free, encoder) * 1.001 for encoder in range(len(most))
+    )
+    assert done.metadata()["ti.max_embedding_norm"] == str(share)
+
+
+def test_a_limit_that_is_not_reached_changes_no_bit(bench):
+    plain, done = bench(steps=3), bench("--max_embedding_norm=1000", steps=3)
+    assert torch.equal(done.tensors()["emb_params"], plain.tensors()["emb_params"])
+
+
+def test_the_mean_of_shortened_vectors_is_no_longer(bench):
+    done = bench("--max_embedding_norm=1", "--learning_rate=0.1", "--average_last=1", steps=3)
+    assert done.tensors()["emb_params"].norm(dim=1).max() <= usual_length(done, 0) * (1 + 1e-6)
+
+
+def test_a_resumed_run_shortens_as_before(bench):
+    more = ["--max_embedding_norm=1", "--learning_rate=0.1", "--save_every_n_steps=2", "--save_state"]
+    whole = bench(*more, steps=4)
+    state = whole.folder / "mychar-step00000002-state"
+    rest = bench(*more, f"--resume={state}", steps=4)
+    assert torch.equal(rest.tensors()["emb_params"], whole.tensors()["emb_params"])
+
+
+def test_where_nothing_could_be_shortened_it_is_said(bench, tmp_path):
+    argv = arguments("sd1", bench.models["sd1"], bench.dataset, tmp_path, "--max_embedding_norm=2")
+    said = plan("sd1", [*argv, "--preserve_embedding_norm"]).said
+    assert "--max_embedding_norm is not used: --preserve_embedding_norm wins." in said
+    refused = bench("--max_embedding_norm=2", "--optimizer_type=AdamWScheduleFree", code=1).said
+    assert "--max_embedding_norm: AdamWScheduleFree saves an average that it keeps besides the vectors" in refused
+    assert (
+        "--max_embedding_norm is 0.0; it must be above 0."
+        in plan("sd1", [*argv, "--max_embedding_norm=0"], code=1).said
+    )

@@ -2,10 +2,13 @@
 
 import json
 import random
+import tomllib
 
 import numpy as np
 import pytest
+from runs import recorded_trainings, run, write_dataset
 
+from library.options.options import as_dict
 from tests.benchmarks import recipe_run
 from tests.benchmarks.concepts import ASKED_GROUNDS, CONCEPTS, measures, world
 from tests.benchmarks.recipe_run import Found, Run
@@ -115,3 +118,33 @@ def test_a_run_trains_by_the_recipe_and_measures_it(monkeypatch):
     assert first.norm > 1
     assert first.seconds > 0
     assert all(noise > 0 for noise in first.noise)
+
+
+# ---- the recipes to copy
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("photos"), count=2)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+@pytest.mark.parametrize("kind", ["object", "person", "style"])
+def test_a_recipe_to_copy_trains_with_all_it_says(family, kind, photos, tmp_path, request):
+    """On a tiny model; only the paths, the length and the precision are others."""
+    file = recipe_run.ROOT / "configs" / "recipes" / f"{family}_{kind}.toml"
+    settings = tomllib.loads(file.read_text(encoding="utf-8"))
+    model = request.getfixturevalue(f"tiny_{family}")
+    given = [f"--config_file={file}", f"--pretrained_model_name_or_path={model}", f"--dataset_config={photos}"]
+    given += [f"--output_dir={tmp_path}", "--max_train_steps=2", "--mixed_precision=no", "--no_report"]
+    with recorded_trainings() as trainings:
+        assert run(family, [*given, "--use_object_template"]) == 0
+    told, paths = as_dict(trainings[0].job.options), ("pretrained_model_name_or_path", "dataset_config", "output_dir")
+    for name in settings.keys() - {*paths, "max_train_steps", "mixed_precision"}:
+        assert told[name] == settings[name], name
+    assert (tmp_path / f"{settings['token_string']}.safetensors").exists()
+
+
+def test_there_is_a_recipe_to_copy_for_everything():
+    found = {file.stem for file in (recipe_run.ROOT / "configs" / "recipes").glob("*.toml")}
+    assert found == {f"{family}_{kind}" for family in ("sd1", "sd2", "sdxl") for kind in ("object", "person", "style")}

@@ -213,6 +213,11 @@ def typical_norm(table: torch.Tensor) -> float:
     return float(_used_rows(table).norm(dim=1).median())
 
 
+def mean_norm(table: torch.Tensor) -> float:
+    """The mean Euclidean norm of the rows in use."""
+    return float(_used_rows(table).norm(dim=1).mean())
+
+
 def rows_from_word(table: torch.Tensor, ids: Sequence[int], init_word: str) -> torch.Tensor:
     """Copies of the table's rows for ``ids``: float32 [N, D]. Raises UserError when one of them is all zero."""
     rows = table.detach()[list(ids)].float().clone()
@@ -275,6 +280,12 @@ class TrainableRows(nn.Module):
         """Scale every row to the given norm (one per text encoder), keeping its direction."""
         for rows, norm in zip(self.rows, norms, strict=True):
             rows.mul_(norm / rows.norm(dim=1, keepdim=True).clamp(min=1e-12))
+
+    @torch.no_grad()
+    def shorten(self, norms: Sequence[float]) -> None:
+        """Scale every row that is longer than the given norm (one per text encoder) to it; others keep every bit."""
+        for rows, norm in zip(self.rows, norms, strict=True):
+            rows.mul_((norm / rows.norm(dim=1, keepdim=True)).clamp(max=1))
 
 
 class MergedEmbedding(nn.Module):

@@ -16,6 +16,16 @@ class RecipeOptions:
         "gradient norm is then not clipped, unless --max_grad_norm is another one than 1.",
         told=True,
     )
+    max_embedding_norm: float | None = option(
+        None,
+        "Shorten each vector that is longer than this after a step, and leave the others alone; in lengths of a usual "
+        "word's vector (the mean over the vocabulary, for each text encoder). A softer --preserve_embedding_norm. "
+        "Typical: 1 to 3. Unset: as long as they get.",
+        read=number,
+        above=0,
+        yields_to=("preserve_embedding_norm",),
+        told=True,
+    )
     early_stopping: bool = flag(
         "Measure the loss with fixed noise every so many steps, on held-out images if there are any (else on training "
         "images), stop when it gets no lower or has settled, and keep the vectors with the lowest as the result.",

@@ -37,12 +37,13 @@ class StepRules:
 
     ``max_grad_norm`` limits the joint norm of all rows' gradient (0: no limit). ``normalizes_samples``: the gradient of
     each sample has a norm of 1 before their mean is taken. With ``norms``, one per text encoder, every row is brought
-    to that length after each step.
+    to that length after each step; with ``max_norms`` none is left longer.
     """
 
     max_grad_norm: float = 0.0
     normalizes_samples: bool = False
     norms: Sequence[float] | None = None
+    max_norms: Sequence[float] | None = None
 
 
 class Learner:
@@ -222,6 +223,8 @@ class Learner:
             scaler.update()
         if self.rules.norms is not None:
             self.rows.rescale(self.rules.norms)
+        if self.rules.max_norms is not None:
+            self.rows.shorten(self.rules.max_norms)
 
 
 def _mean(taught: Tensor) -> float | None:
@@ -237,6 +240,11 @@ def check_learning(options: Options, total_steps: int) -> None:
             raise UserError(
                 f"--average_last: {type(choice.optimizer).__name__} saves an average of its own already. Leave one of "
                 "them out."
+            )
+        if choice.schedule_free and options.recipe.max_embedding_norm:
+            raise UserError(
+                f"--max_embedding_norm: {type(choice.optimizer).__name__} saves an average that it keeps besides the "
+                "vectors, and nothing would shorten that. Leave one of them out."
             )
         schedule = build_lr_schedule(options.schedule, choice, total_steps)
         if options.save.save_state or options.save.save_state_on_train_end:

@@ -19,6 +19,7 @@ from library.embedding.tokenizer import (
     TrainableRows,
     check_token_string,
     init_word_ids,
+    mean_norm,
     rows_from_statistics,
     rows_from_word,
     table_spread,
@@ -204,6 +205,7 @@ def test_start_values_skip_zero_rows():
     assert torch.allclose(rows.std(0), used.std(0), atol=2e-3)
     assert table_spread(table) == pytest.approx(0.02, rel=0.05)
     assert typical_norm(table) == pytest.approx(used.norm(dim=1).median().item())
+    assert mean_norm(table) == pytest.approx(used.norm(dim=1).mean().item())
     assert torch.equal(rows_from_word(table, [1, 3], "cat"), table[[1, 3]])
     with pytest.raises(UserError, match="all-zero"):
         rows_from_word(table, [2], "cat")
@@ -241,6 +243,14 @@ def test_rescale_keeps_directions():
     for old, new, norm in zip(before, rows.rows, (0.4, 0.7), strict=True):
         assert torch.allclose(new.norm(dim=1), torch.full((3,), norm))
         assert torch.allclose(torch.cosine_similarity(old, new), torch.ones(3))
+
+
+def test_shorten_leaves_shorter_rows_alone():
+    rows = TrainableRows([torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]]), torch.tensor([[0.0, 6.0]])])
+    rows.shorten([2.5, 7.0])
+    assert torch.equal(rows.rows[0][1:], torch.tensor([[0.3, 0.4], [0.0, 0.0]]))
+    assert torch.allclose(rows.rows[0][0], torch.tensor([1.5, 2.0]))
+    assert torch.equal(rows.rows[1], torch.tensor([[0.0, 6.0]]))
 
 
 def test_rows_hold_other_values_for_a_while_and_then_their_own_bits():

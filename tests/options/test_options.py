@@ -45,6 +45,7 @@ ADDED = {
     "caption_tag_dropout_rate",
     "init_word_candidates",
     "normalize_sample_gradients",
+    "max_embedding_norm",
     "preserve_embedding_norm",
     "learning_report",
     "no_metadata",  # of sd-scripts' LoRA script, as the next
