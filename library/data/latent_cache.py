@@ -38,6 +38,7 @@ from library.data.latent_files import (
     write_slot,
 )
 from library.model.vae import FrozenVae
+from library.support.atomic_files import sweep_replacements
 from library.support.errors import UserError
 from library.support.npz_files import ArchiveError, sum_of
 from library.support.processes import usable_cores
@@ -215,13 +216,12 @@ class LatentCache:
         """This process's share; all that goes into one file is one process's."""
         refuse_shared_names(entry.path for entry in entries)
         entries = self._one_per_slot(entries)
-        files = [self.file(entry) for entry in entries]
-        mine = set(list(dict.fromkeys(files))[process_index::num_processes])
+        files = {entry: self.file(entry) for entry in entries}
+        mine = set(list(dict.fromkeys(files.values()))[process_index::num_processes])
+        sweep_replacements(mine)
         tasks = []
-        for entry, file in zip(entries, files, strict=True):
-            if file not in mine:
-                continue
-            slot, reason = find_slot(file, self._wanted(entry, encoder), self.skip_check)
+        for entry in (entry for entry in entries if files[entry] in mine):
+            slot, reason = find_slot(files[entry], self._wanted(entry, encoder), self.skip_check)
             if slot:
                 self.slots[_place(entry)] = slot
             tasks.append(_Task(entry, reason))

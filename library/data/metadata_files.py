@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from library.support.atomic_files import replacement
+from library.support.atomic_files import replacement, sweep_replacements
 from library.support.errors import UserError
 from library.support.text_files import LARGEST_METADATA, is_unicode, parse_json, read_text
 
@@ -179,7 +179,10 @@ class FolderCache:
 
     def save(self, entries: dict[str, Entry]) -> None:
         """Write the cache if it changed, in one piece: a run that is stopped leaves the old file or the new one."""
-        if self.read_only or entries == self._entries:
+        if self.read_only:
+            return
+        sweep_replacements([self.path])
+        if entries == self._entries:
             return
         text = json.dumps(entries, indent=2, ensure_ascii=False)
         try:

@@ -7,7 +7,8 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -20,6 +21,10 @@ logger = logging.getLogger(__name__)
 if TYPE_CHECKING:  # --help does without Pillow
     from PIL.Image import Image
     from PIL.PngImagePlugin import PngInfo
+
+# The names of what is not finished: the final one, the process, and more where nobody is to guess it.
+_TEMPORARY = re.compile(r"\.(.+)\.(\d+)(?:-[0-9a-f]+)?\.tmp")
+_SECONDS_OF_A_WRITE = 600  # at most, whatever the disk
 
 
 def write_atomically(path: Path, content: bytes, *, keep_old: bool = False) -> Path | None:
@@ -103,11 +108,37 @@ def _refused(path: Path, error: OSError) -> UserError:
 
 def sweep(folder: Path, name: str) -> None:
     """Remove what killed processes left unfinished in ``folder``, of files whose names begin with ``name``."""
-    unfinished = re.compile(rf"\.{re.escape(name)}(?![A-Za-z0-9]).*\.(\d+)(-[0-9a-f]+)?\.tmp")
-    for path in list(folder.glob(".*.tmp")):
-        found = unfinished.fullmatch(path.name)
-        if found and not _is_at_work(int(found[1])):
+    ours = re.compile(rf"{re.escape(name)}(?![A-Za-z0-9])")
+    for path, final_name in _abandoned(folder):
+        if ours.match(final_name):
             remove_quietly(path)
+
+
+def sweep_replacements(files: Collection[Path]) -> None:
+    """Remove what killed processes left of a :func:`replacement` of one of these files.
+
+    What has changed a short while ago stays: other machines, whose processes have numbers of their own, may be writing
+    to a folder that they share with this one.
+    """
+    for folder in {file.parent for file in files}:
+        for path, final_name in _abandoned(folder):
+            if folder / final_name in files and _is_old(path):
+                remove_quietly(path)
+
+
+def _abandoned(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Temporary files and folders whose process is gone, each with the name that it was to get."""
+    for path in list(folder.glob(".*.tmp")):
+        found = _TEMPORARY.fullmatch(path.name)
+        if found and not _is_at_work(int(found[2])):
+            yield path, found[1]
+
+
+def _is_old(path: Path) -> bool:
+    try:
+        return time.time() - path.lstat().st_mtime > _SECONDS_OF_A_WRITE
+    except OSError:  # somebody else has removed it
+        return False
 
 
 def _is_at_work(process: int) -> bool:

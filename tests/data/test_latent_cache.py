@@ -16,6 +16,7 @@ from departures import departure
 from diffusers import AutoencoderKL
 from golden_data import golden_cases
 from PIL import Image
+from test_atomic_files import abandoned
 
 from library.data import latent_cache as latents
 from library.data.buckets import BucketChooser, BucketRules, size_conditioning_crop
@@ -236,6 +237,17 @@ def test_a_cache_that_was_cut_off_is_finished(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
     report = _cache().fill(entries, _encoder())
     assert (report.reused, report.encoded) == (2, 2)
+
+
+def test_what_killed_runs_left_beside_the_images_is_swept(tmp_path):
+    """Each process sweeps what is left of its own share, also where all is cached."""
+    entries = _images(tmp_path, 2)
+    for cached in (False, True):
+        left = [abandoned(_cache().file(entry), age=3600) for entry in entries]
+        _cache().fill(entries, _encoder(), num_processes=2)
+        assert [path.exists() for path in left] == [False, True], cached
+        _cache().fill(entries, _encoder(), process_index=1, num_processes=2)
+        assert [path.exists() for path in left] == [False, False], cached
 
 
 def test_another_resolution_makes_latents_beside_the_old_ones(tmp_path):

@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from datasets import configs_of, make_image, subset_of
 from departures import departure
 from golden_data import golden_cases
 from option_effects import shows
+from test_atomic_files import abandoned
 
 from library.data.image_sets import load_image_set
 from library.data.metadata_files import CACHE_NAME, read_metadata
@@ -381,3 +383,12 @@ def test_no_partial_file_stays(folder, monkeypatch, caplog):
         assert len(_cached_set(folder)) == 3
     assert "disk full" in caplog.text
     assert sorted(path.suffix for path in folder.iterdir()) == [".png"] * 3 + [".txt"] * 3
+
+
+def test_what_killed_runs_left_is_swept(folder, tmp_path):
+    for known in (False, True):
+        left = abandoned(folder / CACHE_NAME, age=3600)
+        load_image_set(replace(subset_of(tmp_path, {"image_dir": str(folder), "cache_info": True}), read_only=True))
+        assert left.exists(), known
+        _cached_set(folder)
+        assert not left.exists(), known

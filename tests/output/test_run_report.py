@@ -10,6 +10,7 @@ from page_checks import checked
 from PIL import Image
 from runs import TOKEN, arguments, run, write_dataset
 from safetensors.torch import load_file
+from test_learning_report import few_small_steps
 
 from library.output import learning_report, run_report
 from library.output.html_report import HtmlReport
@@ -18,6 +19,7 @@ from library.output.run_facts import RunFacts
 from library.training.denoising import DenoisingTask
 
 METRICS, PAGE, USAGE = f"{TOKEN}_metrics.jsonl", f"{TOKEN}.html", f"{TOKEN}_usage.txt"
+RESULT = f"{TOKEN}.safetensors"
 # What differs between two runs that are alike in all else.
 CLOCK = ("seconds", "steps_per_second", "memory_gib")
 REPORT = "--no_report=false"
@@ -141,6 +143,42 @@ def test_a_resumed_run_goes_on_with_the_same_lines(every, place, dataset, tmp_pa
         if place == "same":
             assert not list(folder.glob("*-1*"))
     assert len(page(tmp_path / "whole").all("svg")) == len(checked(text).all("svg"))
+
+
+@pytest.mark.parametrize("state", [f"{TOKEN}-step00000002-state", f"{TOKEN}-state"])
+def test_a_run_that_is_killed_after_its_last_state_is_reported_when_it_is_resumed(
+    state, dataset, tmp_path, tiny_sd1, prompts, monkeypatch, capsys
+):
+    few_small_steps(monkeypatch)
+    more = [*prompts, "--learning_report", "--save_state", "--save_every_n_steps=2", REPORT]
+    argv = arguments("sd1", tiny_sd1, dataset, tmp_path / "out", *more)
+    assert run("sd1", argv) == 0
+    folder, closing = tmp_path / "out", closing_words(capsys.readouterr().out)
+    wanted = {path: path.read_bytes() for path in folder.glob(f"{TOKEN}*") if path.is_file()}
+    noted, shown = lines(folder), page(folder)
+    for path in wanted:
+        if path.name in (RESULT, USAGE, f"{TOKEN}_report.json", f"{TOKEN}_report.png"):
+            path.unlink()
+    (folder / METRICS).write_bytes(b"".join(wanted[folder / METRICS].splitlines(keepends=True)[:-2]))
+    assert "result" in noted[-2]
+    (folder / PAGE).write_bytes(b"<html>" + wanted[folder / PAGE])
+    assert run("sd1", [*argv, f"--resume={folder / state}"]) == 0
+    assert {path for path in folder.glob(f"{TOKEN}*") if path.is_file()} == wanted.keys()
+    for name in (f"{TOKEN}_report.json", f"{TOKEN}_report.png", USAGE):
+        assert (folder / name).read_bytes() == wanted[folder / name], name
+    assert without_clock(lines(folder)) == without_clock(noted)
+    assert closing_words(capsys.readouterr().out) == closing
+    again = page(folder)
+    assert "meta http-equiv" not in (folder / PAGE).read_text(encoding="utf-8")
+    assert [len(again.all(tag)) for tag in ("svg", "img", "td")] == [
+        len(shown.all(tag)) for tag in ("svg", "img", "td")
+    ]
+    assert verdict_of(folder)["reason"][1:] in " ".join(again.text.split())
+
+
+def closing_words(said: str) -> list[str]:
+    """What is said at a run's end, without its time."""
+    return [line for line in said.splitlines() if not re.match(r" *time\b", line)]
 
 
 def test_the_report_of_an_earlier_run_is_kept_with_its_embedding(dataset, tmp_path, tiny_sd1, capsys):

@@ -1,8 +1,14 @@
 """Files that are whole or not there, whatever fails."""
 
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 
-from library.support.atomic_files import write_atomically
+from library.support.atomic_files import replacement, sweep_replacements, write_atomically
 from library.support.errors import UserError
 
 
@@ -30,3 +36,31 @@ def test_the_file_has_the_usual_permissions(tmp_path):
     write_atomically(tmp_path / "n.pt", b"new")
     (tmp_path / "usual").write_bytes(b"x")
     assert (tmp_path / "n.pt").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def abandoned(path: Path, *, age: float) -> Path:
+    """What a process leaves that is killed in a ``replacement`` of ``path``, as if it were ``age`` seconds old."""
+    program = "import os, sys; from pathlib import Path; from library.support.atomic_files import replacement\n"
+    program += "with replacement(Path(sys.argv[1])) as file: os._exit(9)"
+    before = set(path.parent.iterdir())
+    assert subprocess.run([sys.executable, "-c", program, path], check=False).returncode == 9
+    (left,) = set(path.parent.iterdir()) - before
+    os.utime(left, (time.time() - age,) * 2)
+    return left
+
+
+def test_what_killed_processes_left_of_a_replacement_is_swept(tmp_path):
+    """Of these files, of dead processes, and not while another machine may be at it."""
+    ours, other = tmp_path / "a [1]_sd.npz", tmp_path / "b_sd.npz"
+    gone = abandoned(ours, age=3600)
+    stay = {abandoned(ours, age=30), abandoned(other, age=3600), tmp_path / f".{ours.name}.tmp"}
+    (tmp_path / f".{ours.name}.tmp").touch()
+    foreign = tmp_path / f".{ours.name}.{os.getppid()}-0123abcd.tmp"
+    foreign.touch()
+    os.utime(foreign, (0, 0))
+    sweep_replacements({ours, tmp_path / "no folder" / "c.npz"})
+    assert set(tmp_path.iterdir()) == {*stay, foreign}
+    assert not gone.exists()
+    with replacement(ours) as file:
+        file.write(b"new")
+    assert ours.read_bytes() == b"new"

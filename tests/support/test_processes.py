@@ -352,7 +352,7 @@ def test_the_process_that_is_left_keeps_the_vectors(lost, dataset, tmp_path, tin
     ],
 )
 def test_a_process_among_several_ends_whatever_holds_it(work, code, said):
-    """Here a thread that never ends, in a real run a process group that waits for a partner."""
+    """Here a thread that never ends."""
     program = (
         "import sys, threading; from library.support.processes import ended_at_once\n"
         "threading.Thread(target=threading.Event().wait).start()\n"
@@ -369,6 +369,36 @@ def test_a_process_among_several_ends_whatever_holds_it(work, code, said):
     )
     assert (done.returncode, done.stdout) == (code, "written")
     assert said in done.stderr
+
+
+# Process 0 has begun a sum that process 1 never takes part in.
+STUCK = """
+import sys, time, torch, torch.distributed as dist
+from library.support.processes import ended_at_once
+dist.init_process_group("gloo", init_method=sys.argv[1], rank=int(sys.argv[2]), world_size=2)
+dist.barrier()
+if sys.argv[2] == "1":
+    time.sleep(3600)
+def work():
+    global under_way
+    under_way = dist.all_reduce(torch.ones(1), async_op=True)
+    return 7
+ended_at_once(work)
+"""
+
+
+def test_a_process_ends_though_its_partner_is_stuck(tmp_path):
+    """An interpreter's ordinary end waits for the thread that sums."""
+    command = [sys.executable, "-c", STUCK, (tmp_path / "meeting").as_uri()]
+    environment = {**os.environ, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    begun = [subprocess.Popen([*command, rank], cwd=ROOT, env=environment) for rank in ("0", "1")]
+    try:
+        assert begun[0].wait(120) == 7
+        assert begun[1].poll() is None
+    finally:
+        for each in begun:
+            each.kill()
+            each.wait()
 
 
 def test_processes_that_accelerate_does_not_join_are_refused(dataset, tmp_path, tiny_sd1, monkeypatch, capsys):

@@ -128,6 +128,47 @@ def test_whatever_an_optimizer_and_a_schedule_keep(name, command, tmp_path, trai
     assert not torch.equal(whole.setup.starts[0], tensors(tmp_path / "whole")["emb_params"])
 
 
+def test_stopped_and_resumed_again_and_again(command, tmp_path, monkeypatch):
+    """Each time in a step after the last state; the average that is saved never gets into what is trained."""
+    more = ["--optimizer_type=AdamWScheduleFree", *OPTIMIZERS["AdamWScheduleFree"], "--save_state_on_train_end"]
+    assert run("sd1", command("whole", *more)) == 0
+    update = Learner._update_rows
+    cut = command("cut", *more, "--save_every_n_steps=1", "--save_state")
+    for number, step in enumerate((3, 4, 6)):  # at an epoch's end, at a beginning, at an end again
+
+        def interrupted(learner, *given, last=step):
+            update(learner, *given)
+            if learner.progress.step == last - 1:
+                signal.raise_signal(signal.SIGTERM)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Learner, "_update_rows", interrupted)
+            assert run("sd1", [*cut, "--resume=latest"] if number else cut) == 143
+        assert (tmp_path / "cut" / STATES[step - 1]).is_dir()
+        assert not (tmp_path / "cut" / STATES[step]).exists()
+    assert run("sd1", [*cut, "--resume=latest"]) == 0
+    assert_same(tensors(tmp_path / "cut"), tensors(tmp_path / "whole"))
+    cut, whole = (TrainingState.read(tmp_path / name / f"{TOKEN}-state") for name in ("cut", "whole"))
+    assert_equal(cut.learner, whole.learner)
+    averaged = tensors(tmp_path / "whole")["emb_params"]
+    assert not torch.equal(whole.learner["rows"][0], averaged)
+
+
+def assert_equal(one: object, other: object) -> None:
+    """Tensors within dictionaries and lists are the same bits, and all else is equal."""
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_equal(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        for first, second in zip(one, other, strict=True):
+            assert_equal(first, second)
+    else:
+        assert one == other
+
+
 def test_accumulation_epochs_and_norms(command, tmp_path, capsys):
     """Steps of two batches and of one; the states are those of epochs."""
     more = ["--gradient_accumulation_steps=2", "--max_train_epochs=4", "--save_every_n_epochs=1"]
