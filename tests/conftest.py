@@ -132,7 +132,7 @@ def _clean_process():
 def _folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_models import save_folder
 
-    return save_folder(family, tmp_path_factory.mktemp(f"tiny_{family}"))
+    return save_folder(family, tmp_path_factory.mktemp(f"tiny_{family}"), layers=1)
 
 
 def _file(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -161,17 +161,17 @@ def tiny_sdxl(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_sd1_file(tmp_path_factory) -> Path:
-    """The model of ``tiny_sd1`` as one file in the LDM layout."""
+    """A tiny SD 1 model, of two layers a level where ``tiny_sd1`` has one, as one file in the LDM layout."""
     return _file("sd1", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def tiny_sd2_file(tmp_path_factory) -> Path:
-    """The model of ``tiny_sd2`` as one file in the LDM layout with an OpenCLIP encoder."""
+    """A tiny SD 2 model, of two layers a level, as one file in the LDM layout with an OpenCLIP encoder."""
     return _file("sd2", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def tiny_sdxl_file(tmp_path_factory) -> Path:
-    """The model of ``tiny_sdxl`` as one file in the SGM layout."""
+    """A tiny SDXL model, of two layers a level, as one file in the SGM layout."""
     return _file("sdxl", tmp_path_factory)

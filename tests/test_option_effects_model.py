@@ -59,8 +59,11 @@ def test_base_model(bench, tmp_path, tiny_sd1_file, tiny_sd2_file):
     dog = bench("--init_word=dog")
     assert torch.equal(dog.setup.starts[0][0], table[id_of(dog.job, "dog")])
 
-    from_file = bench(f"--pretrained_model_name_or_path={tiny_sd1_file}")
-    torch.testing.assert_close(from_file.rows[0][0], outcome.rows[0][0], **ALIKE)
+    from_folder, from_file = (
+        bench(f"--pretrained_model_name_or_path={path}")
+        for path in (save_folder("sd1", tmp_path / "folder"), tiny_sd1_file)
+    )
+    torch.testing.assert_close(from_file.rows[0][0], from_folder.rows[0][0], **ALIKE)
     assert from_file.metadata()["ti.base_model"] == tiny_sd1_file.name
     other = bench(f"--pretrained_model_name_or_path={save_folder('sd1', tmp_path / 'other', seed=5)}")
     assert torch.equal(other.setup.starts[0][0], table_of(tmp_path / "other")[id_of(other.job, "girl")])

@@ -56,8 +56,24 @@ def open_model(path, family: str = "sd1", **changes) -> BaseModel:
 
 @pytest.fixture(scope="module")
 def pipelines():
-    """The models that the folders and files of conftest.py hold."""
+    """The models that the folders below and the files of conftest.py hold."""
     return {family: build_pipeline(family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def tiny_sd1(tmp_path_factory) -> Path:
+    """The model of ``tiny_sd1_file`` as a diffusers folder, and so the others."""
+    return save_folder("sd1", tmp_path_factory.mktemp("sd1"))
+
+
+@pytest.fixture(scope="module")
+def tiny_sd2(tmp_path_factory) -> Path:
+    return save_folder("sd2", tmp_path_factory.mktemp("sd2"))
+
+
+@pytest.fixture(scope="module")
+def tiny_sdxl(tmp_path_factory) -> Path:
+    return save_folder("sdxl", tmp_path_factory.mktemp("sdxl"))
 
 
 def folder_of(family, request) -> Path:
