@@ -20,7 +20,7 @@ class RecipeOptions:
         None,
         "Shorten each vector that is longer than this after a step, and leave the others alone; in lengths of a usual "
         "word's vector (the mean over the vocabulary, for each text encoder). A softer --preserve_embedding_norm. "
-        "Typical: 1 to 3. Unset: as long as they get.",
+        "Typical: 2 to 4. Unset: as long as they get.",
         read=number,
         above=0,
         yields_to=("preserve_embedding_norm",),
