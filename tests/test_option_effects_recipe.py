@@ -9,7 +9,6 @@ from runs import arguments, write_dataset
 from test_option_effects_learning import moved
 
 from library import run as run_module
-from library.embedding.tokenizer import typical_norm
 
 SGD = ["--optimizer_type=SGD", "--learning_rate=1"]
 NORMALIZED = [*SGD, "--normalize_sample_gradients"]
@@ -172,20 +171,6 @@ def test_the_mean_of_shortened_vectors_is_no_longer(bench):
     assert done.tensors()["emb_params"].norm(dim=1).max() <= usual_length(done, 0) * (1 + 1e-6)
 
 
-@pytest.mark.parametrize("flag", ["--max_embedding_norm=1", "--preserve_embedding_norm"])
-def test_the_average_of_a_schedule_free_optimizer_has_the_norm_that_was_asked_for(flag, bench):
-    """It is made in the optimizer's own state, of vectors that nothing has rescaled."""
-    more = ["--optimizer_type=AdamWScheduleFree", "--learning_rate=0.1", "--save_every_n_steps=2", flag]
-    done = bench(*more, steps=3)
-    usual = usual_length(done, 0) if "max" in flag else typical_norm(done.setup.prompt_encoder.tables[0].weight)
-    for name in ("mychar-step00000002.safetensors", "mychar.safetensors"):
-        norm = done.tensors(name)["emb_params"].norm(dim=1).max().item()
-        assert norm <= usual * (1 + 1e-5)
-        assert "max" in flag or norm == pytest.approx(usual, rel=1e-5)
-    without = bench(*(each for each in more if "save" not in each), steps=3)
-    assert torch.equal(without.tensors()["emb_params"], done.tensors()["emb_params"])
-
-
 def test_a_resumed_run_shortens_as_before(bench):
     more = ["--max_embedding_norm=1", "--learning_rate=0.1", "--save_every_n_steps=2", "--save_state"]
     whole = bench(*more, steps=4)
@@ -198,6 +183,8 @@ def test_where_nothing_could_be_shortened_it_is_said(bench, tmp_path):
     argv = arguments("sd1", bench.models["sd1"], bench.dataset, tmp_path, "--max_embedding_norm=2")
     said = plan("sd1", [*argv, "--preserve_embedding_norm"]).said
     assert "--max_embedding_norm is not used: --preserve_embedding_norm wins." in said
+    refused = bench("--max_embedding_norm=2", "--optimizer_type=AdamWScheduleFree", code=1).said
+    assert "--max_embedding_norm: AdamWScheduleFree saves an average that it keeps besides the vectors" in refused
     assert (
         "--max_embedding_norm is 0.0; it must be above 0."
         in plan("sd1", [*argv, "--max_embedding_norm=0"], code=1).said

@@ -120,16 +120,7 @@ class Learner:
         with self.rows.kept(), averaged_values(self.choice.optimizer):
             if self.result is not None:
                 self.rows.assign(self.result.rows)
-            elif self.choice.schedule_free:  # its average was made of vectors from before they were brought to a norm
-                self.bring_to_norms()
             yield self.values()
-
-    def bring_to_norms(self) -> None:
-        """Rescale the rows, or shorten the long ones, where the rules say so."""
-        if self.rules.norms is not None:
-            self.rows.rescale(self.rules.norms)
-        if self.rules.max_norms is not None:
-            self.rows.shorten(self.rules.max_norms)
 
     def values(self) -> list[Tensor]:
         """A copy of the rows as they are, on the CPU: [N, D] per text encoder."""
@@ -230,7 +221,10 @@ class Learner:
             self.choice.optimizer.step()
         if scaler is not None:
             scaler.update()
-        self.bring_to_norms()
+        if self.rules.norms is not None:
+            self.rows.rescale(self.rules.norms)
+        if self.rules.max_norms is not None:
+            self.rows.shorten(self.rules.max_norms)
 
 
 def _mean(taught: Tensor) -> float | None:
@@ -246,6 +240,11 @@ def check_learning(options: Options, total_steps: int) -> None:
             raise UserError(
                 f"--average_last: {type(choice.optimizer).__name__} saves an average of its own already. Leave one of "
                 "them out."
+            )
+        if choice.schedule_free and options.recipe.max_embedding_norm:
+            raise UserError(
+                f"--max_embedding_norm: {type(choice.optimizer).__name__} saves an average that it keeps besides the "
+                "vectors, and nothing would shorten that. Leave one of them out."
             )
         schedule = build_lr_schedule(options.schedule, choice, total_steps)
         if options.save.save_state or options.save.save_state_on_train_end:

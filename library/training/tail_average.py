@@ -62,8 +62,10 @@ class TailAverage(Callback):
             return
         chosen = f"the mean of those of the last {counted(self.count, 'step')} (--average_last={self.share:g})"
         logger.info("The vectors of the result are %s.", chosen)
-        with self.learner.rows.holding(self.mean):
-            self.learner.bring_to_norms()
+        rows, norms = self.learner.rows, self.learner.rules.norms
+        with rows.holding(self.mean):
+            if norms is not None:
+                rows.rescale(norms)
             self.learner.result = Vectors(self.learner.values(), progress.step, progress.epoch, chosen)
 
     def state_dict(self) -> dict[str, Any] | None:
