@@ -15,7 +15,7 @@ from library.data.latent_cache import LatentCache
 from library.embedding.initialization import NewWord, initial_rows
 from library.embedding.prompt_encoder import PromptEncoder
 from library.embedding.start_words import RankedWord
-from library.embedding.tokenizer import TrainableRows, mean_norm, table_spread, token_table, typical_norm
+from library.embedding.tokenizer import TrainableRows, table_spread, token_table, typical_norm
 from library.model import device_settings, runtime
 from library.model.base_model import BaseModel
 from library.model.family import ModelFamily
@@ -209,6 +209,9 @@ def build_learner(job: Job, rows: TrainableRows, tables: Sequence[torch.nn.Embed
     state, accelerator = job.state, job.accelerator
     spread = max(table_spread(table.weight) for table in tables)
     rows.to(job.device)
+    rules = step_rules(job.options, tables)
+    if not state:
+        warn_of_shortened(rows, rules, job.options)
     choice, schedule = optimizer_and_rates(job, rows, spread)
     watch = DivergenceGuard(
         job.word.placeholder.names, job.plan.total_steps, scales_loss=accelerator.scaler is not None
@@ -220,11 +223,25 @@ def build_learner(job: Job, rows: TrainableRows, tables: Sequence[torch.nn.Embed
         schedule,
         watch,
         progress=Progress.at(job.plan, state.step, closed=state.epoch_closed) if state else Progress(),
-        rules=step_rules(job.options, tables),
+        rules=rules,
     )
     if state:
         learner.load_state_dict(state.learner, new_rates=bool(state.other_rates(job.options)))
     return learner
+
+
+def warn_of_shortened(rows: TrainableRows, rules: StepRules, options: Options) -> None:
+    """Say that ``--max_embedding_norm`` will cut the start itself in the first step."""
+    shares = [
+        each.norm(dim=1).max().item() / most for each, most in zip(rows.rows, rules.max_norms or (), strict=False)
+    ]
+    if shares and max(shares) > 1:
+        limit = options.recipe.max_embedding_norm or 0.0
+        logger.warning(
+            "--max_embedding_norm=%g: the vectors that the training starts from are up to %.2g times as long as a "
+            "usual word's, and the first step will shorten them to the limit. Raise it above that to keep the start.",
+            *(limit, limit * max(shares)),
+        )
 
 
 def step_rules(options: Options, tables: Sequence[torch.nn.Embedding]) -> StepRules:
@@ -234,7 +251,7 @@ def step_rules(options: Options, tables: Sequence[torch.nn.Embedding]) -> StepRu
         max_grad_norm=clip_limit(options),
         normalizes_samples=options.recipe.normalize_sample_gradients,
         norms=[typical_norm(table.weight) for table in tables] if keeps_norm else None,
-        max_norms=[most * mean_norm(table.weight) for table in tables] if most and not keeps_norm else None,
+        max_norms=[most * typical_norm(table.weight) for table in tables] if most and not keeps_norm else None,
     )
 
 

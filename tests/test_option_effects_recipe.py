@@ -132,10 +132,9 @@ def lengths(outcome, step, encoder):
 
 
 def usual_length(outcome, encoder):
-    """The mean length of a word that the model knows: tables have rows of zeros too."""
+    """The median length of a word that the model knows: tables have rows of zeros too."""
     table = outcome.setup.prompt_encoder.tables[encoder].weight
-    norms = [row.norm().item() for row in table if row.any()]
-    return sum(norms) / len(norms)
+    return float(torch.median(torch.stack([row.norm() for row in table if row.any()])))
 
 
 @shows("max_embedding_norm")
@@ -179,12 +178,20 @@ def test_a_resumed_run_shortens_as_before(bench):
     assert torch.equal(rest.tensors()["emb_params"], whole.tensors()["emb_params"])
 
 
+def test_a_start_that_is_longer_than_the_limit_is_said(bench):
+    """The first step would shorten it without a word: of --weights, everything that they had learned."""
+    said = bench("--max_embedding_norm=0.01").said
+    assert "--max_embedding_norm=0.01: the vectors that the training starts from are up to " in said
+    assert "--max_embedding_norm" not in bench("--max_embedding_norm=1000").said
+
+
 def test_where_nothing_could_be_shortened_it_is_said(bench, tmp_path):
     argv = arguments("sd1", bench.models["sd1"], bench.dataset, tmp_path, "--max_embedding_norm=2")
     said = plan("sd1", [*argv, "--preserve_embedding_norm"]).said
     assert "--max_embedding_norm is not used: --preserve_embedding_norm wins." in said
-    refused = bench("--max_embedding_norm=2", "--optimizer_type=AdamWScheduleFree", code=1).said
-    assert "--max_embedding_norm: AdamWScheduleFree saves an average that it keeps besides the vectors" in refused
+    for flag in ("--max_embedding_norm=2", "--preserve_embedding_norm"):
+        refused = bench(flag, "--optimizer_type=AdamWScheduleFree", code=1).said
+        assert f"{flag.partition('=')[0]}: AdamWScheduleFree saves an average that a change of the vectors'" in refused
     assert (
         "--max_embedding_norm is 0.0; it must be above 0."
         in plan("sd1", [*argv, "--max_embedding_norm=0"], code=1).said

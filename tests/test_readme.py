@@ -116,7 +116,7 @@ def test_the_pages_hold_the_commands_they_should():
     assert [command[2:] for command in others] == [
         ["pytest", "-q", "-n", "auto"],  # what is running now
         # not run, which the page says: it needs PyTorch's own index
-        ["&&", "uv", "pip", "install", "-r", "requirements.txt", "--torch-backend=auto"],
+        [*shlex.split("&& uv pip install -r requirements.txt --reinstall-package torch --torch-backend=auto")],
         ["pytest", "-m", "gpu"],  # run by test_gpu_session.py
         ["tests.benchmarks", "--out", "benchmarks.md"],  # run by test_benchmarks.py
     ]

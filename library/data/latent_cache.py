@@ -10,7 +10,6 @@ bits.
 import hashlib
 import itertools
 import logging
-import pickle
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -57,18 +56,10 @@ class CachedLatents:
     flipped: torch.Tensor | None = None
     alpha_mask: torch.Tensor | None = None
 
-    def __reduce__(self) -> tuple[Callable[[bytes], "CachedLatents"], tuple[bytes]]:
-        """Go to a worker by value: torch would hand over every tensor as an open file, of which few are allowed."""
-        return _from_bytes, (pickle.dumps((self.latents, self.flipped, self.alpha_mask)),)
-
     def arrays(self) -> dict[str, np.ndarray]:
         """What there is, by the keys of the cache files, float32."""
         found = {"latents": self.latents, "latents_flipped": self.flipped, "alpha_mask": self.alpha_mask}
         return {key: tensor.float().numpy() for key, tensor in found.items() if tensor is not None}
-
-
-def _from_bytes(content: bytes) -> CachedLatents:
-    return CachedLatents(*pickle.loads(content))
 
 
 @dataclass(frozen=True, slots=True)

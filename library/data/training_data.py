@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import multiprocessing
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
@@ -108,7 +109,9 @@ class TrainingData:
 
         They live through all epochs (starting them takes seconds), which changes nothing: no draw depends on a process.
         """
-        if self.cache is not None and not self.cache.to_disk and not self.table.has_masks:
+        in_memory = self.cache is not None and not self.cache.to_disk
+        # Workers that are not forked would be sent every tensor as an open file, of which few are allowed.
+        if in_memory and (not self.table.has_masks or multiprocessing.get_start_method() != "fork"):
             workers = 0
         source = self.source(max_steps)
         return make_loader(self.order, source, workers=workers, persistent=persistent or workers > 0, **details)

@@ -213,11 +213,6 @@ def typical_norm(table: torch.Tensor) -> float:
     return float(_used_rows(table).norm(dim=1).median())
 
 
-def mean_norm(table: torch.Tensor) -> float:
-    """The mean Euclidean norm of the rows in use."""
-    return float(_used_rows(table).norm(dim=1).mean())
-
-
 def rows_from_word(table: torch.Tensor, ids: Sequence[int], init_word: str) -> torch.Tensor:
     """Copies of the table's rows for ``ids``: float32 [N, D]. Raises UserError when one of them is all zero."""
     rows = table.detach()[list(ids)].float().clone()

@@ -1,6 +1,7 @@
 """What a run computes on, in words: the device, its memory, number format, and the PyTorch behind it."""
 
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -8,8 +9,7 @@ from pathlib import Path
 import torch
 
 LINUX_DRIVER = Path("/proc/driver/nvidia/version")
-# Builds of PyTorch as uv names them: the one for the driver, and the one that still serves cards from Maxwell on.
-_FOR_THE_DRIVER, _FOR_OLD_CARDS = "auto", "cu126"
+_OLD_CARDS, _FOR_OLD_CARDS = (5, 0), "cu126"  # from Maxwell on, and for drivers from CUDA 12.6 on
 
 
 def describe_device(device: torch.device, precision: str) -> str:
@@ -51,14 +51,14 @@ def unused_gpu(cpu_chosen: bool) -> str | None:
         return None
     if torch.version.cuda:
         return (
-            f"An NVIDIA driver was found, but {describe_torch()} can use no GPU: the driver is too old for it, or "
-            f"CUDA_VISIBLE_DEVICES hides the GPU. Update the driver, or install a PyTorch for this one: "
-            f"{_install(_FOR_THE_DRIVER)}. Training goes on, slowly, on the CPU."
+            f"An NVIDIA driver was found, but {describe_torch()} can use no GPU, and training goes on, slowly, on the "
+            "CPU. If CUDA_VISIBLE_DEVICES is set, unset it. If not, the driver is too old: update it, or install a "
+            f"PyTorch for an older CUDA. {_install(_FOR_OLD_CARDS)}"
         )
     return (
-        f"An NVIDIA driver was found, but this PyTorch {torch.__version__} was built without CUDA, as plain pip "
-        f"installs it on Windows. Install one for CUDA: {_install(_FOR_THE_DRIVER)}. Training goes on, slowly, on the "
-        "CPU."
+        f"An NVIDIA driver was found, but this PyTorch {torch.__version__} was built without CUDA (as plain pip has it "
+        "on Windows), and training goes on, slowly, on the CPU. Install a build for your driver. "
+        f"{_install('auto')}"
     )
 
 
@@ -70,12 +70,15 @@ def unsupported_gpu(device: torch.device) -> str | None:
     codes = [_code(name) for name in torch.cuda.get_arch_list()]
     if not codes or any(_runs_on(capability, kind, version) for kind, version in codes):
         return None
-    build = _FOR_OLD_CARDS if capability < min(version for _, version in codes) else _FOR_THE_DRIVER
-    return (
+    said = (
         f"{describe_torch()} has no code for {torch.cuda.get_device_properties(device).name} (compute capability "
         f"{capability[0]}.{capability[1]}), only for {', '.join(torch.cuda.get_arch_list())}: the first computation "
-        f"will fail. Install one that has: {_install(build)}."
+        "will fail."
     )
+    if capability < _OLD_CARDS:
+        return f"{said} It is too old for PyTorch. Set ACCELERATE_USE_CPU=true to train on the CPU."
+    older = capability < min(version for _, version in codes)
+    return f"{said} Install a build that supports it. {_install(_FOR_OLD_CARDS if older else 'auto')}"
 
 
 def _code(name: str) -> tuple[str, tuple[int, int]]:
@@ -91,11 +94,17 @@ def _runs_on(card: tuple[int, int], kind: str, version: tuple[int, int]) -> bool
 
 
 def _install(build: str) -> str:
-    """The command for a build of PyTorch; uv finds it, where pip would have to be told the address of its index."""
-    torch_release = f"torch=={torch.__version__.split('+')[0]}"
+    """The commands for a build of PyTorch, on lines of their own.
+
+    uv knows where builds are; pip would have to be told the address of an index.
+    """
+    python = shlex.quote(sys.executable)
+    if os.name == "nt":
+        python = f'& "{sys.executable}"' if " " in sys.executable else sys.executable
+    release = torch.__version__.split("+")[0]
     return (
-        f"pip install uv && uv pip install --python {sys.executable} --reinstall {torch_release} "
-        f"--torch-backend={build}"
+        f"These commands do it:\n  {python} -m pip install uv\n"
+        f"  {python} -m uv pip install --reinstall-package torch torch=={release} --torch-backend={build}"
     )
 
 

@@ -19,8 +19,8 @@ class RecipeOptions:
     max_embedding_norm: float | None = option(
         None,
         "Shorten each vector that is longer than this after a step, and leave the others alone; in lengths of a usual "
-        "word's vector (the mean over the vocabulary, for each text encoder). A softer --preserve_embedding_norm. "
-        "Typical: 2 to 4. Unset: as long as they get.",
+        "word's vector (the median over the vocabulary, for each text encoder). A softer --preserve_embedding_norm. "
+        "Typical: 2 to 4. Unset: no limit.",
         read=number,
         above=0,
         yields_to=("preserve_embedding_norm",),

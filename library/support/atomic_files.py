@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # --help does without Pillow
     from PIL.PngImagePlugin import PngInfo
 
 # The names of what is not finished: the final one, the process, and more where nobody is to guess it.
-_TEMPORARY = re.compile(r"\.(.+)\.(\d+)(?:-[0-9a-f]+)?\.tmp")
+_TEMPORARY = re.compile(r"\.(.+)\.(\d+)(-[0-9a-f]{8})?\.tmp")
 _SECONDS_OF_A_WRITE = 600  # at most, whatever the disk
 
 
@@ -109,8 +109,8 @@ def _refused(path: Path, error: OSError) -> UserError:
 def sweep(folder: Path, name: str) -> None:
     """Remove what killed processes left unfinished in ``folder``, of files whose names begin with ``name``."""
     ours = re.compile(rf"{re.escape(name)}(?![A-Za-z0-9])")
-    for path, final_name in _abandoned(folder):
-        if ours.match(final_name):
+    for path, found in _abandoned(folder):
+        if ours.match(found[1]):
             remove_quietly(path)
 
 
@@ -121,17 +121,17 @@ def sweep_replacements(files: Collection[Path]) -> None:
     to a folder that they share with this one.
     """
     for folder in {file.parent for file in files}:
-        for path, final_name in _abandoned(folder):
-            if folder / final_name in files and _is_old(path):
+        for path, found in _abandoned(folder):
+            if found[3] and folder / found[1] in files and not path.is_dir() and _is_old(path):
                 remove_quietly(path)
 
 
-def _abandoned(folder: Path) -> Iterator[tuple[Path, str]]:
-    """Temporary files and folders whose process is gone, each with the name that it was to get."""
+def _abandoned(folder: Path) -> Iterator[tuple[Path, re.Match[str]]]:
+    """Temporary files and folders whose process is gone, each with the parts of its name."""
     for path in list(folder.glob(".*.tmp")):
         found = _TEMPORARY.fullmatch(path.name)
         if found and not _is_at_work(int(found[2])):
-            yield path, found[1]
+            yield path, found
 
 
 def _is_old(path: Path) -> bool:

@@ -35,9 +35,8 @@ def ended_at_once(work: Callable[[], int]) -> int:
 
     What this process has to say and to write is said and written by then, so nothing is left to wait for. At an
     interpreter's ordinary end torch takes its process groups down, and that of Gloo waits for its threads: one that
-    sums with a partner which is stuck waits until the group's timeout, half an hour. By torch's own reports an ordinary
-    end may also hang or abort where such a thread lets go of a tensor while Python shuts down (pytorch 154976, 179291,
-    190489). Which of these it was where a run did not end after its last word is not known.
+    sums with a partner which is stuck waits until the group's timeout, half an hour. An ordinary end may also
+    hang or abort where such a thread lets go of a tensor while Python shuts down (issues 154976 and 190489 of PyTorch).
     """
     if count() == 1:
         return work()

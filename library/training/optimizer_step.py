@@ -241,10 +241,15 @@ def check_learning(options: Options, total_steps: int) -> None:
                 f"--average_last: {type(choice.optimizer).__name__} saves an average of its own already. Leave one of "
                 "them out."
             )
-        if choice.schedule_free and options.recipe.max_embedding_norm:
+        asked = {
+            "--preserve_embedding_norm": options.token.preserve_embedding_norm,
+            "--max_embedding_norm": options.recipe.max_embedding_norm,
+        }
+        if choice.schedule_free and (flag := next((name for name, given in asked.items() if given), None)):
+            # It derives the average from the vectors and a second copy of its own: changing one alone spoils it.
             raise UserError(
-                f"--max_embedding_norm: {type(choice.optimizer).__name__} saves an average that it keeps besides the "
-                "vectors, and nothing would shorten that. Leave one of them out."
+                f"{flag}: {type(choice.optimizer).__name__} saves an average that a change of the vectors' lengths "
+                "would spoil. Leave one of them out."
             )
         schedule = build_lr_schedule(options.schedule, choice, total_steps)
         if options.save.save_state or options.save.save_state_on_train_end:

@@ -99,7 +99,7 @@ class OptimizerChoice:
     @property
     def schedule_free(self) -> bool:
         """Whether the optimizer averages instead of following a schedule, and has a train and an eval mode."""
-        return type(self.optimizer).__name__.lower().endswith("schedulefree")
+        return "schedulefree" in type(self.optimizer).__name__.lower()
 
     @property
     def arguments_text(self) -> str:

@@ -1,10 +1,8 @@
 import logging
 import os
-import pickle
 import shutil
 import threading
 import warnings
-from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -21,7 +19,7 @@ from test_atomic_files import abandoned
 from library.data import latent_cache as latents
 from library.data.buckets import BucketChooser, BucketRules, size_conditioning_crop
 from library.data.images import Framing, frame_image, to_tensor
-from library.data.latent_cache import CachedLatents, LatentCache
+from library.data.latent_cache import LatentCache
 from library.data.latent_entry import LatentEntry
 from library.model import vae as frozen_vae
 from library.model.vae import FrozenVae, vae_fingerprint
@@ -239,6 +237,7 @@ def test_a_cache_that_was_cut_off_is_finished(tmp_path):
     assert (report.reused, report.encoded) == (2, 2)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="nothing is swept there")
 def test_what_killed_runs_left_beside_the_images_is_swept(tmp_path):
     """Each process sweeps what is left of its own share, also where all is cached."""
     entries = _images(tmp_path, 2)
@@ -694,16 +693,3 @@ def test_a_vae_that_encodes_in_float32_decodes_in_it_too():
     assert (half.dtype, half.decoding_dtype) == (torch.float32, torch.float32)
     half.decode(torch.zeros(1, 4, 4, 4))
     assert {parameter.dtype for parameter in half.vae.parameters()} == {torch.float32}
-
-
-def test_latents_go_to_workers_by_value():
-    """torch's own way opens a file for every tensor: Python 3.14 starts no worker with more than some 250 of them."""
-    kept = [CachedLatents(torch.randn(4, 2, 2).bfloat16(), flipped, None) for flipped in (None, torch.ones(4, 2, 2))]
-    content = ForkingPickler.dumps(kept)
-    # A tensor that is shared names its file; this one is read without any of torch's ways for processes.
-    assert b"torch.multiprocessing" not in bytes(content)
-    for found, cached in zip(pickle.loads(content), kept, strict=True):
-        assert torch.equal(found.latents, cached.latents)
-        assert (found.flipped is None) == (cached.flipped is None)
-        assert found.alpha_mask is None
-    assert b"torch.multiprocessing" in bytes(ForkingPickler.dumps(kept[0].latents))

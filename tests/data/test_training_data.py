@@ -17,7 +17,7 @@ from departures import departure
 from golden_data import golden_arrays, golden_cases
 from PIL import Image
 
-from library.data import loader
+from library.data import loader, training_data
 from library.data.captions import OBJECT_TEMPLATES, CaptionMoment
 from library.data.config import load_dataset_configs
 from library.data.images import normalized, read_image
@@ -383,6 +383,16 @@ def test_a_metadata_file_for_the_train_folder(tmp_path):
 
 
 # Masks
+
+
+@pytest.mark.parametrize(("start_method", "workers"), [("fork", 1), ("spawn", 0), ("forkserver", 0)])
+def test_workers_read_masks_where_they_need_not_be_sent_the_latents(start_method, workers, tmp_path, monkeypatch):
+    """torch sends each tensor as an open file: Python 3.14 starts no worker with more than some 250 of them."""
+    make_image(tmp_path / "masks" / "0.png", (48, 32))
+    data = _one_folder(tmp_path, ["mychar"], conditioning_data_dir=str(tmp_path / "masks"))
+    _filled(data)
+    monkeypatch.setattr(training_data.multiprocessing, "get_start_method", lambda: start_method)
+    assert data.loader(workers=1)._loader.num_workers == workers
 
 
 def test_alpha_masks_are_ones_where_there_are_none(tmp_path):

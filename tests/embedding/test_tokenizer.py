@@ -19,7 +19,6 @@ from library.embedding.tokenizer import (
     TrainableRows,
     check_token_string,
     init_word_ids,
-    mean_norm,
     rows_from_statistics,
     rows_from_word,
     table_spread,
@@ -205,7 +204,6 @@ def test_start_values_skip_zero_rows():
     assert torch.allclose(rows.std(0), used.std(0), atol=2e-3)
     assert table_spread(table) == pytest.approx(0.02, rel=0.05)
     assert typical_norm(table) == pytest.approx(used.norm(dim=1).median().item())
-    assert mean_norm(table) == pytest.approx(used.norm(dim=1).mean().item())
     assert torch.equal(rows_from_word(table, [1, 3], "cat"), table[[1, 3]])
     with pytest.raises(UserError, match="all-zero"):
         rows_from_word(table, [2], "cat")

@@ -1,6 +1,5 @@
 """What is said about the device, on machines that are simulated."""
 
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -53,23 +52,38 @@ def test_other_devices_are_named(machine):
 
 
 def install(build: str) -> str:
-    """The command that the warnings give."""
+    """The last command that the warnings give, at their very end."""
     release = torch.__version__.split("+")[0]
-    return (
-        f"pip install uv && uv pip install --python {sys.executable} --reinstall torch=={release} "
-        f"--torch-backend={build}."
-    )
+    return f" -m uv pip install --reinstall-package torch torch=={release} --torch-backend={build}"
 
 
 def test_a_gpu_that_this_pytorch_cannot_use_is_a_warning(machine):
     machine(driver=True)
     said = unused_gpu(cpu_chosen=False)
     assert "built without CUDA" in said
-    assert install("auto") in said
+    assert said.endswith(install("auto"))
     machine(cuda="13.0", driver=True)
     said = unused_gpu(cpu_chosen=False)
     assert "the driver is too old" in said
-    assert install("auto") in said
+    assert said.endswith(install("cu126"))  # "auto" would take the build for the CPU
+
+
+@pytest.mark.parametrize(
+    ("system", "python", "written"),
+    [
+        ("posix", "/home/me/.venv/bin/python", "/home/me/.venv/bin/python"),
+        ("posix", "/home/my own/python", "'/home/my own/python'"),
+        ("nt", r"C:\venv\python.exe", r"C:\venv\python.exe"),
+        ("nt", r"C:\my own\python.exe", r'& "C:\my own\python.exe"'),
+    ],
+)
+def test_the_commands_are_for_this_python(system, python, written, machine, monkeypatch):
+    machine(driver=True)
+    monkeypatch.setattr(device_report.sys, "executable", python)
+    monkeypatch.setattr(device_report, "os", SimpleNamespace(name=system, environ={}))
+    lines = unused_gpu(cpu_chosen=False).splitlines()
+    assert lines[1] == f"  {written} -m pip install uv"
+    assert lines[2] == f"  {written}{install('auto')}"
 
 
 @pytest.mark.parametrize(
@@ -82,6 +96,7 @@ def test_a_gpu_that_this_pytorch_cannot_use_is_a_warning(machine):
         ((6, 1), ["sm_75", "sm_80", "compute_90"], "cu126"),
         ((12, 0), ["sm_75", "sm_90"], "auto"),
         ((8, 0), ["sm_75", "sm_86"], "auto"),
+        ((3, 5), ["sm_50", "sm_90"], "none"),
     ],
 )
 def test_a_card_that_this_pytorch_has_no_code_for_is_a_warning(capability, codes, build, machine, monkeypatch):
@@ -94,7 +109,7 @@ def test_a_card_that_this_pytorch_has_no_code_for_is_a_warning(capability, codes
     else:
         assert f"NVIDIA GeForce RTX 3060 (compute capability {capability[0]}.{capability[1]})" in said
         assert ", ".join(codes) in said
-        assert install(build) in said
+        assert said.endswith(install(build) if build != "none" else "Set ACCELERATE_USE_CPU=true to train on the CPU.")
     assert unsupported_gpu(torch.device("cpu")) is None
 
 

@@ -11,6 +11,8 @@ import pytest
 from library.support.atomic_files import replacement, sweep_replacements, write_atomically
 from library.support.errors import UserError
 
+ROOT = Path(__file__).parents[2]
+
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     path = tmp_path / "n.safetensors"
@@ -43,12 +45,13 @@ def abandoned(path: Path, *, age: float) -> Path:
     program = "import os, sys; from pathlib import Path; from library.support.atomic_files import replacement\n"
     program += "with replacement(Path(sys.argv[1])) as file: os._exit(9)"
     before = set(path.parent.iterdir())
-    assert subprocess.run([sys.executable, "-c", program, path], check=False).returncode == 9
+    assert subprocess.run([sys.executable, "-c", program, path], cwd=ROOT, check=False).returncode == 9
     (left,) = set(path.parent.iterdir()) - before
     os.utime(left, (time.time() - age,) * 2)
     return left
 
 
+@pytest.mark.skipif(os.name == "nt", reason="nothing is swept: whether a process is gone cannot be asked there")
 def test_what_killed_processes_left_of_a_replacement_is_swept(tmp_path):
     """Of these files, of dead processes, and not while another machine may be at it."""
     ours, other = tmp_path / "a [1]_sd.npz", tmp_path / "b_sd.npz"
@@ -58,8 +61,13 @@ def test_what_killed_processes_left_of_a_replacement_is_swept(tmp_path):
     foreign = tmp_path / f".{ours.name}.{os.getppid()}-0123abcd.tmp"
     foreign.touch()
     os.utime(foreign, (0, 0))
+    folder, unsuffixed = tmp_path / f".{ours.name}.99999999-0123abcd.tmp", tmp_path / f".{ours.name}.99999999.tmp"
+    folder.mkdir()
+    unsuffixed.touch()
+    for one in (folder, unsuffixed):  # named as ours may be, but no replacement is
+        os.utime(one, (0, 0))
     sweep_replacements({ours, tmp_path / "no folder" / "c.npz"})
-    assert set(tmp_path.iterdir()) == {*stay, foreign}
+    assert set(tmp_path.iterdir()) == {*stay, foreign, folder, unsuffixed}
     assert not gone.exists()
     with replacement(ours) as file:
         file.write(b"new")
