@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,19 @@ def tiny_sd2(tmp_path_factory) -> Path:
 def tiny_sdxl(tmp_path_factory) -> Path:
     """A diffusers folder of a tiny SDXL model (widths 32 and 64). Do not write into it."""
     return _folder("sdxl", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def folder_of_file(tmp_path_factory) -> Callable[[str], Path]:
+    """A diffusers folder with the very model of a family's ``tiny_…_file``. Do not write into it."""
+
+    @cache
+    def saved(family: str) -> Path:
+        from tiny_models import save_folder
+
+        return save_folder(family, tmp_path_factory.mktemp(f"whole_{family}"))
+
+    return saved
 
 
 @pytest.fixture(scope="session")

@@ -52,7 +52,7 @@ def id_of(job, word):
 
 
 @shows("pretrained_model_name_or_path", "init_word", "v2")
-def test_base_model(bench, tmp_path, tiny_sd1_file, tiny_sd2_file):
+def test_base_model(bench, tmp_path, folder_of_file, tiny_sd1_file, tiny_sd2_file):
     outcome = bench.plain()
     table = table_of(bench.models["sd1"])
     assert torch.equal(outcome.setup.starts[0][0], table[id_of(outcome.job, "girl")])
@@ -60,8 +60,7 @@ def test_base_model(bench, tmp_path, tiny_sd1_file, tiny_sd2_file):
     assert torch.equal(dog.setup.starts[0][0], table[id_of(dog.job, "dog")])
 
     from_folder, from_file = (
-        bench(f"--pretrained_model_name_or_path={path}")
-        for path in (save_folder("sd1", tmp_path / "folder"), tiny_sd1_file)
+        bench(f"--pretrained_model_name_or_path={path}") for path in (folder_of_file("sd1"), tiny_sd1_file)
     )
     torch.testing.assert_close(from_file.rows[0][0], from_folder.rows[0][0], **ALIKE)
     assert from_file.metadata()["ti.base_model"] == tiny_sd1_file.name

@@ -95,7 +95,8 @@ def test_a_fresh_pipeline_gives_the_trained_models_latents(
     request,
     trainers,  # noqa: F811
 ):
-    plain = plain_pipeline(model_of(family, request))
+    folder = request.getfixturevalue("folder_of_file")(family) if single_file else model_of(family, request)
+    plain = plain_pipeline(folder)
     argv = arguments(family, model_of(family, request, single_file), dataset, tmp_path)
     argv += ["--num_vectors_per_token=3", f"--save_model_as={extension}", "--max_train_steps=3"]
     assert run(family, argv) == 0
@@ -106,7 +107,7 @@ def test_a_fresh_pipeline_gives_the_trained_models_latents(
         {"num_inference_steps": 3, "output_type": "latent", "height": 64, "width": 64},
     )
 
-    fresh = fresh_pipeline(model_of(family, request))
+    fresh = fresh_pipeline(folder)
     load_as_printed(fresh, family, file)
     wanted = fresh(prompt, generator=torch.Generator().manual_seed(3), **settings).images
 

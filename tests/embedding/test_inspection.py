@@ -34,8 +34,10 @@ def tables(folder, family):
 def embedding(request, tmp_path):
     """Writes an embedding of twice the vectors of ``WORDS`` for a family, and gives the file and the model's tables."""
 
-    def write(family):
-        found = tables(request.getfixturevalue(f"tiny_{family}"), family)
+    def write(family, form="folder"):
+        whole = request.getfixturevalue("folder_of_file")
+        folder = request.getfixturevalue(f"tiny_{family}") if form == "folder" else whole(family)
+        found = tables(folder, family)
         ids = tokenizer().convert_tokens_to_ids([f"{word}</w>" for word in WORDS])
         file = tmp_path / "mychar.safetensors"
         write_embedding(file, {key: 2 * table[ids] for key, table in found.items()}, TrainingRecord("mychar", 2))
@@ -63,7 +65,7 @@ def model(request, tmp_path):
 def test_vectors_stand_beside_the_model_s_own_words(family, form, embedding, model, monkeypatch, capsys):
     monkeypatch.setattr(BaseModel, "unet", lambda *_: pytest.fail("the U-Net was loaded"))
     monkeypatch.setattr(BaseModel, "text_encoders", lambda *_: pytest.fail("a text encoder was loaded"))
-    (file, found), path = embedding(family), model(family, form)
+    (file, found), path = embedding(family, form), model(family, form)
     assert main(["inspect", str(file), f"--model={path}", "--json"]) == 0
     (facts,) = json.loads(capsys.readouterr().out)
     assert facts["model"] == str(path)
@@ -115,6 +117,7 @@ def test_one_encoder_s_vectors_stand_beside_that_one(embedding, tiny_sdxl, tmp_p
 def test_another_model_is_a_sentence(given, sentence, embedding, request, capsys):
     file, _ = embedding("sd1")
     other = file if given == "embedding" else request.getfixturevalue(given) if given.startswith("tiny") else given
+    capsys.readouterr()  # a model that is made for this test shows a progress bar
     assert main(["inspect", str(file), f"--model={other}"]) == 1
     said = capsys.readouterr().err
     assert said.startswith("error: ")

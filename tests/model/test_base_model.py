@@ -60,20 +60,20 @@ def pipelines():
     return {family: build_pipeline(family) for family in FAMILIES}
 
 
-@pytest.fixture(scope="module")
-def tiny_sd1(tmp_path_factory) -> Path:
+@pytest.fixture
+def tiny_sd1(folder_of_file) -> Path:
     """The model of ``tiny_sd1_file`` as a diffusers folder, and so the others."""
-    return save_folder("sd1", tmp_path_factory.mktemp("sd1"))
+    return folder_of_file("sd1")
 
 
-@pytest.fixture(scope="module")
-def tiny_sd2(tmp_path_factory) -> Path:
-    return save_folder("sd2", tmp_path_factory.mktemp("sd2"))
+@pytest.fixture
+def tiny_sd2(folder_of_file) -> Path:
+    return folder_of_file("sd2")
 
 
-@pytest.fixture(scope="module")
-def tiny_sdxl(tmp_path_factory) -> Path:
-    return save_folder("sdxl", tmp_path_factory.mktemp("sdxl"))
+@pytest.fixture
+def tiny_sdxl(folder_of_file) -> Path:
+    return folder_of_file("sdxl")
 
 
 def folder_of(family, request) -> Path:
