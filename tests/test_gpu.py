@@ -202,7 +202,7 @@ def test_adamw8bit_keeps_its_state_in_8_bits(bench, on_gpu):
 )
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_a_step_waits_for_the_gpu_once(family, flags, bench, needs_gpu):
-    """And a batch never, from the third step on; see test_learner.py for the same without a GPU."""
+    """And a batch never, from the third step on; see test_optimizer_step.py for the same without a GPU."""
     counted, step = [], Learner.step
 
     def watched(*given):
