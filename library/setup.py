@@ -209,9 +209,9 @@ def build_learner(job: Job, rows: TrainableRows, tables: Sequence[torch.nn.Embed
     state, accelerator = job.state, job.accelerator
     spread = max(table_spread(table.weight) for table in tables)
     rows.to(job.device)
-    rules = step_rules(job.options, tables)
-    if not state:
-        warn_of_shortened(rows, rules, job.options)
+    rules, limit = step_rules(job.options, tables), job.options.recipe.max_embedding_norm
+    if limit and rules.max_norms and not state:
+        warn_of_shortened(rows, rules.max_norms, limit)
     choice, schedule = optimizer_and_rates(job, rows, spread)
     watch = DivergenceGuard(
         job.word.placeholder.names, job.plan.total_steps, scales_loss=accelerator.scaler is not None
@@ -230,17 +230,14 @@ def build_learner(job: Job, rows: TrainableRows, tables: Sequence[torch.nn.Embed
     return learner
 
 
-def warn_of_shortened(rows: TrainableRows, rules: StepRules, options: Options) -> None:
-    """Say that ``--max_embedding_norm`` will cut the start itself in the first step."""
-    shares = [
-        each.norm(dim=1).max().item() / most for each, most in zip(rows.rows, rules.max_norms or (), strict=False)
-    ]
-    if shares and max(shares) > 1:
-        limit = options.recipe.max_embedding_norm or 0.0
+def warn_of_shortened(rows: TrainableRows, max_norms: Sequence[float], limit: float) -> None:
+    """Say that ``--max_embedding_norm``, which is the ``limit``, will cut the start itself in the first step."""
+    longest = max(each.norm(dim=1).max().item() / most for each, most in zip(rows.rows, max_norms, strict=True))
+    if longest > 1:
         logger.warning(
             "--max_embedding_norm=%g: the vectors that the training starts from are up to %.2g times as long as a "
             "usual word's, and the first step will shorten them to the limit. Raise it above that to keep the start.",
-            *(limit, limit * max(shares)),
+            *(limit, limit * longest),
         )
 
 

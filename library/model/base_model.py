@@ -7,6 +7,7 @@ device, one at a time.
 import logging
 from collections.abc import Callable
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
@@ -358,8 +359,8 @@ def _filler(tensors: UnreadTensors, dtype: torch.dtype, device: torch.device | s
 
 
 def _finished(model: _Model, device: torch.device | str) -> _Model:
-    # Weights of 8 bits are buffers.
-    if sum(tensor.numel() for tensors in (model.parameters(), model.buffers()) for tensor in tensors) >= _LARGE_MODEL:
+    weights = chain(model.parameters(), model.buffers())  # those of 8 bits are buffers
+    if sum(weight.numel() for weight in weights) >= _LARGE_MODEL:
         give_back()  # what was read and cast
     if torch.device(device).type != "cpu":
         model.to(device)  # what is not read from a file

@@ -235,7 +235,7 @@ def _mean(taught: Tensor) -> float | None:
 def check_learning(options: Options, total_steps: int) -> None:
     """Find mistakes in the optimizer's and the schedule's options before anything is loaded. Raises UserError."""
     with silenced():  # what there is to say is said when the real ones are built
-        choice = build_optimizer(options.optimizer, [torch.nn.Parameter(torch.zeros(1, 1))])
+        choice = _stand_in(options)
         if choice.schedule_free and options.recipe.average_last:
             raise UserError(
                 f"--average_last: {type(choice.optimizer).__name__} saves an average of its own already. Leave one of "
@@ -259,10 +259,14 @@ def check_learning(options: Options, total_steps: int) -> None:
 def planned_rates(options: Options, total_steps: int) -> list[float]:
     """The learning rate of each of the run's steps; one that follows the loss stays as it begins."""
     with silenced(), warnings.catch_warnings(action="ignore"):  # torch: the optimizer makes no steps
-        choice = build_optimizer(options.optimizer, [torch.nn.Parameter(torch.zeros(1, 1))])
-        schedule = build_lr_schedule(options.schedule, choice, total_steps)
+        schedule = build_lr_schedule(options.schedule, _stand_in(options), total_steps)
         rates = []
         for _ in range(total_steps):
             rates += schedule.get_last_lr()[:1]
             schedule.go_to(1)
     return rates
+
+
+def _stand_in(options: Options) -> OptimizerChoice:
+    """The run's optimizer over a single number."""
+    return build_optimizer(options.optimizer, [torch.nn.Parameter(torch.zeros(1, 1))])

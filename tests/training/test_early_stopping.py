@@ -10,7 +10,6 @@ from datetime import datetime, timedelta
 
 import pytest
 import torch
-from inputs import write_shuffled_dataset
 from option_effects import Bench, shows
 from PIL import Image
 from runs import TOKEN, arguments, run, write_dataset
@@ -139,16 +138,6 @@ def test_a_rate_that_comes_down_is_said(optimizer, schedule, last, caplog):
 
 
 # ---- runs
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return write_shuffled_dataset(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def bench(dataset, tiny_sd1, tiny_sdxl):
-    return Bench({"sd1": tiny_sd1, "sdxl": tiny_sdxl}, dataset)
 
 
 def lines(folder):

@@ -4,8 +4,7 @@ import json
 
 import pytest
 import torch
-from inputs import write_shuffled_dataset
-from option_effects import Bench, plan, shows
+from option_effects import plan, shows
 from runs import TOKEN, arguments, run
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -23,16 +22,6 @@ RESULT = f"{TOKEN}.safetensors"
 STEPS = 7
 EACH = ["--num_vectors_per_token=2", "--save_every_n_steps=1"]
 THIRD = [*EACH, "--average_last=0.33"]  # 2.3 of 7 steps: the last three
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return write_shuffled_dataset(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def bench(dataset, tiny_sd1, tiny_sdxl):
-    return Bench({"sd1": tiny_sd1, "sdxl": tiny_sdxl}, dataset)
 
 
 @pytest.fixture
