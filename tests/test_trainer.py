@@ -123,10 +123,11 @@ def test_a_fresh_pipeline_gives_the_trained_models_latents(
         embeds |= {"negative_pooled_prompt_embeds": torch.zeros_like(conditioning.pooled[:1])}
     with patch.object(plain, "unet", trainer.setup.task.unet):
         got = plain(**embeds, generator=torch.Generator().manual_seed(3), **settings).images
-    assert (got - wanted).abs().max() < 1e-4
-
     untaught = plain(prompt, generator=torch.Generator().manual_seed(3), **settings).images
-    assert (untaught - wanted).abs().max() > 1e-2
+    taught = (untaught - wanted).abs().max()
+    assert taught > 1e-2
+    # Random weights and guidance amplify float32's rounding, which differs between processors: by up to 2e-4 of 9.
+    assert (got - wanted).abs().max() < 1e-3 * taught
 
 
 @cache
