@@ -207,7 +207,7 @@ class Trainer:
             bar.update()
             with paused(bar):
                 self.callbacks.after_step(progress, result)
-            if progress.stopped:
+            if progress.stopped and progress.step < progress.epoch * plan.steps_per_epoch:
                 return  # the epoch stays open, so that a run which is resumed from here may go on with it
             began = time.monotonic()
         progress.close_epoch()

@@ -206,6 +206,18 @@ def test_the_result_is_the_best_of_what_was_measured(family, bench):
     assert measured(last)["chosen"] == chosen
 
 
+@pytest.mark.parametrize(("patience", "stop"), [(1, 2), (2, 3)])
+def test_an_epoch_that_ends_where_the_run_is_stopped_has_ended(patience, stop, bench):
+    """Three steps make one: what is due at its end is saved, and not in the middle of one."""
+    stands = "--learning_rate=1e-2:1,1e-12"  # nothing moves after the first step
+    done = bench(
+        *EAGER, f"--early_stopping_patience={patience}", stands, "--save_every_n_epochs=1", "--save_state", steps=6
+    )
+    assert len(done.rows) == stop
+    assert (f"{TOKEN}-000001.safetensors" in done.files) == (stop == 3)
+    assert TrainingState.read(done.folder / f"{TOKEN}-state").epoch_closed == (stop == 3)
+
+
 def test_a_run_that_is_not_stopped_keeps_its_best_vectors_too(bench):
     done = bench(*EAGER, "--early_stopping_patience=20", "--no_report=false", "--save_every_n_steps=1", steps=6)
     losses = fixed_losses(done.folder)
@@ -390,7 +402,9 @@ def test_a_run_that_was_stopped_can_go_on(command, tmp_path, capsys):
 
 def test_states_without_it_go_on(command, tmp_path):
     """Of a run without early stopping, and of an older version, whose states have no such field."""
-    stands = "--learning_rate=1e-2:5,1e-12"  # nothing moves after step 5, so that it stops whatever the processor rounds
+    stands = (
+        "--learning_rate=1e-2:5,1e-12"  # nothing moves after step 5, so that it stops whatever the processor rounds
+    )
     assert run("sd1", command("plain", "--early_stopping=false", stands)) == 0
     content = torch.load(state_of(tmp_path / "plain", 2) / FILE, weights_only=False)
     assert content.pop("stopping") is None
