@@ -47,12 +47,12 @@ class Rescue:
         return (self.learner.result or Vectors(rows, step, epoch)) if finite else None
 
     def save(self, step: int, epoch: int) -> None:
-        """Keep the vectors; those of shortly before, where their device is lost.
+        """Keep the vectors, or those of shortly before where their device is lost; and the best so far, if others.
 
         A result that was chosen already is what is kept, but never in place of a checkpoint of its step.
         """
         chosen = self.learner.result
-        if chosen and self.results.path(self.names.file(self.names.step(chosen.step))).exists():
+        if chosen and self._has_checkpoint(chosen):
             self.learner.result = None
         try:
             vectors = self.vectors(step, epoch)
@@ -61,8 +61,11 @@ class Rescue:
         self.lookout.stop()
         if vectors is not None:
             self.keep(vectors)
+        best = self.learner.best
+        if best and not (vectors and vectors.step == best.step) and not self._has_checkpoint(best):
+            self.keep(best, ", the best so far,")
 
-    def keep(self, vectors: Vectors) -> None:
+    def keep(self, vectors: Vectors, which: str = "") -> None:
         """Write vectors under the name of their step, unless a process of a lower number does: it may be lost.
 
         Where the output folder takes no more (a full disk), the few kilobytes go to the system's temporary folder.
@@ -76,7 +79,10 @@ class Rescue:
             path = self._write(replace(self.results, folder=Path(tempfile.gettempdir())), name, vectors)
         # Other processes than the main one say errors only.
         level = logging.ERROR if self.process else logging.WARNING
-        logger.log(level, "The vectors of step %d are kept in %s.", vectors.step, path)
+        logger.log(level, "The vectors of step %d%s are kept in %s.", vectors.step, which, path)
+
+    def _has_checkpoint(self, vectors: Vectors) -> bool:
+        return self.results.owns(self.results.path(self.names.file(self.names.step(vectors.step))))
 
     def _write(self, results: Results, name: str, vectors: Vectors) -> Path:
         results.write(name, vectors, self.learner.choice, in_haste=True)

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from library.rescue import Rescue
+from library.support.lookout import Vectors
 
 
 class Learned:
     """Stands in for a learner: one encoder's rows, on a device that may be lost."""
 
     def __init__(self):
-        self.watch, self.result = SimpleNamespace(taught=True), None
+        self.watch, self.best, self.result = SimpleNamespace(taught=True), None, None
         self.choice, self.lost, self.rows = None, False, [torch.ones(1, 2)]
 
     @contextmanager
@@ -32,6 +33,9 @@ class Folder:
 
     def path(self, name):
         return self.folder / name
+
+    def owns(self, path):
+        return path.exists()
 
     def write(self, name, vectors, choice, *, in_haste):
         assert in_haste
@@ -60,6 +64,30 @@ def test_what_is_worth_nothing_is_not_kept(step, taught, value, tmp_path):
     kept.learner.watch.taught, kept.learner.rows = taught, [torch.full((1, 2), value)]
     kept.save(step, 1)
     assert kept.results.written == []
+
+
+@pytest.mark.parametrize(
+    ("last", "there", "steps"),
+    [(1.0, False, [9, 7]), (1.0, True, [9]), (float("nan"), False, [7]), (float("nan"), True, [])],
+)
+def test_the_best_vectors_so_far_are_kept_too(last, there, steps, tmp_path, caplog):
+    """Unless they were saved as a checkpoint; also where the last ones have diverged."""
+    kept = rescue(tmp_path)
+    kept.learner.best, kept.learner.rows = Vectors([torch.zeros(1, 2)], 7, 1), [torch.full((1, 2), last)]
+    if there:
+        (tmp_path / "a-7.safetensors").touch()
+    kept.save(9, 2)
+    assert [step for _, _, step, _ in kept.results.written] == steps
+    assert (
+        f"The vectors of step 7, the best so far, are kept in {tmp_path / 'a-7.safetensors'}." in caplog.messages
+    ) == (7 in steps)
+
+
+def test_the_best_vectors_are_kept_once_where_they_are_the_last(tmp_path):
+    kept = rescue(tmp_path)
+    kept.learner.best = Vectors(kept.learner.rows, 9, 2)
+    kept.save(9, 2)
+    assert [step for _, _, step, _ in kept.results.written] == [9]
 
 
 def test_a_process_writes_what_no_lower_one_has_written(tmp_path, monkeypatch, caplog):

@@ -108,7 +108,6 @@ class EarlyStopping(Callback):
         self.loss, self.rule, self.learner, self.callbacks = loss, rule, learner, callbacks
         self.images, self.options = images, options
         self.losses: list[float] = []
-        self.best: Vectors | None = None
 
     @classmethod
     def create(
@@ -153,9 +152,9 @@ class EarlyStopping(Callback):
         with self.learner.averaged_rows() as rows:
             loss = self.loss.mean_of_all()
         lowest = loss < self._lowest
-        if lowest:
-            self.best = Vectors(rows, progress.step, progress.epoch)
         self.losses.append(loss)
+        if lowest:
+            self._take_as_best(Vectors(rows, progress.step, progress.epoch))
         logger.info("Step %d: loss/fixed %.5f%s", progress.step, loss, ", the lowest so far" if lowest else "")
         self.callbacks.after_fixed_loss(progress, loss)
         self._stop_where_due(progress)
@@ -165,19 +164,19 @@ class EarlyStopping(Callback):
         if progress.stopped:
             total, reason = self.rule.total_steps, self.rule.reason(self.losses)
             logger.info("Stopped after step %d of %d: loss/fixed %s.", progress.step, total, reason)
-        if self.best is None:
+        best = self.learner.best
+        if best is None:
             logger.warning("--early_stopping: loss/fixed was never a finite number; the last vectors are the result.")
             return
-        step = self.best.step
-        chosen = f"those of step {step}, with the lowest loss/fixed on {self.images}: {self._lowest:.5f}"
-        logger.info("The vectors of the result are %s.", chosen)
-        self.learner.result = replace(self.best, chosen=chosen)
-        self._tell_of_rates(step)
+        logger.info("The vectors of the result are %s.", best.chosen)
+        self.learner.result = best
+        self._tell_of_rates(best.step)
 
     def state_dict(self) -> dict[str, Any]:
         """What is needed to go on; see ``TrainingState.stopping``."""
-        best = self.best and {"rows": list(self.best.rows), "step": self.best.step, "epoch": self.best.epoch}
-        return {"losses": list(self.losses), "best": best}
+        best = self.learner.best
+        kept = best and {"rows": list(best.rows), "step": best.step, "epoch": best.epoch}
+        return {"losses": list(self.losses), "best": kept}
 
     @property
     def _lowest(self) -> float:
@@ -193,8 +192,7 @@ class EarlyStopping(Callback):
             return
         if [rows.shape for rows in best["rows"]] != [rows.shape for rows in self.learner.rows.rows]:
             raise UserError("--resume: the best vectors in the state are not of this model. Use another state.")
-        self.best = Vectors(**best)
-        with self.learner.rows.holding(self.best.rows):
+        with self.learner.rows.holding(best["rows"]):
             now = self.loss.mean_of_all()
         if not math.isclose(now, self._lowest, rel_tol=_SAME):
             logger.warning(
@@ -203,6 +201,11 @@ class EarlyStopping(Callback):
                 *(now, self._lowest),
             )
             self.losses = [now]
+        self._take_as_best(Vectors(**best))
+
+    def _take_as_best(self, vectors: Vectors) -> None:
+        chosen = f"those of step {vectors.step}, with the lowest loss/fixed on {self.images}: {self._lowest:.5f}"
+        self.learner.best = replace(vectors, chosen=chosen)
 
     def _tell_of_rates(self, step: int) -> None:
         """Say where the best vectors are of a learning rate that was still to come down."""

@@ -50,7 +50,8 @@ class Learner:
     """The rows with their optimizer, its schedule and the ``rules`` of a step.
 
     ``progress`` counts the steps; ``gradient_norm`` is that of the last one's gradient over all rows, before it was
-    limited. ``result`` are the vectors to save and to use in the end, where they are not those of the last step.
+    limited. ``best`` are the best vectors so far, where that is measured; ``result`` those to save and to use in the
+    end, where they are not those of the last step.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Learner:
         self.accelerator, self.rows, self.choice, self.schedule, self.watch = accelerator, rows, choice, schedule, watch
         self.progress, self.rules = progress, rules
         self.gradient_norm = 0.0
+        self.best: Vectors | None = None
         self.result: Vectors | None = None
         self.optimizer: AcceleratedOptimizer
         self.optimizer, self.prepared_rows = accelerator.prepare(choice.optimizer, rows)

@@ -24,6 +24,7 @@ from library.options.training import OptimizerOptions, ScheduleOptions, Training
 from library.output.trackers import measured
 from library.support.errors import UserError
 from library.training.early_stopping import StopRule, check_stopping
+from library.training.optimizer_step import Learner
 from library.training.save_schedule import RunPlan
 from library.training.state import FILE, TrainingState, packed
 
@@ -398,6 +399,35 @@ def test_a_run_that_was_stopped_can_go_on(command, tmp_path, capsys):
         assert torch.equal(*(state.learner["rows"][0] for state in states))
         assert states[0].step == states[1].step > when_it_stops(fixed_losses(tmp_path / "short"))
     assert "--early_stopping_patience was 2 in the saved state and is now 9" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_keeps_the_best_beside_the_last(command, tmp_path, monkeypatch, capsys):
+    """The best by a loss that is given here; no checkpoint is due so soon."""
+    step = Learner.step
+
+    def interrupted(learner, *given):
+        if learner.progress.step == 4:
+            raise KeyboardInterrupt
+        return step(learner, *given)
+
+    more = ["--early_stopping_patience=9", "--save_every_n_steps=100"]
+    monkeypatch.setattr("library.training.fixed_loss.FixedLoss.mean_of_all", lambda _: next(losses))
+    monkeypatch.setattr(Learner, "step", interrupted)
+    losses = iter([3.0, 1.0, 2.0, 2.0])
+    assert run("sd1", command("out", *more)) == 130
+    said = capsys.readouterr().err
+    files = {number: tmp_path / "out" / f"{TOKEN}-step{number:08d}.safetensors" for number in (2, 4)}
+    assert sorted((tmp_path / "out").glob("*.safetensors")) == list(files.values())
+    assert f"The vectors of step 4 are kept in {files[4]}." in said
+    assert f"The vectors of step 2, the best so far, are kept in {files[2]}." in said
+    monkeypatch.undo()
+    assert run("sd1", command("whole", "--early_stopping=false", "--max_train_steps=4")) == 0
+    for number, file in files.items():
+        whole = tmp_path / "whole" / f"{TOKEN}-step{number:08d}.safetensors"
+        whole = whole if whole.exists() else tmp_path / "whole" / RESULT
+        assert torch.equal(load_file(file)["emb_params"], load_file(whole)["emb_params"])
+    with safe_open(files[2], "pt") as file:
+        assert file.metadata()["ti.chosen"] == "those of step 2, with the lowest loss/fixed on training images: 1.00000"
 
 
 def test_states_without_it_go_on(command, tmp_path):
