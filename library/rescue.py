@@ -3,6 +3,7 @@
 import logging
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,31 +60,52 @@ class Rescue:
         except RuntimeError:
             vectors = self.lookout.copy
         self.lookout.stop()
-        if vectors is not None:
-            self.keep(vectors)
-        best = self.learner.best
-        if best and not (vectors and vectors.step == best.step) and not self._has_checkpoint(best):
-            self.keep(best, ", the best so far,")
+        self.keep(vectors)
 
-    def keep(self, vectors: Vectors, which: str = "") -> None:
-        """Write vectors under the name of their step, unless a process of a lower number does: it may be lost.
+    def keep(self, last: Vectors | None) -> None:
+        """Write the last vectors and the best so far under the names of their steps; see :meth:`_unsaved_best`.
 
-        Where the output folder takes no more (a full disk), the few kilobytes go to the system's temporary folder.
+        Not where a process of a lower number does: it may be lost.
         """
-        name = self.names.file(self.names.step(vectors.step))
-        if self.process and appears(self.results.path(name), self.began, seconds=min(3 * self.process, 12)):
+        wanted = [(last, "")] if last else []
+        if best := self._unsaved_best(last):
+            wanted.append((best, ", the best so far,"))
+        if not wanted or self._appears(self._name(wanted[0][0])):
             return
+        with ExitStack() as all_of_them:  # each is tried, also where another one cannot be written
+            for vectors, which in reversed(wanted):
+                all_of_them.callback(self._write, vectors, which)
+
+    def _unsaved_best(self, last: Vectors | None) -> Vectors | None:
+        """The best vectors so far, where they are worth keeping, not the last ones, and in no checkpoint."""
+        best = self.learner.best
+        if best is None or not self.learner.watch.taught or self._has_checkpoint(best):
+            return None
+        return None if last and last.step == best.step else best
+
+    def _appears(self, name: str) -> bool:
+        """Whether a process of a lower number writes the file."""
+        if not self.process:
+            return False
+        return appears(self.results.path(name), self.began, seconds=min(3 * self.process, 12))
+
+    def _write(self, vectors: Vectors, which: str) -> None:
+        """Where the output folder takes no more (a full disk), the few kilobytes go to the temporary folder."""
+        name = self._name(vectors)
         try:
-            path = self._write(self.results, name, vectors)
+            path = self._written(self.results, name, vectors)
         except UserError:
-            path = self._write(replace(self.results, folder=Path(tempfile.gettempdir())), name, vectors)
+            path = self._written(replace(self.results, folder=Path(tempfile.gettempdir())), name, vectors)
         # Other processes than the main one say errors only.
         level = logging.ERROR if self.process else logging.WARNING
         logger.log(level, "The vectors of step %d%s are kept in %s.", vectors.step, which, path)
 
-    def _has_checkpoint(self, vectors: Vectors) -> bool:
-        return self.results.owns(self.results.path(self.names.file(self.names.step(vectors.step))))
-
-    def _write(self, results: Results, name: str, vectors: Vectors) -> Path:
+    def _written(self, results: Results, name: str, vectors: Vectors) -> Path:
         results.write(name, vectors, self.learner.choice, in_haste=True)
         return results.path(name)
+
+    def _has_checkpoint(self, vectors: Vectors) -> bool:
+        return self.results.owns(self.results.path(self._name(vectors)))
+
+    def _name(self, vectors: Vectors) -> str:
+        return self.names.file(self.names.step(vectors.step))

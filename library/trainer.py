@@ -177,7 +177,7 @@ class Trainer:
             return self.saving.finish(self.progress)
         except BaseException:
             with undisturbed():
-                self.rescue.save(self.progress.step, self.progress.epoch)
+                self.rescue.save(self.progress.step, self.progress.last_epoch)
             raise
 
     def fit(self) -> None:
@@ -190,7 +190,9 @@ class Trainer:
         with bar, warnings.catch_warnings():
             # torch says so where the first steps cannot teach the rows, or overflow in fp16.
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-            while not progress.stopped and (progress.epoch < plan.epochs or not progress.epoch_closed):
+            while self.epoch_is_done or (
+                not progress.stopped and (progress.epoch < plan.epochs or not progress.epoch_closed)
+            ):
                 self.train_epoch(loader, bar)
 
     def train_epoch(self, loader: BatchLoader, bar: tqdm) -> None:
@@ -207,12 +209,18 @@ class Trainer:
             bar.update()
             with paused(bar):
                 self.callbacks.after_step(progress, result)
-            if progress.stopped and progress.step < progress.epoch * plan.steps_per_epoch:
+            if progress.stopped and not self.epoch_is_done:
                 return  # the epoch stays open, so that a run which is resumed from here may go on with it
             began = time.monotonic()
         progress.close_epoch()
         with paused(bar):
             self.callbacks.after_epoch(progress)
+
+    @property
+    def epoch_is_done(self) -> bool:
+        """Whether all steps of an epoch are done and what is due at its end is not: also of a run that is stopped."""
+        progress = self.progress
+        return not progress.epoch_closed and progress.step == progress.epoch * self.job.plan.steps_per_epoch
 
     def loader(self) -> BatchLoader:
         """This process's batches."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from library.rescue import Rescue
+from library.support.errors import UserError
 from library.support.lookout import Vectors
 
 
@@ -81,6 +82,55 @@ def test_the_best_vectors_so_far_are_kept_too(last, there, steps, tmp_path, capl
     assert (
         f"The vectors of step 7, the best so far, are kept in {tmp_path / 'a-7.safetensors'}." in caplog.messages
     ) == (7 in steps)
+
+
+def with_best(folder, **details) -> Rescue:
+    """A rescue whose best vectors are those of step 7."""
+    kept = rescue(folder, **details)
+    kept.learner.best = Vectors([torch.zeros(1, 2)], 7, 1)
+    return kept
+
+
+def test_the_best_of_vectors_that_were_never_taught_is_not_kept(tmp_path):
+    kept = with_best(tmp_path)
+    kept.learner.watch.taught = False
+    kept.save(9, 2)
+    assert kept.results.written == []
+
+
+def test_the_best_vectors_are_kept_where_the_last_cannot_be_written(tmp_path, monkeypatch):
+    kept = with_best(tmp_path)
+    write = kept.results.write
+
+    def refusing(name, vectors, choice, **details):
+        if vectors.step == 9:
+            raise UserError("values that are too large for fp16")
+        write(name, vectors, choice, **details)
+
+    kept.results.write = refusing
+    monkeypatch.setattr("library.rescue.replace", lambda results, **_: results)
+    with pytest.raises(UserError, match="too large for fp16"):
+        kept.save(9, 2)
+    assert [step for _, _, step, _ in kept.results.written] == [7]
+
+
+def test_where_the_main_thread_waits_for_a_lost_process_the_best_vectors_are_kept_too(tmp_path):
+    kept = with_best(tmp_path)
+    kept.lookout.step_done(lambda: kept.vectors(9, 2))
+    kept.lookout._stopped, kept.lookout.end = False, lambda code: None
+    kept.lookout._save_and_end("Nothing has come from the other processes.", 1)
+    assert [step for _, _, step, _ in kept.results.written] == [9, 7]
+
+
+@pytest.mark.parametrize(("there", "steps"), [(True, []), (False, [9, 7])])
+def test_who_keeps_the_last_vectors_keeps_the_best(there, steps, tmp_path, monkeypatch):
+    """Another process waits once, not for each."""
+    waited = []
+    monkeypatch.setattr("library.rescue.appears", lambda path, since, seconds: waited.append(path.name) or there)
+    kept = with_best(tmp_path, process=2)
+    kept.save(9, 2)
+    assert [step for _, _, step, _ in kept.results.written] == steps
+    assert waited == ["a-9.safetensors"]
 
 
 def test_the_best_vectors_are_kept_once_where_they_are_the_last(tmp_path):

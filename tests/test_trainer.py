@@ -127,7 +127,7 @@ def test_a_fresh_pipeline_gives_the_trained_models_latents(
     taught = (untaught - wanted).abs().max()
     assert taught > 1e-2
     # Random weights and guidance amplify float32's rounding, which differs between processors: by up to 2e-4 of 9.
-    assert (got - wanted).abs().max() < 1e-3 * taught
+    assert (got - wanted).abs().max() < 3e-4 * taught
 
 
 @cache

@@ -52,7 +52,7 @@ class Lookout:
         patience: float | None = None,
         end: Callable[[int], None] = leave,
     ) -> None:
-        """``keep`` writes vectors to a file and says so, touching no device; it is called in another thread.
+        """``keep`` writes the copy to a file and says so, touching no device; it is called in another thread.
 
         ``watch``: there are other processes to be lost. ``patience``: seconds that a batch may take, None without end.
         """

@@ -26,6 +26,11 @@ class Progress:
         epochs, batches = plan.position(step, closed=closed)
         return cls(step, epochs + bool(batches), batches, epoch_closed=not batches)
 
+    @property
+    def last_epoch(self) -> int:
+        """The epoch of the last step: the one before, where an epoch has begun and has no step yet."""
+        return self.epoch if self.epoch_closed or self.batches_done else self.epoch - 1
+
     def begin_epoch(self) -> None:
         """Begin the next epoch, unless one is under way already."""
         if self.epoch_closed:

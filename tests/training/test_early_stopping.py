@@ -387,6 +387,19 @@ def test_a_resumed_run_stops_where_it_would_have(command, tmp_path, capsys):
     assert "begins anew" not in capsys.readouterr().err
 
 
+def test_a_resumed_run_that_stops_where_an_epoch_ends_ends_it_too(command, tmp_path):
+    """From the state of the very step, which was saved before the epoch's end."""
+    more = ["--learning_rate=1e-2:1,1e-12", "--save_every_n_epochs=1"]  # nothing moves after the first of three steps
+    assert run("sd1", command("whole", *more)) == 0
+    state = state_of(tmp_path / "whole", 3)
+    assert not TrainingState.read(state).epoch_closed
+    assert run("sd1", command("out", *more, f"--resume={state}")) == 0
+    assert_same(outcome(tmp_path / "out"), outcome(tmp_path / "whole"))
+    for folder in (tmp_path / "whole", tmp_path / "out"):
+        assert (folder / f"{TOKEN}-000001.safetensors").exists()
+        assert TrainingState.read(folder / f"{TOKEN}-state").epoch_closed
+
+
 def test_a_run_that_was_stopped_can_go_on(command, tmp_path, capsys):
     """With more patience it is what it would have been; without early stopping too."""
     assert run("sd1", command("short")) == 0

@@ -467,6 +467,23 @@ def test_options_that_a_state_does_not_know_are_no_difference():
     ]
 
 
+def test_vectors_of_an_epochs_last_step_are_of_that_epoch(command, tmp_path, monkeypatch, capsys):
+    """Interrupted in the first step of the second epoch."""
+    losses = DenoisingTask.losses
+
+    def interrupted(task, batch, **details):
+        if list((tmp_path / "out").glob("*000001.safetensors")):
+            raise KeyboardInterrupt
+        return losses(task, batch, **details)
+
+    monkeypatch.setattr(DenoisingTask, "losses", interrupted)
+    assert run("sd1", command("out", "--save_every_n_epochs=1")) == 130
+    assert "The vectors of step 3 are kept in" in capsys.readouterr().err
+    for name in ("000001", "step00000003"):
+        with safe_open(tmp_path / "out" / f"{TOKEN}-{name}.safetensors", "pt") as file:
+            assert (file.metadata()["ti.steps"], file.metadata()["ti.epoch"]) == ("3", "1")
+
+
 def test_a_second_interruption_does_not_stop_the_rescue(command, tmp_path, monkeypatch, capsys):
     losses, write, written = DenoisingTask.losses, Results.write, []
 
