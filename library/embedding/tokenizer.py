@@ -57,7 +57,9 @@ class PromptTokenizer:
             if isinstance(piece, int):
                 ids.append(first + piece)
             else:
-                ids.extend(tokenizer.encode(_CONTROL.sub(r"<| \1 |>", piece), add_special_tokens=False))
+                # Lowered here: the tokenizer does not know that a Greek word ends with another sigma.
+                text = _CONTROL.sub(r"<| \1 |>", piece.lower())
+                ids.extend(tokenizer.encode(text, add_special_tokens=False))
         return ids
 
     def _expanded_ids(self, text: str) -> list[int]:

@@ -287,7 +287,10 @@ def _architecture(name: str, identity: Identity, family: ModelFamily | None) -> 
 
 def _read_tokenizer(folder: Path) -> CLIPTokenizer:
     try:
-        tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True, model_max_length=77)
+        # The "!" that SD 2 and SDXL fill up with is a character of the text too, and not id 0 there.
+        tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(
+            folder, local_files_only=True, model_max_length=77, split_special_tokens=True
+        )
         ids = tokenizer("a photo").input_ids
     except (KeyboardInterrupt, SystemExit):
         raise

@@ -59,10 +59,14 @@ class LearningRateSchedule:
     def __init__(self, scheduler: LRScheduler) -> None:
         self.scheduler = scheduler
 
-    def step(self, loss: float) -> None:
-        """Go on by one optimizer step. ``loss`` must be the same on all processes, or their rates part ways."""
+    def step(self, loss: float | None) -> None:
+        """Go on by one optimizer step; None for the ``loss`` of one that taught nothing: a plateau has none of it.
+
+        It must be the same on all processes, or their rates part ways.
+        """
         if isinstance(self.scheduler, ReduceLROnPlateau):
-            self.scheduler.step(loss)
+            if loss is not None:
+                self.scheduler.step(loss)
         else:
             self.scheduler.step()
 

@@ -77,7 +77,7 @@ class Learner:
     def step(self, batches: Iterable[Batch], task: DenoisingTask) -> float | None:
         """The next optimizer step, from the batches of one accumulation group; returns the mean loss of what taught.
 
-        None where no sample holds the token: such a step counts, but nothing is learned, and no schedule sees it.
+        None where no sample holds the token: such a step counts, and a schedule goes on, but nothing is learned.
         Raises UserError where going on could only spoil the rows, or has never taught them anything.
         """
         batches, again, counted = itertools.tee(batches, 3)
@@ -91,7 +91,7 @@ class Learner:
         with in_one_piece():
             if mean is not None:
                 self._update_rows(finite)
-            if finite and mean is not None:
+            if finite or mean is None:  # torch's schedules pass over a step that overflowed in fp16
                 self.schedule.step(mean)
             self.progress.step_done(sum(1 for _ in counted))
         self.optimizer.zero_grad()

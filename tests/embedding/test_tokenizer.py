@@ -54,6 +54,16 @@ def body_by_our_rules(caption: str, names: list[str], tokenizer) -> list[int]:
     return body
 
 
+@pytest.mark.parametrize("model", PADS)
+def test_greek_words_end_with_a_final_sigma(model, tokenizers):
+    """As CLIP lowers text; the Rust tokenizer, on its own, does not look at where the letter stands."""
+    prompts = PromptTokenizer(tokenizers[model], Placeholder("mychar", 1))
+    for index, tokenizer in enumerate(tokenizers[model]):
+        wanted = [*tokenizer.encode("οδος σας", add_special_tokens=False), 49408]
+        assert prompts.body_ids("ΟΔΟΣ ΣΑΣ mychar", index) == wanted
+        assert wanted != [*tokenizer.encode("ΟΔΟΣ ΣΑΣ", add_special_tokens=False), 49408]
+
+
 @pytest.mark.parametrize("case", golden_cases("tokenize"))
 def test_golden_tokenize(case, tokenizers):
     names = case["added_tokens"]

@@ -574,8 +574,30 @@ def test_golden_bundled_vocabulary(case, bundled_tokenizers):
         assert set(wanted[len(body) :]) <= {tokenizer.eos_token_id, tokenizer.pad_token_id}
 
 
-def test_an_exclamation_mark_is_a_word_although_it_pads(tiny_sd2_file):
-    assert open_model(tiny_sd2_file, "sd2").tokenizers()[0].encode("wow!", add_special_tokens=False) == [2781, 256]
+def with_padding_made_special(folder: Path) -> None:
+    """Give a tokenizer the configuration of SDXL's second one: what fills up is a special token of its own."""
+    token = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+    names = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    special = {name: {"content": text, **token} for name, text in names.items()}
+    (folder / "special_tokens_map.json").write_text(json.dumps(special | {"pad_token": "!"}))
+    added = {"0": {"content": "!", **token, "special": True}}
+    told = {"tokenizer_class": "CLIPTokenizer", "added_tokens_decoder": added, "do_lower_case": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names | {"pad_token": "!"} | told))
+
+
+@pytest.mark.parametrize("source", ["folder", "with added tokens", "file"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_exclamation_mark_is_a_word_although_it_pads(source, family, request, tmp_path):
+    """As open_clip, which the models were trained with, reads it; as a special token it would be id 0."""
+    model = (file_of if source == "file" else folder_of)(family, request)
+    if source == "with added tokens":
+        model = shutil.copytree(model, tmp_path / "model")
+        if family != "sd1":
+            with_padding_made_special(model / ("tokenizer_2" if family == "sdxl" else "tokenizer"))
+    opened = open_model(model, family).tokenizers()
+    assert [t.pad_token_id for t in opened] == {"sd1": [49407], "sd2": [0], "sdxl": [49407, 0]}[family]
+    for tokenizer in opened:
+        assert tokenizer.encode("wow! dog!!", add_special_tokens=False) == [2781, 256, 1929, 748]
 
 
 def test_tokenizer_cache_dir_is_preferred(tmp_path, tiny_sdxl, tiny_sdxl_file, caplog):
