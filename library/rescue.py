@@ -3,7 +3,7 @@
 import logging
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,11 +70,12 @@ class Rescue:
         wanted = [(last, "")] if last else []
         if best := self._unsaved_best(last):
             wanted.append((best, ", the best so far,"))
-        if not wanted or self._appears(self._name(wanted[0][0])):
+        if not wanted or self._appears(wanted[0][0], seconds=min(3 * self.process, 12)):
             return
         with ExitStack() as all_of_them:  # each is tried, also where another one cannot be written
             for vectors, which in reversed(wanted):
-                all_of_them.callback(self._write, vectors, which)
+                if not self._appears(vectors, seconds=0):
+                    all_of_them.callback(self._write, vectors, which)
 
     def _unsaved_best(self, last: Vectors | None) -> Vectors | None:
         """The best vectors so far, where they are worth keeping, not the last ones, and in no checkpoint."""
@@ -83,11 +84,9 @@ class Rescue:
             return None
         return None if last and last.step == best.step else best
 
-    def _appears(self, name: str) -> bool:
-        """Whether a process of a lower number writes the file."""
-        if not self.process:
-            return False
-        return appears(self.results.path(name), self.began, seconds=min(3 * self.process, 12))
+    def _appears(self, vectors: Vectors, seconds: float) -> bool:
+        """Whether a process of a lower number writes the file within so many seconds."""
+        return self.process > 0 and appears(self.results.path(self._name(vectors)), self.began, seconds)
 
     def _write(self, vectors: Vectors, which: str) -> None:
         """Where the output folder takes no more (a full disk), the few kilobytes go to the temporary folder."""
@@ -105,7 +104,9 @@ class Rescue:
         return results.path(name)
 
     def _has_checkpoint(self, vectors: Vectors) -> bool:
-        return self.results.owns(self.results.path(self._name(vectors)))
+        with suppress(OSError):  # of a disk that fails
+            return self.results.owns(self.results.path(self._name(vectors)))
+        return False
 
     def _name(self, vectors: Vectors) -> str:
         return self.names.file(self.names.step(vectors.step))

@@ -126,11 +126,36 @@ def test_where_the_main_thread_waits_for_a_lost_process_the_best_vectors_are_kep
 def test_who_keeps_the_last_vectors_keeps_the_best(there, steps, tmp_path, monkeypatch):
     """Another process waits once, not for each."""
     waited = []
-    monkeypatch.setattr("library.rescue.appears", lambda path, since, seconds: waited.append(path.name) or there)
+
+    def appears(path, since, seconds):
+        if seconds:
+            waited.append(path.name)
+        return there
+
+    monkeypatch.setattr("library.rescue.appears", appears)
     kept = with_best(tmp_path, process=2)
     kept.save(9, 2)
     assert [step for _, _, step, _ in kept.results.written] == steps
     assert waited == ["a-9.safetensors"]
+
+
+def test_the_best_vectors_that_another_process_keeps_are_left_to_it(tmp_path, monkeypatch):
+    """It may have gone on to another step, and so have other last vectors."""
+    monkeypatch.setattr("library.rescue.appears", lambda path, since, seconds: path.name == "a-7.safetensors")
+    kept = with_best(tmp_path, process=1)
+    kept.save(9, 2)
+    assert [step for _, _, step, _ in kept.results.written] == [9]
+
+
+def test_a_folder_that_cannot_be_looked_into_is_no_reason_to_keep_nothing(tmp_path):
+    kept = with_best(tmp_path)
+
+    def broken(path):
+        raise OSError("Stale file handle")
+
+    kept.results.owns = broken
+    kept.save(9, 2)
+    assert [step for _, _, step, _ in kept.results.written] == [9, 7]
 
 
 def test_the_best_vectors_are_kept_once_where_they_are_the_last(tmp_path):

@@ -19,6 +19,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError, features
 
 from library.data.buckets import Size, centre_offset
 from library.data.resizing import resize
+from library.support.bounded_file import BoundedFile
 from library.support.errors import UserError
 from library.support.text_files import not_downloaded
 
@@ -254,7 +255,7 @@ def _opened(path: Path | str) -> Iterator[Image.Image]:
         with warnings.catch_warnings():
             # Of large photos (twice as large ones are an error) and odd metadata; they name no file and change nothing.
             warnings.simplefilter("ignore")
-            with Image.open(path, formats=FORMATS) as image:
+            with BoundedFile(path) as file, Image.open(file, formats=FORMATS) as image:
                 _forget_texts(image)
                 yield image
     except UserError:

@@ -57,9 +57,9 @@ class PromptTokenizer:
             if isinstance(piece, int):
                 ids.append(first + piece)
             else:
-                # Lowered here: the tokenizer does not know that a Greek word ends with another sigma.
-                text = _CONTROL.sub(r"<| \1 |>", piece.lower())
-                ids.extend(tokenizer.encode(text, add_special_tokens=False))
+                # The tokenizer lowers by itself, but does not know that a Greek word ends with another sigma.
+                text = piece.lower() if "Σ" in piece else piece
+                ids.extend(tokenizer.encode(_CONTROL.sub(r"<| \1 |>", text), add_special_tokens=False))
         return ids
 
     def _expanded_ids(self, text: str) -> list[int]:
@@ -159,8 +159,11 @@ def check_token_string(placeholder: Placeholder, tokenizers: "Sequence[CLIPToken
 
 
 def _known_name(placeholder: Placeholder, tokenizers: "Sequence[CLIPTokenizer]") -> str | None:
+    """Of the names the first one that is one id for a tokenizer; special tokens may be read as text, and are words."""
+    special = {token.lower() for tok in tokenizers for token in tok.get_added_vocab()}
     for name in placeholder.names:
-        if any(len(tok.encode(name.lower(), add_special_tokens=False)) == 1 for tok in tokenizers):
+        known = any(len(tok.encode(name.lower(), add_special_tokens=False)) == 1 for tok in tokenizers)
+        if known or name.lower() in special:
             return name
     return None
 

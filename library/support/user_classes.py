@@ -10,6 +10,7 @@ import inspect
 import keyword
 import logging
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from library.support.errors import UserError, did_you_mean
@@ -35,13 +36,13 @@ def literal_arguments(option: str, items: Iterable[str] | None) -> dict[str, Any
             raise UserError(f'{option}: "{key}" in "{item}" is no name. Write key=value without spaces.')
         if key in arguments:
             logger.warning('%s gives "%s" more than once; the last one counts.', option, key)
-        try:
+        with suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             arguments[key] = ast.literal_eval(value)
-        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-            raise UserError(
-                f'{option}: the value "{value}" of "{key}" cannot be read. Write a number, True, False, None, a tuple '
-                f"such as (0.9,0.99), or a string in quotes: {key}='text'."
-            ) from None
+            continue
+        raise UserError(
+            f'{option}: the value "{value}" of "{key}" cannot be read. Write a number, True, False, None, a tuple '
+            f"such as (0.9,0.99), or a string in quotes: {key}='text'."
+        )
     return arguments
 
 

@@ -54,20 +54,21 @@ class StagedRate(LRScheduler):
 
 
 class LearningRateSchedule:
-    """A torch scheduler that is always stepped with the loss, whether it looks at it or not."""
+    """A torch scheduler that is stepped with the loss, whether it looks at it or not."""
 
     def __init__(self, scheduler: LRScheduler) -> None:
         self.scheduler = scheduler
 
     def step(self, loss: float | None) -> None:
-        """Go on by one optimizer step; None for the ``loss`` of one that taught nothing: a plateau has none of it.
+        """Go on by one step. ``loss`` must be the same on all processes, or their rates part ways.
 
-        It must be the same on all processes, or their rates part ways.
+        It is None where nothing was taught and the optimizer did not move: what follows the loss, or Adafactor's own
+        count of its steps, has none of that.
         """
         if isinstance(self.scheduler, ReduceLROnPlateau):
             if loss is not None:
                 self.scheduler.step(loss)
-        else:
+        elif loss is not None or not isinstance(self.scheduler, optimization.AdafactorSchedule):
             self.scheduler.step()
 
     def go_to(self, step: int) -> None:

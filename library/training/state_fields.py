@@ -63,11 +63,13 @@ def _is_table(value: Any) -> bool:
 def _is_learner(value: Any) -> bool:
     if not isinstance(value, dict) or value.keys() != {"rows", "optimizer", "schedule", "scaler", "taught"}:
         return False
-    groups = value["optimizer"].get("param_groups") if isinstance(value["optimizer"], dict) else None
-    named = (value["schedule"], value["scaler"], value["optimizer"].get("state") if groups else None)
+    optimizer = value["optimizer"] if isinstance(value["optimizer"], dict) else {}
+    groups = optimizer.get("param_groups")
+    named = (value["schedule"], value["scaler"], optimizer.get("state"))
     return (
         _are_rows(value["rows"])
         and isinstance(groups, list)
+        and len(groups) > 0
         and all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups)
         and all(isinstance(part, dict) for part in named)
         and isinstance(value["taught"], bool)

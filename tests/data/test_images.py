@@ -28,7 +28,7 @@ from library.data.images import (
 )
 from library.data.resizing import resize
 from library.support.errors import UserError
-from tests.limits import outcome_in_locked
+from tests.limits import outcome, outcome_in_locked
 
 FORMATS = ["png", "jpg", "webp", "bmp", *(["avif"] if features.check("avif") else [])]
 
@@ -541,6 +541,17 @@ def test_strips_make_the_same_pixels(tmp_path, monkeypatch, mode, alpha):
     whole = read_image(tmp_path / "a.png", alpha=alpha)
     monkeypatch.setattr(images, "_STRIP_PIXELS", 100)
     assert np.array_equal(read_image(tmp_path / "a.png", alpha=alpha), whole)
+
+
+def test_a_chunk_that_claims_gigabytes_takes_none(tmp_path):
+    """Python makes room for all that a file is asked for; Pillow asks for the rest of a chunk."""
+    file = tmp_path / "a.png"
+    Image.new("RGB", (64, 64), "red").save(file)
+    content = bytearray(file.read_bytes())
+    place = content.index(b"IDAT") - 4
+    content[place : place + 4] = (2**31 - 1).to_bytes(4, "big")
+    file.write_bytes(content)
+    assert outcome(lambda: read_image(file), memory=2**28).kind in ("ok", "error")
 
 
 def test_only_the_formats_that_are_named_are_tried(tmp_path):

@@ -54,6 +54,25 @@ def body_by_our_rules(caption: str, names: list[str], tokenizer) -> list[int]:
     return body
 
 
+@pytest.mark.parametrize("token", ["<|endoftext|>", "<|StartOfText|>", "<cat-toy>", "<other>"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_special_and_added_tokens_are_words_of_the_model(token, count):
+    """Also where the tokenizer reads special ones as text, as those of model folders do."""
+    tokenizer = CLIPTokenizer(str(VOCABULARY / "vocab.json"), str(VOCABULARY / "merges.txt"), split_special_tokens=True)
+    tokenizer.add_tokens(["<cat-toy>"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<other>"]})
+    with pytest.raises(UserError, match="already is a word"):
+        check_token_string(Placeholder(token, count), [tokenizer])
+    check_token_string(Placeholder("<dog-toy>", count), [tokenizer])
+
+
+@pytest.mark.parametrize("text", ["H\u0331", "J\u030c", "\u0130", "W\u030a x", "STRASSE"])
+def test_other_letters_are_lowered_by_the_tokenizer_alone(text, tokenizers):
+    """It composes letters and marks before it lowers them."""
+    prompts = PromptTokenizer(tokenizers["sd1"], Placeholder("mychar", 1))
+    assert prompts.body_ids(text) == tokenizers["sd1"][0].encode(text, add_special_tokens=False)
+
+
 @pytest.mark.parametrize("model", PADS)
 def test_greek_words_end_with_a_final_sigma(model, tokenizers):
     """As CLIP lowers text; the Rust tokenizer, on its own, does not look at where the letter stands."""

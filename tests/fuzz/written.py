@@ -167,7 +167,9 @@ def _with_header(data: bytes, key: str, value: Any) -> bytes:
     length = int.from_bytes(data[8:10], "little")
     try:
         header = ast.literal_eval(data[10 : 10 + length].decode("latin1"))
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError):
+        return data
+    if not isinstance(header, dict):  # it was replaced before
         return data
     text = value if key == "text" else repr({**header, key: value})
     text = text.encode("utf-8", "surrogatepass")[:65000]

@@ -31,7 +31,7 @@ def command(tmp_path_factory, tiny_sd1):
 
 
 def test_a_step_without_the_token_has_no_loss(command, tmp_path, monkeypatch):
-    """Nothing is logged for it and no schedule goes on, but it counts."""
+    """Nothing is logged for it and no plateau sees it, but it counts."""
     logged, values = [], RunLog.values
 
     def record(log, numbers, step):
@@ -69,6 +69,17 @@ def test_the_loss_is_the_mean_of_what_taught(how, command, tmp_path):
     assert sum(len(batch) for batch in batches) == 4
     assert torch.cat(losses).shape == (2,)
     assert outcome.losses == [pytest.approx(torch.cat(losses).mean().item())]
+
+
+@pytest.mark.parametrize("more", [[], ["--optimizer_args", "warmup_init=True"]])
+def test_adafactors_own_rate_does_not_move_where_nothing_teaches(more, command, tmp_path):
+    """It counts the steps that it makes, and knows of none where the first one teaches nothing."""
+    outcome = train("sd1", command(tmp_path, "--optimizer_type=Adafactor", "--seed=4", *more), tmp_path)
+    taught = [loss is not None for loss in outcome.losses]
+    assert not taught[0]
+    assert any(taught)
+    (state,) = outcome.setup.learner.choice.optimizer.state.values()
+    assert state["step"] == sum(taught)
 
 
 def test_a_plateau_is_not_seen_where_nothing_teaches(command, tmp_path):

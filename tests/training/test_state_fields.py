@@ -78,6 +78,8 @@ def test_what_early_stopping_keeps(stopping, tmp_path):
         ("learner", {**sound()["learner"], "optimizer": {"state": {}, "param_groups": [1]}}),
         ("learner", {**sound()["learner"], "schedule": None}),
         ("learner", {**sound()["learner"], "taught": "yes"}),
+        ("learner", {**sound()["learner"], "optimizer": {"param_groups": ROWS, "state": {}}}),
+        ("learner", {**sound()["learner"], "optimizer": {"param_groups": [], "state": {}}}),
         ("learner", {**sound()["learner"], "rows": [torch.ones(2)]}),
         ("stopping", []),
         ("stopping", {"losses": [0.5]}),
