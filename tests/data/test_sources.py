@@ -73,6 +73,14 @@ def test_folder_without_usable_sub_folders(tmp_path):
     assert "10_mychar" in message
 
 
+@pytest.mark.parametrize("repeats", ["1000001", "100000000", "9" * 100])
+def test_repeats_of_a_folders_name_have_an_end(repeats, tmp_path):
+    """An order of that many samples would fill the memory."""
+    (tmp_path / f"{repeats}_mychar").mkdir()
+    message = refusal(lambda: load_flags([f"--train_data_dir={tmp_path}"]))
+    assert f'"num_repeats" must be a whole number up to 1000000, but it is {repeats}.' in message
+
+
 def test_metadata_flag(caplog):
     (dataset,) = load_flags(["--in_json=meta.json", "--train_data_dir=images", "--reg_data_dir=r", "--cache_info"])
     (subset,) = dataset.subsets

@@ -238,6 +238,20 @@ def test_a_mistake_through_the_launcher_is_a_sentence(dataset, tmp_path, tiny_sd
     assert 'error: --token_string "cat"' in said
 
 
+def test_a_launcher_of_two_processes_ends_with_them(dataset, tmp_path, tiny_sd1):
+    argv = arguments("sd1", tiny_sd1, dataset, tmp_path / "out")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    for _ in range(5):
+        settings = ["--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+        command = [*settings, f"--main_process_port={free_port()}", SCRIPTS["sd1"].__file__, *argv]
+        code, said, errors = WarmProcess(tmp_path, 0, Path(launch.__file__), command, environment).ended(300)
+        if TAKEN not in errors:
+            break
+    assert code == 0, errors
+    assert said.count("The embedding is in") == 1
+    assert load_file(tmp_path / "out" / f"{TOKEN}.safetensors")["emb_params"].isfinite().all()
+
+
 def test_loader_workers_change_nothing(dataset, tmp_path, tiny_sd1):
     for workers in (0, 2):
         argv = arguments("sd1", tiny_sd1, dataset, tmp_path / str(workers), "--max_train_steps=6")
