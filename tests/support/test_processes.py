@@ -429,6 +429,7 @@ def test_a_port_that_is_taken_in_between_is_left_for_another(monkeypatch, tmp_pa
     file = tmp_path / "joins.py"
     file.write_text(
         "import os, torch.distributed as dist\ndist.init_process_group('gloo')\n"
+        "dist.barrier()\n"  # the first holds the store that the second joins by: it may not be gone before
         "print(dist.get_world_size(), os.environ['MASTER_PORT'])\n"
     )
     with socket.socket() as other:
