@@ -67,14 +67,21 @@ def test_what_is_worth_nothing_is_not_kept(step, taught, value, tmp_path):
     assert kept.results.written == []
 
 
+def with_best(folder, **details) -> Rescue:
+    """A rescue whose best vectors are those of step 7."""
+    kept = rescue(folder, **details)
+    kept.learner.best = Vectors([torch.zeros(1, 2)], 7, 1)
+    return kept
+
+
 @pytest.mark.parametrize(
     ("last", "there", "steps"),
     [(1.0, False, [9, 7]), (1.0, True, [9]), (float("nan"), False, [7]), (float("nan"), True, [])],
 )
 def test_the_best_vectors_so_far_are_kept_too(last, there, steps, tmp_path, caplog):
     """Unless they were saved as a checkpoint; also where the last ones have diverged."""
-    kept = rescue(tmp_path)
-    kept.learner.best, kept.learner.rows = Vectors([torch.zeros(1, 2)], 7, 1), [torch.full((1, 2), last)]
+    kept = with_best(tmp_path)
+    kept.learner.rows = [torch.full((1, 2), last)]
     if there:
         (tmp_path / "a-7.safetensors").touch()
     kept.save(9, 2)
@@ -82,13 +89,6 @@ def test_the_best_vectors_so_far_are_kept_too(last, there, steps, tmp_path, capl
     assert (
         f"The vectors of step 7, the best so far, are kept in {tmp_path / 'a-7.safetensors'}." in caplog.messages
     ) == (7 in steps)
-
-
-def with_best(folder, **details) -> Rescue:
-    """A rescue whose best vectors are those of step 7."""
-    kept = rescue(folder, **details)
-    kept.learner.best = Vectors([torch.zeros(1, 2)], 7, 1)
-    return kept
 
 
 def test_the_best_of_vectors_that_were_never_taught_is_not_kept(tmp_path):

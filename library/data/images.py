@@ -125,7 +125,7 @@ def image_size(path: Path | str) -> Size:
     if str(path).lower().endswith(".webp") and (size := _plain_webp_size(path)) and _plausible(size):
         _check_pixels(path, size, _HUNGRY_FORMATS["WEBP"])
         return size
-    with _opened(path) as image:
+    with opened_image(path) as image:
         _check_pixels(path, image.size, _hunger(image))
         if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: a photo with its preview
             logger.warning(f"{path} is animated; only its first frame is used.")
@@ -200,11 +200,11 @@ def check_decodes(path: Path | str) -> None:
 
     Far faster than reading the pixels: PNG has checksums, and of a JPEG an eighth of the size will do.
     """
-    with suppress(UserError), _opened(path) as image:
+    with suppress(UserError), opened_image(path) as image:
         image.draft("L", (1, 1))
         image.verify() if image.format == "PNG" else image.load()
         return
-    with _opened(path) as image:  # a wrong checksum alone keeps nobody from reading the pixels
+    with opened_image(path) as image:  # a wrong checksum alone keeps nobody from reading the pixels
         image.load()
 
 
@@ -223,7 +223,7 @@ def _as_stored(path: Path | str, alpha: bool, size: Size | None) -> tuple[np.nda
 
     Strip by strip, for each step of a conversion holds a whole copy of what it is given.
     """
-    with _opened(path) as image:
+    with opened_image(path) as image:
         _check_pixels(path, image.size, _hunger(image))
         _refuse_other_size(path, _upright_size(image), size)
         orientation = _orientation(image)
@@ -250,7 +250,8 @@ def _refuse_other_size(path: Path | str, found: Size, noted: Size | None) -> Non
 
 
 @contextmanager
-def _opened(path: Path | str) -> Iterator[Image.Image]:
+def opened_image(path: Path | str) -> Iterator[Image.Image]:
+    """An image of the user's, not decoded yet. Raises UserError where it cannot be read, also while it is in use."""
     try:
         with warnings.catch_warnings():
             # Of large photos (twice as large ones are an error) and odd metadata; they name no file and change nothing.

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from library.data.images import FORMATS
-from library.support.bounded_file import BoundedFile
+from library.data.images import opened_image
 
 Box = tuple[float, float, float, float]
 _QUALITY = 82
@@ -48,7 +47,7 @@ def _thumbnail(path: Path, side: int, kept: Box | None) -> str | None:
 def small_image(path: Path, side: int) -> Image.Image | None:
     """The image at ``path``, upright and on white, at most ``side`` pixels wide and high; None if it cannot be read."""
     try:
-        with BoundedFile(path) as file, Image.open(file, formats=FORMATS) as image:
+        with opened_image(path) as image:
             image.draft("RGB", (2 * side, 2 * side))  # JPEG files are read at a fraction of their size
             image.thumbnail((2 * side, 2 * side))
             upright = _on_white(ImageOps.exif_transpose(image))

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,32 +40,43 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def two_nodes(argv: list[str], folder: Path) -> list[tuple[int, str, str]]:
-    """Run the script of SD models as two nodes of one process each, as two machines would: each has its launcher.
+Ended = tuple[int, str, str]
 
-    Exit code, standard output and errors of each. Anew where another program took the port in between.
-    """
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
+def on_a_free_port(begin: Callable[[int], list[Ended]]) -> list[Ended]:
+    """What ``begin`` gives for a free port; anew where another program took it between its being found and used."""
     for _ in range(5):
-        launcher = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
-        given = [[*launcher, f"--node_rank={rank}", SCRIPTS["sd1"].__file__, *argv] for rank in (0, 1)]
-        done = _both(folder, Path(distributed.__file__), given, [environment] * 2)
+        done = begin(free_port())
         if not any(TAKEN in errors for _, _, errors in done):
             break
     return done
+
+
+def two_nodes(argv: list[str], folder: Path) -> list[tuple[int, str, str]]:
+    """Run the script of SD models as two nodes of one process each, as two machines would: each has its launcher.
+
+    Exit code, standard output and errors of each.
+    """
+
+    def begin(port: int) -> list[Ended]:
+        launcher = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}"]
+        given = [[*launcher, f"--node_rank={rank}", SCRIPTS["sd1"].__file__, *argv] for rank in (0, 1)]
+        return _both(folder, Path(distributed.__file__), given, [launchers_environment()] * 2)
+
+    return on_a_free_port(begin)
+
+
+def launchers_environment() -> dict[str, str]:
+    """For a launcher of processes on the CPU, a thread each."""
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
 
 def two_processes(file: Path, argv: list[str], folder: Path, **environment: str) -> list[tuple[int, str, str]]:
     """Run the file in two processes that no launcher watches: exit code, standard output and errors of each.
 
-    ``folder`` is for what they print. Anew where another program took the port between its being found free and its
-    being used.
+    ``folder`` is for what they print.
     """
-    for _ in range(5):
-        done = _two_processes(file, argv, folder, free_port(), environment)
-        if not any(TAKEN in errors for _, _, errors in done):
-            break
-    return done
+    return on_a_free_port(lambda port: _two_processes(file, argv, folder, port, environment))
 
 
 def one_run(file: Path | str, argv: list[str], folder: Path) -> str:
@@ -232,21 +244,20 @@ def test_a_run_that_is_told_to_end_keeps_what_it_learned(dataset, tmp_path, tiny
 def test_a_mistake_through_the_launcher_is_a_sentence(dataset, tmp_path, tiny_sd1):
     argv = [*arguments("sd1", tiny_sd1, dataset, tmp_path / "out"), "--token_string=cat"]
     command = ["--cpu", "--num_processes=1", SCRIPTS["sd1"].__file__, *argv]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    code, _, said = WarmProcess(tmp_path, 0, Path(launch.__file__), command, environment).ended(300)
+    code, _, said = WarmProcess(tmp_path, 0, Path(launch.__file__), command, launchers_environment()).ended(300)
     assert code != 0
     assert 'error: --token_string "cat"' in said
 
 
 def test_a_launcher_of_two_processes_ends_with_them(dataset, tmp_path, tiny_sd1):
     argv = arguments("sd1", tiny_sd1, dataset, tmp_path / "out")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    for _ in range(5):
-        settings = ["--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-        command = [*settings, f"--main_process_port={free_port()}", SCRIPTS["sd1"].__file__, *argv]
-        code, said, errors = WarmProcess(tmp_path, 0, Path(launch.__file__), command, environment).ended(300)
-        if TAKEN not in errors:
-            break
+    settings = ["--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+
+    def begin(port: int) -> list[Ended]:
+        command = [*settings, f"--main_process_port={port}", SCRIPTS["sd1"].__file__, *argv]
+        return [WarmProcess(tmp_path, 0, Path(launch.__file__), command, launchers_environment()).ended(300)]
+
+    ((code, said, errors),) = on_a_free_port(begin)
     assert code == 0, errors
     assert said.count("The embedding is in") == 1
     assert load_file(tmp_path / "out" / f"{TOKEN}.safetensors")["emb_params"].isfinite().all()

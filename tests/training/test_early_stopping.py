@@ -141,6 +141,11 @@ def test_a_rate_that_comes_down_is_said(optimizer, schedule, last, caplog):
 # ---- runs
 
 
+def moving_until(step: int) -> str:
+    """A rate with which nothing moves after the step, so that a run stops whatever its processor rounds."""
+    return f"--learning_rate=1e-2:{step},1e-12"
+
+
 def lines(folder):
     return list(map(json.loads, (folder / f"{TOKEN}_metrics.jsonl").read_text().splitlines()))
 
@@ -210,10 +215,8 @@ def test_the_result_is_the_best_of_what_was_measured(family, bench):
 @pytest.mark.parametrize(("patience", "stop"), [(1, 2), (2, 3)])
 def test_an_epoch_that_ends_where_the_run_is_stopped_has_ended(patience, stop, bench):
     """Three steps make one: what is due at its end is saved, and not in the middle of one."""
-    stands = "--learning_rate=1e-2:1,1e-12"  # nothing moves after the first step
-    done = bench(
-        *EAGER, f"--early_stopping_patience={patience}", stands, "--save_every_n_epochs=1", "--save_state", steps=6
-    )
+    more = [f"--early_stopping_patience={patience}", moving_until(1), "--save_every_n_epochs=1", "--save_state"]
+    done = bench(*EAGER, *more, steps=6)
     assert len(done.rows) == stop
     assert (f"{TOKEN}-000001.safetensors" in done.files) == (stop == 3)
     assert TrainingState.read(done.folder / f"{TOKEN}-state").epoch_closed == (stop == 3)
@@ -389,7 +392,7 @@ def test_a_resumed_run_stops_where_it_would_have(command, tmp_path, capsys):
 
 def test_a_resumed_run_that_stops_where_an_epoch_ends_ends_it_too(command, tmp_path):
     """From the state of the very step, which was saved before the epoch's end."""
-    more = ["--learning_rate=1e-2:1,1e-12", "--save_every_n_epochs=1"]  # nothing moves after the first of three steps
+    more = [moving_until(1), "--save_every_n_epochs=1"]  # after the first of three steps
     assert run("sd1", command("whole", *more)) == 0
     state = state_of(tmp_path / "whole", 3)
     assert not TrainingState.read(state).epoch_closed
@@ -445,14 +448,11 @@ def test_an_interrupted_run_keeps_the_best_beside_the_last(command, tmp_path, mo
 
 def test_states_without_it_go_on(command, tmp_path):
     """Of a run without early stopping, and of an older version, whose states have no such field."""
-    stands = (
-        "--learning_rate=1e-2:5,1e-12"  # nothing moves after step 5, so that it stops whatever the processor rounds
-    )
-    assert run("sd1", command("plain", "--early_stopping=false", stands)) == 0
+    assert run("sd1", command("plain", "--early_stopping=false", moving_until(5))) == 0
     content = torch.load(state_of(tmp_path / "plain", 2) / FILE, weights_only=False)
     assert content.pop("stopping") is None
     (state_of(tmp_path / "plain", 2) / FILE).write_bytes(packed(content))
-    assert run("sd1", command("out", stands, f"--resume={state_of(tmp_path / 'plain', 2)}")) == 0
+    assert run("sd1", command("out", moving_until(5), f"--resume={state_of(tmp_path / 'plain', 2)}")) == 0
     losses = fixed_losses(tmp_path / "out")
     assert len(losses) == when_it_stops(losses) < STEPS - 2
     best = 2 + losses.index(min(losses)) + 1
