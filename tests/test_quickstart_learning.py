@@ -67,7 +67,7 @@ def test_the_quickstart_teaches_the_word(model, tmp_path):
     distance = statistics.median(verdict.distance for verdict in verdicts)
     overlap = statistics.median(verdict.iou for verdict in verdicts)
     init = of_the_init_word(model)
-    assert distance <= 0.5 * init.distance
+    assert distance <= 0.4 * init.distance
     assert overlap >= 2 * init.iou
     plain = open_pipeline(model)
     word, best = concept_judge.best_known_word(plain)
@@ -84,9 +84,9 @@ STEPS = {"sd": 40, "sdxl": 60}
 # of the init word's. What does not depend on the family is tried with one of them.
 CASES = {
     # One vector cannot leave a word of one part for a figure of two in so few steps.
-    "1 vector": ("sd", 1, "robot", ["--num_vectors_per_token=1"], 0.7, 1.05),
+    "1 vector": ("sd", 1, "robot", ["--num_vectors_per_token=1"], 0.75, 1.02),
     # Their sentences say less than the captions do, and seeds differ more.
-    "object templates": ("sd", 2, INIT_WORD, ["--use_object_template"], 0.8, 1.3),
+    "object templates": ("sd", 2, "robot", ["--use_object_template"], 0.8, 1.1),
     "pixels": ("sdxl", 1, INIT_WORD, ["--cache_latents=false", "--optimizer_type=AdamW8bit"], 0.65, 1.5),
 }
 
@@ -102,10 +102,14 @@ def test_a_short_training_teaches_it_too(case, tmp_path):
 
 @pytest.mark.parametrize("model", ["sd", "sdxl"])
 def test_bfloat16_leads_where_float32_does(model, tmp_path, trainers):  # noqa: F811
-    """From the same noise the vectors go the same way, and as far."""
+    """From the same noise the vectors go the same way, and as far.
+
+    Gradients are not brought to equal weight: the smallest, of almost pure noise, are mostly rounding in bfloat16.
+    """
     ends = {}
     for precision in ("no", "bf16"):
         more = [f"--mixed_precision={precision}", "--max_train_steps=8", "--learning_report=false", "--no_report"]
+        more += ["--normalize_sample_gradients=false", "--learning_rate=5e-3", "--lr_scheduler=constant"]
         ends[precision] = load_file(train(model, tmp_path / precision, *more))
     for key, start in zip(trainers[0].job.family.embedding_keys, trainers[0].setup.starts, strict=True):
         whole, half = (ends[precision][key] - start for precision in ("no", "bf16"))

@@ -31,12 +31,12 @@ def test_same_seed_gives_same_images_and_captions() -> None:
     assert drawn(20, 6) != first
 
 
-def test_images_are_64_pixels_of_full_range_colour() -> None:
+def test_images_are_of_one_size_and_of_full_range_colour() -> None:
     picture = world.draw(world.Scene(world.Fill(("white",)), (world.Part("square", "black", (32, 32), 20),)))
-    assert picture.shape == (64, 64, 3)
+    assert picture.shape == (world.SIZE, world.SIZE, 3)
     assert picture.dtype == np.uint8
     np.testing.assert_array_equal(picture[0, 0], world.COLOURS["white"])
-    np.testing.assert_array_equal(picture[32, 32], world.COLOURS["black"])
+    np.testing.assert_array_equal(picture[world.SIZE // 2, world.SIZE // 2], world.COLOURS["black"])
 
 
 def test_every_template_sentence_occurs() -> None:
@@ -83,6 +83,29 @@ def test_reader_is_right_on_drawn_objects() -> None:
         assert measures.read_plain(world.draw(scene)) == measures.Reading(background, colour, shape)
 
 
+def test_reader_is_right_on_drawn_robots() -> None:
+    rng, wrong, count = random.Random(3), 0, 0
+    while count < 200:
+        ground, *colours = rng.sample(list(world.COLOURS), 3)
+        if world.eye_colour(colours[0]) in (ground, colours[1]):
+            continue
+        head, body = rng.choice(world.SHAPES), rng.choice(world.SHAPES)
+        centre = (32 + rng.uniform(-1, 1), 32 + rng.uniform(-1, 1))
+        parts = world.robot(head, body, tuple(colours), centre, rng.uniform(0.96, 1.04))
+        picture = world.draw(world.Scene(world.Fill((ground,)), parts))
+        wrong += measures.read_robot(picture, ground, *colours) != measures.RobotReading(head, body, True)
+        count += 1
+    assert wrong <= 2  # a seam between two colours may look like a third
+
+
+def test_reader_misses_the_eyes_of_a_robot_without() -> None:
+    body, head = world.robot("star", "moon", ("yellow", "purple"), (32, 32), 1)
+    blind = world.Part(head.shape, head.colour, head.centre, head.radius)
+    for face, eyes in ((head, True), (blind, False)):
+        picture = world.draw(world.Scene(world.Fill(("blue",)), (body, face)))
+        assert measures.read_robot(picture, "blue", "yellow", "purple") == measures.RobotReading("star", "moon", eyes)
+
+
 def test_reader_takes_objects_at_the_rim() -> None:
     rim = world.Scene(world.Fill(("blue",)), (world.Part("square", "red", (32, 70), 20),))
     reading = measures.read_plain(world.draw(rim))
@@ -92,7 +115,7 @@ def test_reader_takes_objects_at_the_rim() -> None:
 def test_reader_knows_when_there_is_nothing_to_read() -> None:
     empty = world.draw(world.Scene(world.Fill(("blue",))))
     assert measures.read_plain(empty) == measures.Reading("blue", None, None)
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (world.SIZE, world.SIZE, 3)).astype(np.uint8)
     assert measures.read_plain(noise).background is None
 
 
@@ -108,7 +131,7 @@ def test_concept_measures_tell_known_words_from_the_concept() -> None:
         world.draw(world.Scene(world.Fill((ground,)), (world.Part("star", "yellow", (32, 32), 20),)))
         for ground in ("white", "blue", "green")
     ]
-    moved = [np.roll(picture, 1, axis=1) for picture in concept]
+    moved = [np.roll(picture, 2, axis=1) for picture in concept]
     assert concept_distance(stars, concept) > 3 * concept_distance(moved, concept)
     assert measures.shape_iou(stars, concept) < 0.4
     assert measures.shape_iou(moved, concept) > 0.8

@@ -173,8 +173,9 @@ def prepared(given: list[str], family: str, folder: Path) -> list[str]:
     """The options of a command with a state and an embedding file of its own in place of those that it names."""
     if resumed := [word for word in given if word.startswith("--resume=")]:
         given = [word for word in given if word not in resumed]
-        assert run(family, [*given, "--max_train_steps=1", "--save_state", f"--output_dir={folder / 'before'}"]) == 0
-        given.append(f"--resume={folder / 'before' / 'mychar-state'}")
+        saving = ["--save_every_n_steps=1", "--save_state", f"--output_dir={folder / 'before'}"]
+        assert run(family, [*given, *saving]) == 0
+        given.append(f"--resume={folder / 'before' / 'mychar-step00000001-state'}")
     if weights := [word for word in given if word.startswith("--weights=")]:
         given = [word for word in given if word not in weights]
         given.append(f"--weights={embedding_for(family, given, folder)}")
@@ -275,7 +276,7 @@ def test_python_with_the_quickstart(page, tmp_path, monkeypatch):
     assert block.count("num_inference_steps=25") == 1
     exec(block.replace("num_inference_steps=25", "num_inference_steps=2"), {})
     (image,) = tmp_path.glob("*.png")
-    assert Image.open(image).size == (64, 64)
+    assert Image.open(image).size == (128, 128)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

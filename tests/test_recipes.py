@@ -66,7 +66,8 @@ def test_composition_is_high_for_what_was_asked_and_low_for_copies(concept):
 
 def found(*training: float) -> Found:
     """A run with these losses on training images at steps 0, 10, 20 and so on, and twice as high ones on fresh ones."""
-    return Found([(10 * number, loss, 2 * loss) for number, loss in enumerate(training)], seconds=2.0)
+    losses = [(10 * number, loss) for number, loss in enumerate(training)]
+    return Found(losses, fresh=2 * training[-1], seconds=2.0)
 
 
 def test_the_page_says_when_each_recipe_reaches_what_the_first_one_ends_at(tmp_path):
@@ -106,15 +107,15 @@ def test_a_run_trains_by_the_recipe_and_measures_it(monkeypatch):
     monkeypatch.setattr(recipe_run, "SAMPLES", 8)
     options = json.dumps({"max_train_steps": 10, "optimizer_args": ["betas=0.5,0.9"], "batch_size": 2})
     first, second = (recipe_run.carried_out(Run("sd", CONCEPTS[0].name, 1, options)) for _ in range(2))
-    assert [step for step, _, _ in first.losses] == [0, 5, 10]
+    assert [step for step, _ in first.losses] == [0, 5, 10]
     assert first.losses[-1][1] < first.losses[0][1]
     assert first.losses == second.losses
     assert (first.distance, first.iou, first.composed) == (second.distance, second.iou, second.composed)
     averaged = json.dumps({**json.loads(options), "average_last": 0.5})
     mean = recipe_run.carried_out(Run("sd", CONCEPTS[0].name, 1, averaged))
-    assert [step for step, _, _ in mean.losses] == [0, 5, 10, 10]  # the last vectors, and the result
+    assert [step for step, _ in mean.losses] == [0, 5, 10, 10]  # the last vectors, and the result
     assert mean.losses[:3] == first.losses
-    assert mean.losses[3][1:] != first.losses[2][1:]
+    assert mean.losses[3][1] != first.losses[2][1]
     assert first.norm > 1
     assert first.seconds > 0
     assert all(noise > 0 for noise in first.noise)

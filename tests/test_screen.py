@@ -189,11 +189,11 @@ def test_ctrl_c_on_a_terminal(folder):
     assert "are kept in" in " ".join(shown.split())
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_signals_without_a_terminal(name, folder):
     number = getattr(signal, name)
     code, said = into_files(folder, INTERRUPTED, number)
-    assert code == {"SIGINT": 130, "SIGTERM": 143}[name], said
+    assert code == {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}[name], said
     check_pipe(said)
     assert re.search(r"The vectors of step \d+ are kept in out/", said)
     assert said.endswith("Interrupted.\n")

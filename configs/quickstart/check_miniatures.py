@@ -1,9 +1,9 @@
-"""Count how often a miniature model draws what the prompt says: plain objects on plain backgrounds.
+"""Count how often a miniature model draws what the prompt says: plain objects and robots on plain backgrounds.
 
     python configs/quickstart/check_miniatures.py configs/quickstart/sd --samples 256
 
 Prompts are drawn at random from the world's words; background, colour and shape are read off the pictures by
-``measures.read_plain``. Exits with 1 below the floor: background right in 98 %, colour and shape in 90 % each.
+``measures.read_plain``, the parts of robots by ``measures.read_robot``. Exits with 1 below a floor.
 """
 
 import argparse
@@ -14,12 +14,12 @@ import numpy as np
 import torch
 import world
 from diffusers import DiffusionPipeline
-from measures import Reading, read_plain
+from measures import Reading, RobotReading, read_plain, read_robot
 from PIL import Image
 from transformers import CLIPTokenizer
 
 TOKENIZER = Path(__file__).resolve().parent.parent / "tokenizer"
-FLOOR = {"background": 0.98, "colour": 0.9, "shape": 0.9}
+FLOOR = {"background": 0.98, "colour": 0.9, "shape": 0.9, "head": 0.75, "body": 0.9, "eyes": 0.8}
 
 
 def open_pipeline(folder: Path) -> DiffusionPipeline:
@@ -35,7 +35,7 @@ def open_pipeline(folder: Path) -> DiffusionPipeline:
 def generate(
     pipeline: DiffusionPipeline, prompts: list[str], seeds: list[int], guidance: float = 4.0, steps: int = 25
 ) -> list[np.ndarray]:
-    """One picture (uint8 [64, 64, 3]) for each prompt and seed, in batches of 32 with so many DDIM steps."""
+    """One picture (uint8 [SIZE, SIZE, 3]) for each prompt and seed, in batches of 32 with so many DDIM steps."""
     pictures = []
     for start in range(0, len(prompts), 32):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + 32]]
@@ -64,6 +64,26 @@ def plain_prompts(count: int, seed: int) -> list[tuple[str, Reading]]:
     return prompts
 
 
+def robot_prompts(count: int, seed: int) -> list[tuple[str, tuple[str, str, str], RobotReading]]:
+    """Prompts for robots; for each the colours of background, head and body, and what its picture should show.
+
+    Every second one has a star as head or a moon as body, the parts of the quickstart's character.
+    """
+    rng = random.Random(seed)
+    prompts = []
+    while len(prompts) < count:
+        colours = tuple(rng.sample(list(world.COLOURS), 3))
+        head, body = rng.choice(world.SHAPES), rng.choice(world.SHAPES)
+        if len(prompts) % 2:
+            head, body = rng.choice((("star", body), (head, "moon")))
+        if (head, body) in world.UNSEEN_ROBOTS or world.eye_colour(colours[1]) in colours:
+            continue
+        words = f"robot with a {colours[1]} {head} head and a {colours[2]} {body} body"
+        prompt = f"a photo of a {words} on a {colours[0]} background"
+        prompts.append((prompt, colours, RobotReading(head, body, True)))
+    return prompts
+
+
 def sheet(pictures: list[np.ndarray], columns: int = 16) -> Image.Image:
     """Pictures side by side, row by row."""
     step = world.SIZE + 2
@@ -81,19 +101,26 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--sheet", type=Path, help="also write the pictures to this file")
     options = parser.parse_args()
-    wanted = plain_prompts(options.samples, options.seed)
-    seeds = list(range(1000 * options.seed, 1000 * options.seed + len(wanted)))
-    pictures = generate(open_pipeline(options.model), [prompt for prompt, _ in wanted], seeds, options.guidance)
+    plain, robots = plain_prompts(options.samples, options.seed), robot_prompts(options.samples, options.seed)
+    seeds = list(range(1000 * options.seed, 1000 * options.seed + 2 * options.samples))
+    prompts = [prompt for prompt, _ in plain] + [prompt for prompt, _, _ in robots]
+    pictures = generate(open_pipeline(options.model), prompts, seeds, options.guidance)
     if options.sheet:
         sheet(pictures).save(options.sheet)
-    readings = [read_plain(picture) for picture in pictures]
+    readings = [(read_plain(picture), want) for picture, (_, want) in zip(pictures, plain, strict=False)]
+    readings += [
+        (read_robot(picture, *colours), want)
+        for picture, (_, colours, want) in zip(pictures[options.samples :], robots, strict=True)
+    ]
     short = False
     for name, floor in FLOOR.items():
-        right = np.mean(
-            [getattr(seen, name) == getattr(want, name) for seen, (_, want) in zip(readings, wanted, strict=True)]
-        )
-        print(f"{name}: right in {right:.1%} of {len(wanted)} (floor {floor:.0%})")
-        short |= right < floor
+        right = [getattr(seen, name) == getattr(want, name) for seen, want in readings if hasattr(want, name)]
+        print(f"{name}: right in {np.mean(right):.1%} of {len(right)} (floor {floor:.0%})")
+        short |= bool(np.mean(right) < floor)
+    stars = [seen.head for seen, want in readings if isinstance(want, RobotReading) and want.head == "star"]
+    moons = [seen.body for seen, want in readings if isinstance(want, RobotReading) and want.body == "moon"]
+    for part, name, seen in (("head", "star", stars), ("body", "moon", moons)):
+        print(f"a {name} as {part}: right in {np.mean([each == name for each in seen]):.1%} of {len(seen)}")
     raise SystemExit(int(short))
 
 

@@ -32,7 +32,8 @@ TOKENIZER = HERE.parent / "tokenizer"
 BATCH = 32
 PICTURES = 24576
 TABLE_SPREAD = 0.014  # standard deviation of the token table's entries in Stable Diffusion 1
-LATENT_SPREAD = 0.5  # of the scaled latents: lower than the usual 1, so that even coarse content is lost in the noise
+SIDE = world.SIZE // 8  # of the latents
+LATENT_SPREAD = 0.25  # of the scaled latents: lower than the usual 1, so that even coarse content is lost in the noise
 
 
 # --- text ----------------------------------------------------------------------------------------------------------
@@ -126,21 +127,22 @@ class Miniature(torch.nn.Module):
                 "use_linear_projection": True,
             }
         self.unet = UNet2DConditionModel(
-            sample_size=world.SIZE // 8,
-            block_out_channels=(64, 128, 128),
+            sample_size=SIDE,
+            block_out_channels=(32, 64, 128, 128),
             layers_per_block=1,
             cross_attention_dim=width,
             attention_head_dim=4,
             norm_num_groups=16,
-            down_block_types=("CrossAttnDownBlock2D",) * 3,
-            up_block_types=("CrossAttnUpBlock2D",) * 3,
+            # The finest level only sharpens what the others lay out, and costs little without attention.
+            down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * 3),
+            up_block_types=(*("CrossAttnUpBlock2D",) * 3, "UpBlock2D"),
             **extra,
         ).to(memory_format=torch.channels_last)
 
     def forward(
         self, noisy: torch.Tensor, timesteps: torch.Tensor, ids: torch.Tensor, sizes: torch.Tensor
     ) -> torch.Tensor:
-        """Predicted noise [B, 4, 8, 8]; ids [B, 77] of compact numbers, sizes [B, 6] (used by SDXL only)."""
+        """Predicted noise [B, 4, 16, 16]; ids [B, 77] of compact numbers, sizes [B, 6] (used by SDXL only)."""
         if not self.xl:
             return self.unet(noisy, timesteps, self.encoders[0](ids).last_hidden_state).sample
         # SDXL's second tokenizer fills up with id 0 instead of the end token.
@@ -166,7 +168,7 @@ def noise_scheduler() -> DDIMScheduler:
 
 @torch.no_grad()
 def world_latents(work: Path, count: int, seed: int) -> tuple[torch.Tensor, list[str], float]:
-    """Latents in the VAE's own scale [count, 4, 8, 8], captions, the latents' spread; kept in ``work``."""
+    """Latents in the VAE's own scale [count, 4, 16, 16], captions, the latents' spread; kept in ``work``."""
     kept = work / "latents.pt"
     if kept.exists():
         return torch.load(kept)
@@ -181,7 +183,7 @@ def world_latents(work: Path, count: int, seed: int) -> tuple[torch.Tensor, list
 
 def draw_timesteps(count: int) -> torch.Tensor:
     """Timesteps with a density that grows with the noise: composition is decided there."""
-    return (torch.rand(count).sqrt() * 1000).long().clamp(max=999)
+    return (torch.rand(count) ** 0.7 * 1000).long().clamp(max=999)
 
 
 def learning_rate_at(step: int, steps: int) -> float:
@@ -211,14 +213,14 @@ def train_denoiser(work: Path, xl: bool, steps: int, seed: int) -> None:
     elif xl:
         begin_from_sd(model, torch.load(work / "sd.pt")["averaged"], vocabulary.captions[:256])
     signal = noise_scheduler().alphas_cumprod
-    weights = ((1 - signal) / signal).sqrt().clamp(0.3, 5.0)
+    weights = ((1 - signal) / signal).sqrt().clamp(0.5, 5.0)
     started, losses = time.monotonic(), []
     for step in range(first, steps):
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * learning_rate_at(step, steps)
         chosen = torch.randint(len(latents), (BATCH,))
         ids = torch.where(torch.rand(BATCH, 1) < 0.1, vocabulary.empty, vocabulary.captions[chosen])
-        timesteps, noise = draw_timesteps(BATCH), torch.randn(BATCH, 4, 8, 8)
+        timesteps, noise = draw_timesteps(BATCH), torch.randn(BATCH, 4, SIDE, SIDE)
         level = signal[timesteps].view(-1, 1, 1, 1)
         noisy = level.sqrt() * latents[chosen] + (1 - level).sqrt() * noise
         errors = (model(noisy, timesteps, ids, draw_sizes(BATCH)) - noise).square().mean(dim=(1, 2, 3))
@@ -352,7 +354,7 @@ def main() -> None:
         train_denoiser(
             options.work,
             options.stage == "sdxl",
-            options.steps or (2000 if options.stage == "sdxl" else 3250),
+            options.steps or (2000 if options.stage == "sdxl" else 9000),
             options.seed,
         )
         export(options.work, options.output, options.stage == "sdxl", options.seed)

@@ -1,6 +1,6 @@
 """What a picture of the small world shows, and how near pictures are to a concept.
 
-Pictures are uint8 [64, 64, 3] throughout. How far they are from a concept in colour is
+Pictures are uint8 [SIZE, SIZE, 3] throughout (``world.SIZE``). How far they are from a concept in colour is
 ``library.output.concept_distance``.
 """
 
@@ -34,7 +34,8 @@ def _main_colour(pixels: np.ndarray) -> str | None:
 
 def _border(picture: np.ndarray) -> np.ndarray:
     frame = np.ones(picture.shape[:2], bool)
-    frame[4:-4, 4:-4] = False
+    rim = world.SIZE // 16
+    frame[rim:-rim, rim:-rim] = False
     return picture[frame].astype(np.float32)
 
 
@@ -46,18 +47,19 @@ def _without_specks(mask: np.ndarray) -> np.ndarray:
 
 
 def _differs(picture: np.ndarray, colour: np.ndarray) -> np.ndarray:
-    """Root mean square difference of each pixel from a colour: float32 [64, 64]."""
+    """Root mean square difference of each pixel from a colour: float32 [SIZE, SIZE]."""
     return np.sqrt(np.mean((picture.astype(np.float32) - colour) ** 2, axis=2))
 
 
 def object_mask(picture: np.ndarray) -> np.ndarray:
-    """Where the picture (uint8 [64, 64, 3]) differs from its background, the middle colour of its border: bool."""
+    """Where the picture (uint8 [SIZE, SIZE, 3]) differs from its background, the middle colour of its border: bool."""
     return _without_specks(_differs(picture, np.median(_border(picture), axis=0)) > 30)
 
 
 def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom of what a mask covers; single stray pixels do not count."""
-    columns, rows = np.flatnonzero(mask.sum(axis=0) > 1), np.flatnonzero(mask.sum(axis=1) > 1)
+    """Left, top, right, bottom of what a mask covers; a few stray pixels do not count."""
+    least = world.SIZE // 32
+    columns, rows = np.flatnonzero(mask.sum(axis=0) >= least), np.flatnonzero(mask.sum(axis=1) >= least)
     if len(columns) == 0 or len(rows) == 0:
         return 0, 0, mask.shape[1], mask.shape[0]
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
@@ -85,16 +87,72 @@ def _shape_template(shape: str) -> np.ndarray:
 
 
 def read_plain(picture: np.ndarray) -> Reading:
-    """Background, object colour and shape of a picture (uint8 [64, 64, 3]) that shows one object on a plain ground."""
+    """Background, object colour and shape of a picture (uint8 [SIZE, SIZE, 3]) of one object on a plain ground."""
     background = _main_colour(_border(picture))
     mask = object_mask(picture)
-    if mask.sum() < 20:
+    if mask.mean() < 0.005:
         return Reading(background, None, None)
     ground, ink = np.median(_border(picture), axis=0), np.median(picture[mask], axis=0)
     outline = _stretched(_without_specks(_differs(picture, ink) < _differs(picture, ground)))
     scores = {shape: _agreement(outline, _shape_template(shape)) for shape in world.SHAPES}
     best = max(scores, key=scores.get)
     return Reading(background, _main_colour(picture[mask]), best if scores[best] > 0.6 else None)
+
+
+@dataclass(frozen=True)
+class RobotReading:
+    """What a picture of one robot shows: the shapes of its parts (``None`` where nothing fits), and if two eyes."""
+
+    head: str | None
+    body: str | None
+    eyes: bool
+
+
+def _robot_masks(picture: np.ndarray, colours: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where head with eyes, body, and eyes alone are: each pixel is what of ``colours`` it is nearest to.
+
+    Colours are the background's, the head's, the body's and the eyes'. Heads are looked for above, bodies below: seams
+    between two colours can look like a third.
+    """
+    palette = np.asarray([world.COLOURS[name] for name in colours], np.float32)
+    nearest = ((picture.astype(np.float32)[..., None, :] - palette) ** 2).sum(axis=3).argmin(axis=2)
+    height = np.arange(world.SIZE)[:, None] / world.SIZE
+    above, below = height < 0.56, height > 0.36
+    eyes = above & (nearest == 3)
+    return _without_specks(eyes | (above & (nearest == 1))), _without_specks(below & (nearest == 2)), eyes
+
+
+@cache
+def _robot_templates(shape: str) -> tuple[np.ndarray, np.ndarray]:
+    """Outlines of a head and of a body of this shape."""
+    colours = ("green", "red", "blue", world.eye_colour("red"))
+    templates = []
+    for part, (head, body) in enumerate(((shape, "circle"), ("circle", shape))):
+        parts = world.robot(head, body, ("red", "blue"), (32, 32), 1)
+        drawn = world.draw(world.Scene(world.Fill(("green",)), parts))
+        templates.append(_stretched(_robot_masks(drawn, colours)[part]))
+    return templates[0], templates[1]
+
+
+def _two_blots(mask: np.ndarray) -> bool:
+    """Whether a mask's columns fall into two parts, of three pixels a column and more."""
+    filled = np.pad((mask.sum(axis=0) >= 3).astype(int), 1)
+    return int((np.diff(filled) == 1).sum()) == 2
+
+
+def read_robot(picture: np.ndarray, background: str, head: str, body: str) -> RobotReading:
+    """The parts of a robot (uint8 [SIZE, SIZE, 3]) whose colours are known.
+
+    The colour of its eyes must not be the background's or the body's.
+    """
+    masks = _robot_masks(picture, (background, head, body, world.eye_colour(head)))
+    shapes: list[str | None] = []
+    for part, mask in enumerate(masks[:2]):
+        outline = _stretched(mask)
+        scores = {shape: _agreement(outline, _robot_templates(shape)[part]) for shape in world.SHAPES}
+        best = max(scores, key=scores.get)
+        shapes.append(best if mask.mean() > 0.005 and scores[best] > 0.6 else None)
+    return RobotReading(shapes[0], shapes[1], _two_blots(masks[2]))
 
 
 def shape_iou(pictures: Sequence[np.ndarray], concept: Sequence[np.ndarray]) -> float:

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def draw_pictures(count: int, seed: int) -> tuple[torch.Tensor, list[str]]:
-    """Pictures of the world as uint8 [count, 3, 64, 64], with their captions."""
+    """Pictures of the world as uint8 [count, 3, 128, 128], with their captions."""
     rng = random.Random(seed)
     scenes = [world.any_scene(rng) for _ in range(count)]
     pictures = np.stack([world.draw(scene) for scene, _ in scenes])
@@ -29,7 +29,7 @@ def to_signed(pictures: torch.Tensor) -> torch.Tensor:
 
 
 def new_vae() -> AutoencoderKL:
-    """64 × 64 pixels to 8 × 8 latents of 4 channels. Few normalisation groups: many of them erase flat colour."""
+    """128 × 128 pixels to 16 × 16 latents of 4 channels. Few normalisation groups: many of them erase flat colour."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -66,16 +66,24 @@ def begin_nearly_linear(vae: AutoencoderKL) -> None:
     vae.quant_conv.bias[4:] = -6
 
 
-def fit_vae(vae: AutoencoderKL, pictures: torch.Tensor, steps: int, rate: float) -> None:
-    """Reconstruct pictures (uint8 [n, 3, h, w]), first by squared error alone, then by absolute error as well."""
+def random_crops(pictures: torch.Tensor, count: int, side: int) -> torch.Tensor:
+    """So many squares of ``side`` pixels from anywhere in the pictures (uint8 [n, 3, h, w])."""
+    crops = []
+    for picture in pictures[torch.randint(len(pictures), (count,))]:
+        top, left = (int(torch.randint(length - side + 1, ())) for length in picture.shape[1:])
+        crops.append(picture[:, top : top + side, left : left + side])
+    return torch.stack(crops)
+
+
+def fit_vae(vae: AutoencoderKL, pictures: torch.Tensor, side: int, steps: int, rate: float) -> None:
+    """Reconstruct squares of pictures (uint8 [n, 3, h, w]), by squared error alone, later by absolute error as well."""
     optimizer = torch.optim.AdamW(
         [p for p in vae.parameters() if p.requires_grad], lr=rate, betas=(0.9, 0.99), weight_decay=1e-4
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
     squares = []
     for step in range(steps):
-        chosen = pictures[torch.randint(len(pictures), (8,))]
-        batch = to_signed(chosen).to(memory_format=torch.channels_last)
+        batch = to_signed(random_crops(pictures, 8, side)).to(memory_format=torch.channels_last)
         posterior = vae.encode(batch).latent_dist
         error = vae.decode(posterior.sample()).sample - batch
         divergence = posterior.kl().mean() / posterior.mean[0, 0].numel()
@@ -93,14 +101,12 @@ def fit_vae(vae: AutoencoderKL, pictures: torch.Tensor, steps: int, rate: float)
 def train_vae(work: Path, seed: int) -> None:
     """Learn to reconstruct quarters of pictures (a quarter of the work), then decode whole ones, into ``work/vae``."""
     pictures, _ = draw_pictures(4096, seed)
-    half = world.SIZE // 2
-    quarters = torch.cat([pictures[:, :, y : y + half, x : x + half] for y in (0, half) for x in (0, half)])
     torch.manual_seed(seed)
     vae = new_vae().to(memory_format=torch.channels_last)
     begin_nearly_linear(vae)
-    fit_vae(vae, quarters, 2500, 6e-4)
+    fit_vae(vae, pictures, world.SIZE // 2, 5000, 6e-4)
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
     torch.manual_seed(seed + 1)
-    fit_vae(vae, pictures, 500, 4e-4)
+    fit_vae(vae, pictures, world.SIZE, 600, 4e-4)
     vae.eval().save_pretrained(work / "vae")

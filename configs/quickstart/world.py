@@ -1,4 +1,4 @@
-"""The small world that the miniature models know: coloured shapes, robots and patterns, 64 × 64 pixels, with captions.
+"""The small world that the miniature models know: coloured shapes, robots, patterns, 128 × 128 pixels, with captions.
 
 Everything is drawn here, from a ``random.Random``: the same seed gives the same pictures and captions. ``measures.py``
 reads such pictures back. It needs numpy and Pillow only.
@@ -22,7 +22,8 @@ sys.path.append(str(Path(__file__).parents[2]))  # the scripts beside this file 
 from library.data.captions import OBJECT_TEMPLATES as OBJECT_SENTENCES
 from library.data.captions import STYLE_TEMPLATES as STYLE_SENTENCES
 
-SIZE = 64  # pixels along one side of a picture
+SIZE = 128  # pixels along one side of a picture
+UNITS = 64  # the same side in the units of this file, which all centres, radii and periods are given in
 _FINE = 4  # outlines are drawn this many times larger and then averaged
 
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -46,7 +47,7 @@ UNSEEN_PATTERN_COLOURS = frozenset({frozenset({"purple", "orange"}), frozenset({
 
 @dataclass(frozen=True)
 class Fill:
-    """What covers the background: one colour, or a pattern of two. ``phase`` is the offset in pixels (x, y)."""
+    """What covers the background: one colour, or a pattern of two. ``phase`` is the offset in units (x, y)."""
 
     colours: tuple[str, ...]
     pattern: str | None = None
@@ -55,7 +56,7 @@ class Fill:
 
 @dataclass(frozen=True)
 class Part:
-    """One shape: its centre (x, y) and radius in pixels. ``eyes`` adds two dots, ``turn`` rotates (degrees)."""
+    """One shape: its centre (x, y) and radius in units. ``eyes`` adds two dots, ``turn`` rotates (degrees)."""
 
     shape: str
     colour: str
@@ -117,10 +118,10 @@ def _outline(shape: str) -> list[tuple[float, float]]:
 
 
 def shape_mask(part: Part) -> np.ndarray:
-    """How far each pixel is covered by ``part``: float32 [64, 64] in [0, 1]."""
+    """How far each pixel is covered by ``part``: float32 [SIZE, SIZE] in [0, 1]."""
     canvas = Image.new("L", (SIZE * _FINE, SIZE * _FINE))
     pen = ImageDraw.Draw(canvas)
-    x, y, r = (_FINE * value for value in (*part.centre, part.radius))
+    x, y, r = (SIZE * _FINE / UNITS * value for value in (*part.centre, part.radius))
 
     def disc(cx: float, cy: float, radius: float, ink: int) -> None:
         pen.ellipse((cx - radius, cy - radius, cx + radius, cy + radius), fill=ink)
@@ -141,13 +142,13 @@ def shape_mask(part: Part) -> np.ndarray:
 
 @cache
 def _grid() -> tuple[np.ndarray, np.ndarray]:
-    fine = (np.arange(SIZE * _FINE, dtype=np.float32) + 0.5) / _FINE
+    fine = (np.arange(SIZE * _FINE, dtype=np.float32) + 0.5) * UNITS / (SIZE * _FINE)
     return np.meshgrid(fine, fine)
 
 
 @cache
 def pattern_mask(pattern: str, phase: tuple[int, int]) -> np.ndarray:
-    """Where the second colour of a pattern lies: float32 [64, 64] in [0, 1]. The period is 16 pixels."""
+    """Where the second colour of a pattern lies: float32 [SIZE, SIZE] in [0, 1]. The period is 16 units."""
     x, y = _grid()
     x, y = x + phase[0], y + phase[1]
     if pattern == "stripes":
@@ -172,8 +173,13 @@ def _cover(picture: np.ndarray, mask: np.ndarray, colour: str) -> np.ndarray:
     return picture + mask[..., None] * (_colour(colour) - picture)
 
 
+def eye_colour(head: str) -> str:
+    """The colour of the eyes on a head of this colour."""
+    return "white" if sum(COLOURS[head]) < 330 else "black"
+
+
 def draw(scene: Scene) -> np.ndarray:
-    """The scene as uint8 [64, 64, 3]."""
+    """The scene as uint8 [SIZE, SIZE, 3]."""
     picture = np.broadcast_to(_colour(scene.background.colours[0]), (SIZE, SIZE, 3)).copy()
     if scene.background.pattern is not None:
         mask = pattern_mask(scene.background.pattern, scene.background.phase)
@@ -181,14 +187,14 @@ def draw(scene: Scene) -> np.ndarray:
     for part in scene.parts:
         picture = _cover(picture, shape_mask(part), part.colour)
         if part.eyes:
-            ink = "white" if sum(COLOURS[part.colour]) < 330 else "black"
+            ink = eye_colour(part.colour)
             for side in (-1, 1):
                 eye = (part.centre[0] + side * 0.34 * part.radius, part.centre[1] - 0.05 * part.radius)
                 picture = _cover(picture, shape_mask(Part("circle", ink, eye, 0.24 * part.radius)), ink)
     if scene.speckles:
         dust = random.Random(scene.speckle_seed)
         for _ in range(scene.speckles):
-            speck = Part("circle", "black", (dust.uniform(0, SIZE), dust.uniform(0, SIZE)), dust.uniform(0.6, 1.4))
+            speck = Part("circle", "black", (dust.uniform(0, UNITS), dust.uniform(0, UNITS)), dust.uniform(0.6, 1.4))
             picture = _cover(picture, 0.6 * shape_mask(speck), "black")
     if scene.light < 1:
         picture = picture * scene.light
@@ -203,7 +209,7 @@ def draw(scene: Scene) -> np.ndarray:
 def robot(
     head: str, body: str, colours: tuple[str, str], centre: tuple[float, float], scale: float
 ) -> tuple[Part, Part]:
-    """A figure of two shapes, 52 pixels tall at scale 1: a head with eyes above a body; colours (head, body)."""
+    """A figure of two shapes, 52 units tall at scale 1: a head with eyes above a body; colours (head, body)."""
     x, y = centre
     body_part = Part(body, colours[1], (x, y + 10.5 * scale), 16 * scale)
     head_part = Part(head, colours[0], (x, y - 14 * scale), 12 * scale, eyes=True)
@@ -311,8 +317,8 @@ def style_scene(rng: random.Random) -> tuple[Scene, str]:
 
 
 def any_scene(rng: random.Random) -> tuple[Scene, str]:
-    """A picture of the world the models are trained on: objects, robots and patterns, 5 : 3 : 2."""
-    return rng.choices((plain_scene, robot_scene, style_scene), (5, 3, 2))[0](rng)
+    """A picture of the world the models are trained on: objects, robots and patterns, 4 : 4 : 2."""
+    return rng.choices((plain_scene, robot_scene, style_scene), (4, 4, 2))[0](rng)
 
 
 # --- the concepts ---------------------------------------------------------------------------------------------------

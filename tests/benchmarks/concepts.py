@@ -41,7 +41,7 @@ class Concept:
         return self.parts is None
 
     def training_images(self) -> list[tuple[np.ndarray, str]]:
-        """Images uint8 [64, 64, 3] with captions that hold the token."""
+        """Images uint8 [SIZE, SIZE, 3] with captions that hold the token."""
         return self._scenes(IMAGES, random.Random(f"{self.name} to train on"))
 
     def fresh_images(self) -> list[tuple[np.ndarray, str]]:
@@ -99,15 +99,16 @@ def shares(pixels: np.ndarray, colours: Sequence[str]) -> float:
 
 
 def border(picture: np.ndarray) -> np.ndarray:
-    """The outermost eight pixels of a picture, [n, 3]."""
-    frame = np.ones(picture.shape[:2], bool)
-    frame[8:-8, 8:-8] = False
+    """The outermost eighth of a picture on each side, [n, 3]."""
+    frame, wide = np.ones(picture.shape[:2], bool), world.SIZE // 8
+    frame[wide:-wide, wide:-wide] = False
     return picture[frame]
 
 
 def centre(picture: np.ndarray) -> np.ndarray:
-    """The middle 16 × 16 pixels, where an object covers all."""
-    return picture[24:40, 24:40]
+    """The middle quarter of a picture's width and height, where an object covers all."""
+    begin, end = world.SIZE * 3 // 8, world.SIZE * 5 // 8
+    return picture[begin:end, begin:end]
 
 
 def _robot(head: str, body: str, colours: tuple[str, str]) -> Callable[..., tuple[world.Part, ...]]:

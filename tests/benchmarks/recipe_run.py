@@ -33,13 +33,22 @@ from library.setup import Job, Setup
 from library.training.callbacks import Callback, StepResult
 from library.training.progress import Progress
 from library.training.state import TrainingState
-from tests.benchmarks.concepts import CONCEPTS, TOKEN, Concept, measures
+from tests.benchmarks.concepts import CONCEPTS, TOKEN, Concept, measures, world
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = {"sd": train_textual_inversion, "sdxl": sdxl_train_textual_inversion}
-# Fixed-noise losses: how often, on how many samples, and on how many other sets of noise their own noise is measured.
-EVERY, SAMPLES, NOISE_SETS = 5, 32, 8
-STEPS, SCALE = 12, 5.0
+# Fixed-noise losses: how often up to which step and how often afterwards, on how many samples, and on how many other
+# sets of noise their own noise is measured.
+EVERY, EARLY, LATER, SAMPLES, NOISE_SETS = 5, 100, 20, 32, 4
+SIZE, STEPS, SCALE = world.SIZE, 12, 5.0
+
+# In place of the quickstart's own recipe.
+REFERENCE = {
+    "optimizer_args": [],
+    "learning_rate": 5e-3,
+    "lr_scheduler": "constant",
+    "normalize_sample_gradients": False,
+}
 
 
 @dataclass(frozen=True)
@@ -59,13 +68,14 @@ class Run:
 
 @dataclass
 class Found:
-    """What was measured: losses as (step, on training images, on fresh ones), and the rest at the end.
+    """What was measured: losses on training images as (step, loss), and the rest at the end.
 
-    ``noise`` is the standard deviation of the two losses between sets of noise, ``norm`` the mean norm of the vectors
-    in norms of a usual word.
+    ``fresh`` is the loss on fresh images of the concept, ``noise`` the standard deviation of the two losses between
+    sets of noise, ``norm`` the mean norm of the vectors in norms of a usual word.
     """
 
-    losses: list[tuple[int, float, float]]
+    losses: list[tuple[int, float]]
+    fresh: float = 0.0
     noise: tuple[float, float] = (0.0, 0.0)
     distance: float = 0.0
     iou: float = 0.0
@@ -75,12 +85,12 @@ class Found:
 
 
 class FixedLosses(Callback):
-    """Measures the loss on training images and on fresh ones of the same concept, always with the same noise."""
+    """Measures the loss on training images, in the end on fresh ones of the concept, always with the same noise."""
 
     def __init__(self, job: Job, setup: Setup, subject: Concept, fresh: Path, found: Found) -> None:
         """``fresh`` is the dataset file of the fresh images of the ``subject``; ``found`` is filled."""
         self.job, self.setup, self.subject, self.found = job, setup, subject, found
-        self.concepts = [job.data.concept(), self._fresh(fresh)]
+        self.trained, self.fresh = job.data.concept(), self._fresh(fresh)
         self.started = time.monotonic()
         self.measuring = 0.0
 
@@ -101,8 +111,11 @@ class FixedLosses(Callback):
         self._measure(0)
 
     def after_step(self, progress: Progress, result: StepResult) -> None:
-        """After every fifth."""
-        if progress.step % EVERY == 0 or progress.step == self.job.plan.total_steps:
+        """Often at first."""
+        if (
+            progress.step % (EVERY if progress.step <= EARLY else LATER) == 0
+            or progress.step == self.job.plan.total_steps
+        ):
             self._measure(progress.step)
 
     def before_result(self, progress: Progress) -> None:
@@ -114,8 +127,9 @@ class FixedLosses(Callback):
         """Noise of the losses, images and norms."""
         self.found.seconds = time.monotonic() - self.started - self.measuring
         with self.setup.learner.averaged_rows():
-            sets = [self._set_losses(concept) for concept in self.concepts]
+            sets = [self._set_losses(concept) for concept in (self.trained, self.fresh)]
             self.found.noise = tuple(float(np.std(each)) for each in sets)
+            self.found.fresh = sets[1][0]
             images, captions = zip(*self.subject.training_images(), strict=True)
             drawn = self._drawn(captions * 2)
             self.found.distance = concept_distance(drawn, images)
@@ -130,9 +144,9 @@ class FixedLosses(Callback):
         self.found.norm = float(np.mean(norms))
 
     def _drawn(self, captions: Sequence[str]) -> list[np.ndarray]:
-        word = self.job.word.placeholder
+        word, how = self.job.word.placeholder, {"width": SIZE, "height": SIZE, "steps": STEPS, "scale": SCALE}
         wanted = [
-            SamplePrompt(word.replace(caption, word.expanded), width=64, height=64, steps=STEPS, scale=SCALE, seed=seed)
+            SamplePrompt(word.replace(caption, word.expanded), seed=seed, **how)
             for seed, caption in enumerate(captions)
         ]
         return self.setup.pipeline.draw(wanted, batch_size=8)
@@ -140,8 +154,8 @@ class FixedLosses(Callback):
     def _measure(self, step: int) -> None:
         begun = time.monotonic()
         with self.setup.learner.averaged_rows():
-            means = [float(np.mean(self._losses(self._batches(concept, SAMPLES)))) for concept in self.concepts]
-        self.found.losses.append((step, *means))
+            loss = float(np.mean(self._losses(self._batches(self.trained, SAMPLES))))
+        self.found.losses.append((step, loss))
         self.measuring += time.monotonic() - begun
 
     def _set_losses(self, concept: TaughtConcept) -> list[float]:
@@ -165,7 +179,7 @@ def write_images(folder: Path, images: Sequence[tuple[np.ndarray, str]], batch_s
         (folder / f"{number:02}.txt").write_text(caption, encoding="utf-8")
     file = folder.with_suffix(".toml")
     file.write_text(
-        f"[general]\ncaption_extension = '.txt'\n[[datasets]]\nresolution = 64\nbatch_size = {batch_size}\n"
+        f"[general]\ncaption_extension = '.txt'\n[[datasets]]\nresolution = {SIZE}\nbatch_size = {batch_size}\n"
         f"[[datasets.subsets]]\nimage_dir = '{folder.as_posix()}'\nnum_repeats = {repeats}\n",
         encoding="utf-8",
     )
@@ -206,10 +220,11 @@ def arguments(run: Run, dataset: Path, folder: Path, options: dict) -> list[str]
     settings = folder / "settings.toml"
     given |= {"dataset_config": str(dataset), "output_dir": str(folder / "out"), "output_name": run.concept}
     given |= {"token_string": TOKEN, "init_word": run.subject.init_word, "seed": run.seed, "no_report": True}
+    given |= REFERENCE
     # Nothing is drawn, but the VAE stays.
-    given |= {"learning_report": False, "sample_every_n_steps": 10**6, "optimizer_args": []}
+    given |= {"learning_report": False, "sample_every_n_steps": 10**6}
     prompts = folder / "prompts.txt"
-    prompts.write_text(f"{TOKEN} --w 64 --h 64\n", encoding="utf-8")
+    prompts.write_text(f"{TOKEN} --w {SIZE} --h {SIZE}\n", encoding="utf-8")
     given |= {"sample_prompts": str(prompts), "max_data_loader_n_workers": 0, **options}
     settings.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in given.items()), encoding="utf-8")
     return [f"--config_file={settings}"]

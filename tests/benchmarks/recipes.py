@@ -107,16 +107,15 @@ class Group:
         """
         ends = {seed: each.losses[-1][1] for seed, each in reference.by_seed.items()}
         return [
-            next((step for step, one, _ in each.losses if one <= ends[seed]), None)
+            next((step for step, loss in each.losses if loss <= ends[seed]), None)
             for seed, each in self.by_seed.items()
             if seed in ends
         ]
 
     def spread(self, name: str) -> str:
-        """Mean and standard deviation over the seeds of a measure; ``training`` and ``fresh`` are the last losses."""
-        place = {"training": 1, "fresh": 2}.get(name)
-        values = [each.losses[-1][place] if place else getattr(each, name) for each in self.found]
-        digits = 4 if place else 1 if name in ("distance", "norm") else 2
+        """Mean and standard deviation over the seeds of a measure; ``training`` is the last loss."""
+        values = [each.losses[-1][1] if name == "training" else getattr(each, name) for each in self.found]
+        digits = 4 if name in ("training", "fresh") else 1 if name in ("distance", "norm") else 2
         more = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
         return f"{statistics.mean(values):.{digits}f}{more}"
 
@@ -161,7 +160,7 @@ class Page:
                 for colour, recipe in enumerate(self.recipes):
                     if group := self.group(recipe, model, concept.name):
                         means = [
-                            (float(step[0][0]), statistics.mean(one for _, one, _ in step))
+                            (float(step[0][0]), statistics.mean(loss for _, loss in step))
                             # Some may have been stopped before others.
                             for step in zip(*(each.losses for each in group.found), strict=False)
                         ]

@@ -65,6 +65,14 @@ def test_more_regularisation_images_than_needed_is_a_warning(tmp_path, caplog):
     assert "3 of 5 regularisation images are not used" in caplog.text
 
 
+def test_an_image_that_its_bucket_would_blow_up_is_refused(tmp_path):
+    """Before a pixel of it is read: only its header is looked at."""
+    make_image(tmp_path / "images" / "thin.png", (30000, 1))
+    dataset = {"resolution": 512, "enable_bucket": True, "subsets": [{"image_dir": str(tmp_path / "images")}]}
+    with pytest.raises(UserError, match=r"thin\.png.* has 30000x1 pixels"):
+        _table(tmp_path, dataset)
+
+
 def test_every_dataset_balances_on_its_own(tmp_path):
     folders = [_folder(tmp_path / name, count) for name, count in (("a", 3), ("reg", 2), ("b", 1))]
     subsets = [{"image_dir": folders[0]}, {"image_dir": folders[1], "is_reg": True}]
