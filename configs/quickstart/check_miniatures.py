@@ -78,8 +78,7 @@ def robot_prompts(count: int, seed: int) -> list[tuple[str, tuple[str, str, str]
             head, body = rng.choice((("star", body), (head, "moon")))
         if (head, body) in world.UNSEEN_ROBOTS or world.eye_colour(colours[1]) in colours:
             continue
-        words = f"robot with a {colours[1]} {head} head and a {colours[2]} {body} body"
-        prompt = f"a photo of a {words} on a {colours[0]} background"
+        prompt = f"a photo of a {world.robot_words(head, body, colours[1:])} on a {colours[0]} background"
         prompts.append((prompt, colours, RobotReading(head, body, True)))
     return prompts
 
@@ -107,20 +106,19 @@ def main() -> None:
     pictures = generate(open_pipeline(options.model), prompts, seeds, options.guidance)
     if options.sheet:
         sheet(pictures).save(options.sheet)
-    readings = [(read_plain(picture), want) for picture, (_, want) in zip(pictures, plain, strict=False)]
+    of_plain, of_robots = pictures[: options.samples], pictures[options.samples :]
+    readings = [(read_plain(picture), want) for picture, (_, want) in zip(of_plain, plain, strict=True)]
     readings += [
-        (read_robot(picture, *colours), want)
-        for picture, (_, colours, want) in zip(pictures[options.samples :], robots, strict=True)
+        (read_robot(picture, *colours), want) for picture, (_, colours, want) in zip(of_robots, robots, strict=True)
     ]
     short = False
     for name, floor in FLOOR.items():
         right = [getattr(seen, name) == getattr(want, name) for seen, want in readings if hasattr(want, name)]
         print(f"{name}: right in {np.mean(right):.1%} of {len(right)} (floor {floor:.0%})")
         short |= bool(np.mean(right) < floor)
-    stars = [seen.head for seen, want in readings if isinstance(want, RobotReading) and want.head == "star"]
-    moons = [seen.body for seen, want in readings if isinstance(want, RobotReading) and want.body == "moon"]
-    for part, name, seen in (("head", "star", stars), ("body", "moon", moons)):
-        print(f"a {name} as {part}: right in {np.mean([each == name for each in seen]):.1%} of {len(seen)}")
+    for part, shape in (("head", "star"), ("body", "moon")):
+        right = [getattr(seen, part) == shape for seen, want in readings if getattr(want, part, None) == shape]
+        print(f"a {shape} as {part}: right in {np.mean(right):.1%} of {len(right)}")
     raise SystemExit(int(short))
 
 

@@ -32,10 +32,10 @@ def _main_colour(pixels: np.ndarray) -> str | None:
     return list(world.COLOURS)[best] if 2 * shares[best] > len(pixels) else None
 
 
-def _border(picture: np.ndarray) -> np.ndarray:
-    frame = np.ones(picture.shape[:2], bool)
-    rim = world.SIZE // 16
-    frame[rim:-rim, rim:-rim] = False
+def border(picture: np.ndarray, part: int = 16) -> np.ndarray:
+    """The outermost pixels of a picture, a ``part``-th of its side wide: float32 [n, 3]."""
+    frame, wide = np.ones(picture.shape[:2], bool), world.SIZE // part
+    frame[wide:-wide, wide:-wide] = False
     return picture[frame].astype(np.float32)
 
 
@@ -53,7 +53,7 @@ def _differs(picture: np.ndarray, colour: np.ndarray) -> np.ndarray:
 
 def object_mask(picture: np.ndarray) -> np.ndarray:
     """Where the picture (uint8 [SIZE, SIZE, 3]) differs from its background, the middle colour of its border: bool."""
-    return _without_specks(_differs(picture, np.median(_border(picture), axis=0)) > 30)
+    return _without_specks(_differs(picture, np.median(border(picture), axis=0)) > 30)
 
 
 def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
@@ -86,22 +86,28 @@ def _shape_template(shape: str) -> np.ndarray:
     return _stretched(world.shape_mask(world.Part(shape, "white", (32, 32), 20)) > 0.5)
 
 
+def _best_shape(outline: np.ndarray, templates: dict[str, np.ndarray]) -> str | None:
+    """The shape whose template agrees best with an outline; None where none fits."""
+    scores = {shape: _agreement(outline, template) for shape, template in templates.items()}
+    best = max(scores, key=scores.get)
+    return best if scores[best] > 0.6 else None
+
+
 def read_plain(picture: np.ndarray) -> Reading:
     """Background, object colour and shape of a picture (uint8 [SIZE, SIZE, 3]) of one object on a plain ground."""
-    background = _main_colour(_border(picture))
+    background = _main_colour(border(picture))
     mask = object_mask(picture)
     if mask.mean() < 0.005:
         return Reading(background, None, None)
-    ground, ink = np.median(_border(picture), axis=0), np.median(picture[mask], axis=0)
+    ground, ink = np.median(border(picture), axis=0), np.median(picture[mask], axis=0)
     outline = _stretched(_without_specks(_differs(picture, ink) < _differs(picture, ground)))
-    scores = {shape: _agreement(outline, _shape_template(shape)) for shape in world.SHAPES}
-    best = max(scores, key=scores.get)
-    return Reading(background, _main_colour(picture[mask]), best if scores[best] > 0.6 else None)
+    templates = {shape: _shape_template(shape) for shape in world.SHAPES}
+    return Reading(background, _main_colour(picture[mask]), _best_shape(outline, templates))
 
 
 @dataclass(frozen=True)
 class RobotReading:
-    """What a picture of one robot shows: the shapes of its parts (``None`` where nothing fits), and if two eyes."""
+    """What a picture of one robot shows: the shapes of its parts (``None`` where nothing fits), and two eyes or not."""
 
     head: str | None
     body: str | None
@@ -148,10 +154,8 @@ def read_robot(picture: np.ndarray, background: str, head: str, body: str) -> Ro
     masks = _robot_masks(picture, (background, head, body, world.eye_colour(head)))
     shapes: list[str | None] = []
     for part, mask in enumerate(masks[:2]):
-        outline = _stretched(mask)
-        scores = {shape: _agreement(outline, _robot_templates(shape)[part]) for shape in world.SHAPES}
-        best = max(scores, key=scores.get)
-        shapes.append(best if mask.mean() > 0.005 and scores[best] > 0.6 else None)
+        templates = {shape: _robot_templates(shape)[part] for shape in world.SHAPES}
+        shapes.append(_best_shape(_stretched(mask), templates) if mask.mean() > 0.005 else None)
     return RobotReading(shapes[0], shapes[1], _two_blots(masks[2]))
 
 

@@ -216,6 +216,11 @@ def robot(
     return body_part, head_part
 
 
+def robot_words(head: str, body: str, colours: tuple[str, str]) -> str:
+    """What a caption that names a robot fully says of it; colours (head, body)."""
+    return f"robot with a {colours[0]} {head} head and a {colours[1]} {body} body"
+
+
 def _sentence(rng: random.Random, sentences: Sequence[str]) -> str:
     return sentences[0] if rng.random() < 0.5 else rng.choice(sentences)
 
@@ -300,7 +305,7 @@ def robot_scene(rng: random.Random) -> tuple[Scene, str]:
     parts = robot(head, body, (head_colour, body_colour), _centre_of(sentence, rng), _scale_of(sentence, rng))
     chance = rng.random()
     if chance < 0.65:
-        words = f"robot with a {head_colour} {head} head and a {body_colour} {body} body"
+        words = robot_words(head, body, (head_colour, body_colour))
     elif chance < 0.8:
         words = f"{head_colour} and {body_colour} robot"
     else:

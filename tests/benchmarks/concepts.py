@@ -62,10 +62,13 @@ class Concept:
     def composed(self, pictures: Sequence[np.ndarray]) -> float:
         """How much of what the prompts of ``composition`` add is in the images: 0 to 1."""
         if self.is_style:
-            grounds = [shares(border(picture), self.colours) for picture in pictures]
+            grounds = [shares(measures.border(picture, 8), self.colours) for picture in pictures]
             things = [float(near(centre(picture), "red").mean()) for picture in pictures]
             return float(np.mean([0.5 * ground + 0.5 * thing for ground, thing in zip(grounds, things, strict=True)]))
-        found = [shares(border(picture), ASKED_GROUNDS[number % 2][:2]) for number, picture in enumerate(pictures[:8])]
+        found = [
+            shares(measures.border(picture, 8), ASKED_GROUNDS[number % 2][:2])
+            for number, picture in enumerate(pictures[:8])
+        ]
         for picture in pictures[8:]:
             mask = measures.object_mask(picture)
             found.append(float(near(picture[mask], ASKED_COLOUR).mean()) if mask.any() else 0.0)
@@ -96,13 +99,6 @@ def near(pixels: np.ndarray, colour: str) -> np.ndarray:
 def shares(pixels: np.ndarray, colours: Sequence[str]) -> float:
     """1 where half of the pixels have the one colour and half the other, 0 where either is missing."""
     return min(1.0, 2 * min(float(near(pixels, colour).mean()) for colour in colours))
-
-
-def border(picture: np.ndarray) -> np.ndarray:
-    """The outermost eighth of a picture on each side, [n, 3]."""
-    frame, wide = np.ones(picture.shape[:2], bool), world.SIZE // 8
-    frame[wide:-wide, wide:-wide] = False
-    return picture[frame]
 
 
 def centre(picture: np.ndarray) -> np.ndarray:

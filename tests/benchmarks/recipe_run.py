@@ -6,7 +6,7 @@ import json
 import os
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
@@ -21,7 +21,6 @@ from PIL import Image
 import sdxl_train_textual_inversion
 import train_textual_inversion
 from library import trainer
-from library.data.batches import Batch
 from library.data.concept import Concept as TaughtConcept
 from library.data.found_images import find_images
 from library.data.latent_cache import LatentCache
@@ -112,10 +111,8 @@ class FixedLosses(Callback):
 
     def after_step(self, progress: Progress, result: StepResult) -> None:
         """Often at first."""
-        if (
-            progress.step % (EVERY if progress.step <= EARLY else LATER) == 0
-            or progress.step == self.job.plan.total_steps
-        ):
+        every = EVERY if progress.step <= EARLY else LATER
+        if progress.step % every == 0 or progress.step == self.job.plan.total_steps:
             self._measure(progress.step)
 
     def before_result(self, progress: Progress) -> None:
@@ -154,20 +151,18 @@ class FixedLosses(Callback):
     def _measure(self, step: int) -> None:
         begun = time.monotonic()
         with self.setup.learner.averaged_rows():
-            loss = float(np.mean(self._losses(self._batches(self.trained, SAMPLES))))
+            loss = float(np.mean(self._losses(self.trained, SAMPLES)))
         self.found.losses.append((step, loss))
         self.measuring += time.monotonic() - begun
 
     def _set_losses(self, concept: TaughtConcept) -> list[float]:
-        losses = self._losses(self._batches(concept, SAMPLES * NOISE_SETS))
+        losses = self._losses(concept, SAMPLES * NOISE_SETS)
         return [float(np.mean(losses[i * SAMPLES : (i + 1) * SAMPLES])) for i in range(NOISE_SETS)]
 
-    def _batches(self, concept: TaughtConcept, samples: int) -> Iterator[Batch]:
-        return concept.fixed_batches(samples, held_out=False)
-
     @torch.no_grad()
-    def _losses(self, batches: Iterator[Batch]) -> list[float]:
+    def _losses(self, concept: TaughtConcept, samples: int) -> list[float]:
         task = replace(self.setup.task, bands=None)
+        batches = concept.fixed_batches(samples, held_out=False)
         return [loss for batch in batches for loss in task.losses(batch.to(self.job.device)).tolist()]
 
 

@@ -52,7 +52,7 @@ def on_a_free_port(begin: Callable[[int], list[Ended]]) -> list[Ended]:
     return done
 
 
-def two_nodes(argv: list[str], folder: Path) -> list[tuple[int, str, str]]:
+def two_nodes(argv: list[str], folder: Path) -> list[Ended]:
     """Run the script of SD models as two nodes of one process each, as two machines would: each has its launcher.
 
     Exit code, standard output and errors of each.
@@ -71,7 +71,7 @@ def launchers_environment() -> dict[str, str]:
     return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
 
-def two_processes(file: Path, argv: list[str], folder: Path, **environment: str) -> list[tuple[int, str, str]]:
+def two_processes(file: Path, argv: list[str], folder: Path, **environment: str) -> list[Ended]:
     """Run the file in two processes that no launcher watches: exit code, standard output and errors of each.
 
     ``folder`` is for what they print.
@@ -86,9 +86,7 @@ def one_run(file: Path | str, argv: list[str], folder: Path) -> str:
     return done[0][1]
 
 
-def _two_processes(
-    file: Path, argv: list[str], folder: Path, port: int, environment: dict
-) -> list[tuple[int, str, str]]:
+def _two_processes(file: Path, argv: list[str], folder: Path, port: int, environment: dict) -> list[Ended]:
     common = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
     common |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if "ACCELERATE_USE_CPU" not in environment:
@@ -97,7 +95,7 @@ def _two_processes(
     return _both(folder, file, [argv] * 2, [{**common, **each} for each in ranks])
 
 
-def _both(folder: Path, file: Path, given: list[list[str]], environments: list[dict]) -> list[tuple[int, str, str]]:
+def _both(folder: Path, file: Path, given: list[list[str]], environments: list[dict]) -> list[Ended]:
     """Run a file twice at a time, and wait for both."""
     begun = []
     try:
