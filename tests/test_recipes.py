@@ -88,8 +88,9 @@ def test_the_page_says_when_each_recipe_reaches_what_the_first_one_ends_at(tmp_p
     assert lines["plain"][:4] == ["2", "25 (20 to 30)", "1.5000 ± 0.7071", "3.0000 ± 1.4142"]
     assert lines["quick"][:2] == ["2", "15 (10 to 20)"]
     assert lines["bad"][:2] == ["2", "> 10 (> 10 to > 10)"]
-    assert "| quick | 1 of 1 | 0 of 0 |" in page
-    assert "| bad | 0 of 1 | 0 of 0 |" in page
+    # Losses of 1 where those to compare with are 1 and 2; of 4 and 5 where they are 1 and 2.
+    assert f"| {CONCEPTS[0].name} | 25; 0.00 | 15; -25 %, -25 %; 0.00 | > 10; +225 %, +225 %; 0.00 |" in page
+    assert "| there within 100 steps |  | 1 of 1 | 0 of 1 |" in page
 
 
 def test_the_recipes_that_come_with_it_are_options_that_the_scripts_know():

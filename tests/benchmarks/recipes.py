@@ -98,26 +98,43 @@ class Group:
     @property
     def end(self) -> float:
         """The mean loss on training images at the end."""
-        return statistics.mean(each.losses[-1][1] for each in self.found)
+        return self.mean("training")
 
     def steps_to(self, reference: "Group") -> list[int | None]:
         """For each seed the step at which the loss on training images is what the reference ends at; None: never.
 
         A seed draws noise of its own to measure with, so that only runs of one seed can be compared.
         """
-        ends = {seed: each.losses[-1][1] for seed, each in reference.by_seed.items()}
+        ends = {seed: measure(each, "training") for seed, each in reference.by_seed.items()}
         return [
             next((step for step, loss in each.losses if loss <= ends[seed]), None)
             for seed, each in self.by_seed.items()
             if seed in ends
         ]
 
+    def share(self, reference: "Group", name: str) -> float:
+        """A measure as a share of the reference's, seed by seed, as a mean over the seeds that both have."""
+        return statistics.mean(
+            measure(found, name) / measure(reference.by_seed[seed], name)
+            for seed, found in self.by_seed.items()
+            if seed in reference.by_seed
+        )
+
+    def mean(self, name: str) -> float:
+        """Of a measure, over the seeds."""
+        return statistics.mean(measure(each, name) for each in self.found)
+
     def spread(self, name: str) -> str:
-        """Mean and standard deviation over the seeds of a measure; ``training`` is the last loss."""
-        values = [each.losses[-1][1] if name == "training" else getattr(each, name) for each in self.found]
+        """Mean and standard deviation over the seeds of a measure."""
+        values = [measure(each, name) for each in self.found]
         digits = 4 if name in ("training", "fresh") else 1 if name in ("distance", "norm") else 2
         more = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
         return f"{statistics.mean(values):.{digits}f}{more}"
+
+
+def measure(found: Found, name: str) -> float:
+    """One of the measures of a run; ``training`` is the last loss on training images."""
+    return found.losses[-1][1] if name == "training" else getattr(found, name)
 
 
 def middle(steps: Sequence[int | None]) -> float:
@@ -128,8 +145,18 @@ def middle(steps: Sequence[int | None]) -> float:
 def shown_steps(steps: Sequence[int | None], most: int) -> str:
     """The median with the least and the most."""
     ordered = sorted(float("inf") if step is None else step for step in steps)
-    words = [f"> {most}" if step == float("inf") else f"{step:g}" for step in (middle(steps), ordered[0], ordered[-1])]
-    return words[0] if len(ordered) == 1 else f"{words[0]} ({words[1]} to {words[2]})"
+    return shown_median(steps, most) + (
+        "" if len(ordered) == 1 else f" ({_shown(ordered[0], most)} to {_shown(ordered[-1], most)})"
+    )
+
+
+def shown_median(steps: Sequence[int | None], most: int) -> str:
+    """The median alone."""
+    return _shown(middle(steps), most)
+
+
+def _shown(step: float, most: int) -> str:
+    return f"> {most}" if step == float("inf") else f"{step:g}"
 
 
 class Page:
@@ -148,7 +175,7 @@ class Page:
         """Markdown: how far the figures can be trusted, a table for each model and concept, and the tally."""
         parts = ["# Recipes", self._noise()]
         parts += [self._table(model, concept.name) for model in self.models for concept in CONCEPTS]
-        parts += [self._tally(model) for model in self.models]
+        parts += [self._summary(model) for model in self.models]
         return "\n\n".join(part for part in parts if part) + "\n"
 
     def plot(self) -> str:
@@ -199,23 +226,38 @@ class Page:
                 lines.append(f"| {' | '.join(cells)} |")
         return "\n".join(lines)
 
-    def _tally(self, model: str) -> str:
-        lines = [f"## {model}: concepts on which a recipe is there in 100 steps", ""]
-        lines += ["| recipe | choosing | once |", "|---|---|---|"]
-        for recipe in self.recipes:
-            cells = [recipe.name]
-            for choosing in GROUPS.values():
-                pairs = [
-                    (group, reference)
-                    for each in CONCEPTS
-                    if each.choosing == choosing
-                    and (group := self.group(recipe, model, each.name))
-                    and (reference := self.group(self.recipes[0], model, each.name))
-                ]
-                there = sum(middle(group.steps_to(reference)) <= 100 for group, reference in pairs)
-                cells.append(f"{there} of {len(pairs)}")
-            lines.append(f"| {' | '.join(cells)} |")
-        return "\n".join(lines)
+    def _summary(self, model: str) -> str:
+        """A row for each concept, a column for each recipe, and below how often each is there within 100 steps."""
+        reference, *others = self.recipes
+        lines = [
+            f"## {model}: against {reference.name}",
+            "",
+            "The step at which its end is reached (median over the seeds); then, as means over the seeds, by how much "
+            "the losses at the end, on training images and on fresh ones, are above its own; and the composition.",
+            "",
+            f"| concept | {' | '.join(recipe.name for recipe in self.recipes)} |",
+            "|---" * (len(self.recipes) + 1) + "|",
+        ]
+        there = dict.fromkeys(others, 0)
+        counted = dict.fromkeys(others, 0)
+        for concept in CONCEPTS:
+            if not (base := self.group(reference, model, concept.name)):
+                continue
+            cells = [f"{shown_median(base.steps_to(base), reference.steps)}; {base.mean('composed'):.2f}"]
+            for recipe in others:
+                group = self.group(recipe, model, concept.name)
+                steps = group.steps_to(base) if group else []
+                if not (group and steps):
+                    cells.append("")
+                    continue
+                there[recipe] += middle(steps) <= 100
+                counted[recipe] += 1
+                more = [f"{100 * (group.share(base, name) - 1):+.0f} %" for name in ("training", "fresh")]
+                words = [shown_median(steps, recipe.steps), ", ".join(more), f"{group.mean('composed'):.2f}"]
+                cells.append("; ".join(words))
+            lines.append(f"| {concept.name} | {' | '.join(cells)} |")
+        tally = [f"{there[recipe]} of {counted[recipe]}" for recipe in others]
+        return "\n".join([*lines, f"| there within 100 steps |  | {' | '.join(tally)} |"])
 
 
 def main() -> None:
