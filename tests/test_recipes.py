@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from runs import recorded_trainings, run, write_dataset
 
+import train_textual_inversion
 from library.options.options import as_dict
+from library.options.parser import parse
 from tests.benchmarks import recipe_run
 from tests.benchmarks.concepts import ASKED_GROUNDS, CONCEPTS, measures, world
 from tests.benchmarks.recipe_run import Found, Run
@@ -64,41 +66,72 @@ def test_composition_is_high_for_what_was_asked_and_low_for_copies(concept):
     assert measures.object_mask(copies[0]).any()
 
 
-def found(*training: float) -> Found:
-    """A run with these losses on training images at steps 0, 10, 20 and so on, and twice as high ones on fresh ones."""
+def found(*training: float, fresh: float = 1.0, composed: float = 0.0) -> Found:
+    """A run with these losses on training images at steps 0, 10, 20 and so on."""
     losses = [(10 * number, loss) for number, loss in enumerate(training)]
-    return Found(losses, fresh=2 * training[-1], seconds=2.0)
+    return Found(losses, fresh=fresh, composed=composed, seconds=2.0)
 
 
 def test_the_page_says_when_each_recipe_reaches_what_the_first_one_ends_at(tmp_path):
     recipes = [Recipe("plain", '{"max_train_steps": 30}'), Recipe("quick", '{"max_train_steps": 20}')]
-    recipes += [Recipe("bad", '{"max_train_steps": 10}')]
+    recipes += [Recipe("bad", '{"batch_size": 2, "max_train_steps": 600}')]
     results = Results(tmp_path / "results.jsonl")
-    losses = {"plain": [(4, 3, 2, 1), (4, 3, 2, 2)], "quick": [(4, 1, 1), (4, 3, 1)], "bad": [(4, 4), (4, 5)]}
+    runs = {
+        "plain": {1: found(4, 3, 2, 1, fresh=2, composed=0.5), 2: found(4, 3, 2, 2, fresh=4, composed=0.7)},
+        "quick": {1: found(4, 1, 1, fresh=3, composed=0.25), 2: found(4, 3, 1, fresh=4, composed=0.35)},
+        # Stopped before its 600 steps; and a seed that the first recipe lacks, with which nothing can be compared.
+        "bad": {1: found(4, 4, fresh=2), 2: found(4, 5, 6, fresh=8), 3: found(0, 0, fresh=0)},
+    }
     for recipe in recipes:
-        for seed, values in enumerate(losses[recipe.name], 1):
-            run = recipe.run("sd", CONCEPTS[0].name, seed)
-            results.add(run, found(*values))
+        for seed, each in runs[recipe.name].items():
+            results.add(recipe.run("sd", CONCEPTS[0].name, seed), each)
     again = Results(tmp_path / "results.jsonl")  # what an interrupted benchmark goes on from
-    assert len(again.found) == 6
-    page = Page(recipes, ["sd"], [1, 2], again).written()
-    assert "loss to reach 1.5000 on average" in page
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
+    assert (len(again.found), again.others) == (7, 0)
+    page = Page(recipes, ["sd", "sdxl"], [1, 2, 3], again)
+    written = page.written()
+    assert written.startswith("# Recipes\n\n6 runs. ")
+    assert "loss to reach 1.5000 on average" in written
+    assert "sdxl" not in written
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in written.splitlines() if line.startswith("|")]
     lines = {row[0]: row[1:] for row in rows if len(row) == 10}
     assert lines["plain"][:4] == ["2", "25 (20 to 30)", "1.5000 ± 0.7071", "3.0000 ± 1.4142"]
     assert lines["quick"][:2] == ["2", "15 (10 to 20)"]
-    assert lines["bad"][:2] == ["2", "> 10 (> 10 to > 10)"]
-    # Losses of 1 where those to compare with are 1 and 2; of 4 and 5 where they are 1 and 2.
-    assert f"| {CONCEPTS[0].name} | 25; 0.00 | 15; -25 %, -25 %; 0.00 | > 10; +225 %, +225 %; 0.00 |" in page
-    assert "| there within 100 steps |  | 1 of 1 | 0 of 1 |" in page
+    assert lines["bad"][:2] == ["2", "> 20 (> 20 to > 20)"]
+    summary = [row for row in rows if len(row) == 4]
+    assert summary[0] == ["concept", "plain (240 samples)", "quick (160 samples)", "bad (1,200 samples)"]
+    # Losses of 1 and 1 where the first recipe's are 1 and 2, on fresh ones of 3 and 4 where they are 2 and 4.
+    assert summary[2] == [CONCEPTS[0].name, "25; 0.60", "15; -25 %, +25 %; 0.30", "> 20; +250 %, +50 %; 0.00"]
+    assert summary[3] == ["there within 100 steps", "", "1 of 1", "0 of 1"]
+    curves = {recipe.name: group.curve() for recipe, group in page.groups("sd", CONCEPTS[0].name).items()}
+    assert curves["plain"] == [(10, 3), (20, 2), (30, 1.5)]
+    assert curves["bad"] == [(10, 4.5)]
 
 
-def test_the_recipes_that_come_with_it_are_options_that_the_scripts_know():
+def test_runs_of_other_miniatures_or_settings_do_not_count(tmp_path, monkeypatch):
+    file, run = tmp_path / "results.jsonl", Run("sd", CONCEPTS[0].name, 1, "{}")
+    Results(file).add(run, found(1))
+    assert list(Results(file).found) == [run]
+    recipe_run.base.cache_clear()
+    monkeypatch.setitem(recipe_run.REFERENCE, "learning_rate", 1e-3)
+    other = Results(file)
+    recipe_run.base.cache_clear()
+    assert (other.found, other.others) == ({}, 1)
+    assert len({recipe_run.base("sd", each.name) for each in CONCEPTS} | {recipe_run.base("sdxl", run.concept)}) == 9
+
+
+def test_the_recipes_that_come_with_it_are_options_that_the_scripts_know(tmp_path, monkeypatch):
+    monkeypatch.chdir(recipe_run.ROOT)
     recipes = read_recipes(recipe_run.ROOT / "tests" / "benchmarks" / "recipes.toml")
-    assert recipes[0].steps == 300
+    assert [recipe.samples for recipe in recipes[:2]] == [2400, 800]
     for recipe in recipes:
-        run = recipe.run("sd", CONCEPTS[0].name, 1)
-        assert json.loads(run.options)["max_train_steps"] == recipe.steps
+        settings = json.loads(recipe.options)
+        batch_size = settings.pop("batch_size", 8)
+        assert recipe.samples == settings["max_train_steps"] * batch_size
+        argv = recipe_run.arguments(recipe.run("sd", CONCEPTS[0].name, 1), tmp_path / "data.toml", tmp_path, settings)
+        told = as_dict(parse(train_textual_inversion.setup_parser(), argv))
+        told["optimizer_args"] = list(told["optimizer_args"] or ())
+        for name, value in (recipe_run.REFERENCE | settings).items():
+            assert told[name] == value, (recipe.name, name)
 
 
 def test_a_run_trains_by_the_recipe_and_measures_it(monkeypatch):
@@ -118,6 +151,8 @@ def test_a_run_trains_by_the_recipe_and_measures_it(monkeypatch):
     assert mean.losses[:3] == first.losses
     assert mean.losses[3][1] != first.losses[2][1]
     assert first.norm > 1
+    assert 0 < first.fresh < 1
+    assert first.fresh != first.losses[-1][1]
     assert first.seconds > 0
     assert all(noise > 0 for noise in first.noise)
 

@@ -344,7 +344,7 @@ def character_concept() -> list[tuple[np.ndarray, str]]:
 
 
 def style_concept() -> list[tuple[np.ndarray, str]]:
-    """Eight pictures in the style ``mystyle``, waves of purple and orange: every position of the pattern once."""
+    """Eight pictures in the style ``mystyle``, waves of purple and orange: every position of the pattern twice."""
     fills = [
         Fill(colours, "waves", (x, y))
         for colours in (("purple", "orange"), ("orange", "purple"))

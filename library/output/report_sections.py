@@ -77,7 +77,7 @@ def training_section(lines: Sequence[Line]) -> Section:
         line_chart("Validation loss", [Series("on held-out images", points(lines, "loss/validation"), 2)]),
         line_chart("Loss with fixed noise", [Series("measured", points(lines, "loss/fixed"), 2)]),
         line_chart("Learning rate", rates),
-        line_chart("Gradient norm", [Series("before clipping", smoothed(points(lines, "gradient_norm")), 3)]),
+        line_chart("Gradient norm", [Series("before any clipping", smoothed(points(lines, "gradient_norm")), 3)]),
     ]
     chosen = next((f" The vectors of the result are {line['chosen']}." for line in lines if line.get("chosen")), "")
     return Section("training", "Training", escape(f"The x axes count optimizer steps.{chosen}"), _charts(charts))

@@ -23,7 +23,7 @@ ASKED_GROUNDS = (("red", "white", "stripes"), ("black", "white", "checks"))
 
 @dataclass(frozen=True)
 class Concept:
-    """What a token is to mean: ``parts`` draws the object at a place, ``fills`` are a style's backgrounds.
+    """What a token is to mean: ``parts`` draws the object at a place, ``patterns`` are those of a style.
 
     ``init_word`` is the word that a user would start from; ``colours`` are those of the object.
     """
@@ -45,11 +45,11 @@ class Concept:
         return self._scenes(IMAGES, random.Random(f"{self.name} to train on"))
 
     def fresh_images(self) -> list[tuple[np.ndarray, str]]:
-        """Other images of the same, on other backgrounds and at other places."""
+        """Other images of the same, on other backgrounds and at other places; of a style, the same few."""
         return self._scenes(FRESH, random.Random(f"{self.name} afresh"))
 
     def composition(self) -> list[str]:
-        """Prompts that put the concept where it has not been, 16 of them; see ``grounds`` and ``recoloured``."""
+        """16 prompts that put the concept where it has not been: on patterned backgrounds, in another colour."""
         if self.is_style:
             shapes = ("circle", "star", "square", "heart") * 4
             return [f"a photo of a red {shape} on a {TOKEN} background" for shape in shapes]

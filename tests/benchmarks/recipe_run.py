@@ -1,6 +1,7 @@
 """One training of the recipes' benchmark: the real script, watched by a callback that measures it on fixed noise."""
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import time
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,10 +38,11 @@ from tests.benchmarks.concepts import CONCEPTS, TOKEN, Concept, measures, world
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = {"sd": train_textual_inversion, "sdxl": sdxl_train_textual_inversion}
-# Fixed-noise losses: how often up to which step and how often afterwards, on how many samples, and on how many other
-# sets of noise their own noise is measured.
+# Fixed-noise losses: how often up to which step and how often afterwards, on how many samples, and with how many sets
+# of noise (the first is that of the loss itself) their own noise is measured.
 EVERY, EARLY, LATER, SAMPLES, NOISE_SETS = 5, 100, 20, 32, 4
 SIZE, STEPS, SCALE = world.SIZE, 12, 5.0
+BATCH_SIZE = 8  # a recipe may have another, as "batch_size"
 
 # In place of the quickstart's own recipe.
 REFERENCE = {
@@ -65,12 +68,26 @@ class Run:
         return next(each for each in CONCEPTS if each.name == self.concept)
 
 
+@cache
+def base(model: str, concept: str) -> str:
+    """What all runs of a miniature on a concept share, as a hash: weights, the quickstart's settings, images."""
+    digest = hashlib.sha256(json.dumps(REFERENCE, sort_keys=True).encode())
+    folder = ROOT / "configs" / "quickstart"
+    for file in (folder / f"{model}.toml", *sorted((folder / model).rglob("*.safetensors"))):
+        digest.update(file.read_bytes())
+    subject = Run(model, concept, 0, "").subject
+    for image, caption in (*subject.training_images(), *subject.fresh_images()):
+        digest.update(image.tobytes() + caption.encode())
+    return digest.hexdigest()[:16]
+
+
 @dataclass
 class Found:
     """What was measured: losses on training images as (step, loss), and the rest at the end.
 
     ``fresh`` is the loss on fresh images of the concept, ``noise`` the standard deviation of the two losses between
-    sets of noise, ``norm`` the mean norm of the vectors in norms of a usual word.
+    sets of noise, ``norm`` the mean norm of the vectors in norms of a usual word. ``seconds`` are those of the
+    training alone, without measuring and without the choosing of a word.
     """
 
     losses: list[tuple[int, float]]
@@ -125,7 +142,7 @@ class FixedLosses(Callback):
         self.found.seconds = time.monotonic() - self.started - self.measuring
         with self.setup.learner.averaged_rows():
             sets = [self._set_losses(concept) for concept in (self.trained, self.fresh)]
-            self.found.noise = tuple(float(np.std(each)) for each in sets)
+            self.found.noise = tuple(float(np.std(each, ddof=1)) for each in sets)
             self.found.fresh = sets[1][0]
             images, captions = zip(*self.subject.training_images(), strict=True)
             drawn = self._drawn(captions * 2)
@@ -187,8 +204,8 @@ def carried_out(run: Run) -> Found:
     with TemporaryDirectory() as place, contextlib.chdir(ROOT):
         folder, subject = Path(place), run.subject
         options = json.loads(run.options)
-        trained = write_images(folder / "images", subject.training_images(), options.pop("batch_size", 8), 10)
-        fresh = write_images(folder / "fresh", subject.fresh_images(), 8, 1)
+        trained = write_images(folder / "images", subject.training_images(), options.pop("batch_size", BATCH_SIZE), 10)
+        fresh = write_images(folder / "fresh", subject.fresh_images(), BATCH_SIZE, 1)
         argv = arguments(run, trained, folder, options)
 
         def watched(job: Job, setup: Setup, hub):

@@ -8,6 +8,7 @@ Every run is a line of the results file and is not carried out again; an interru
 
 import argparse
 import json
+import math
 import multiprocessing
 import statistics
 import sys
@@ -21,10 +22,11 @@ import torch
 
 from library.output.charts import Series, line_chart
 from library.support.processes import usable_cores
-from tests.benchmarks.concepts import CONCEPTS
-from tests.benchmarks.recipe_run import Found, Run, begin, carried_out
+from tests.benchmarks.concepts import CONCEPTS, Concept
+from tests.benchmarks.recipe_run import BATCH_SIZE, Found, Run, base, begin, carried_out
 
 GROUPS = {"choosing": True, "once": False}
+STEPS = 100  # within which a recipe is to be where the first one ends
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,10 @@ class Recipe:
         return Run(model, concept, seed, self.options)
 
     @property
-    def steps(self) -> int:
-        """How long it trains."""
-        return json.loads(self.options)["max_train_steps"]
+    def samples(self) -> int:
+        """How many samples it trains on, where nothing stops it before."""
+        options = json.loads(self.options)
+        return options["max_train_steps"] * options.get("batch_size", BATCH_SIZE)
 
 
 def read_recipes(file: Path) -> list[Recipe]:
@@ -51,20 +54,28 @@ def read_recipes(file: Path) -> list[Recipe]:
 
 
 class Results:
-    """The runs that have been carried out, a line of JSON each."""
+    """The runs that have been carried out, a line of JSON each.
+
+    Those of other miniatures, settings or images stay in the file and count for nothing; ``others`` is their number.
+    """
 
     def __init__(self, file: Path) -> None:
-        self.file, self.found = file, {}
-        if file.exists():
-            for line in file.read_text(encoding="utf-8").splitlines():
-                entry = json.loads(line)
-                self.found[Run(**entry["run"])] = Found(**entry["found"])
+        self.file, self.others = file, 0
+        self.found: dict[Run, Found] = {}
+        for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+            entry = json.loads(line)
+            run = Run(**entry["run"])
+            if entry["base"] == base(run.model, run.concept):
+                self.found[run] = Found(**entry["found"])
+            else:
+                self.others += 1
 
     def add(self, run: Run, found: Found) -> None:
         """Keep what a run has given."""
         self.found[run] = found
         with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"run": vars(run), "found": vars(found)}) + "\n")
+            line = {"base": base(run.model, run.concept), "run": vars(run), "found": vars(found)}
+            file.write(json.dumps(line) + "\n")
 
 
 def carry_out(runs: Sequence[Run], results: Results, workers: int) -> None:
@@ -86,7 +97,7 @@ def carry_out(runs: Sequence[Run], results: Results, workers: int) -> None:
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of one recipe on one model and concept, by seed."""
+    """The runs of one recipe on one model and concept, by seed; never empty."""
 
     by_seed: dict[int, Found]
 
@@ -96,28 +107,25 @@ class Group:
         return list(self.by_seed.values())
 
     @property
-    def end(self) -> float:
-        """The mean loss on training images at the end."""
-        return self.mean("training")
+    def last(self) -> int:
+        """The last step that any of them was measured at."""
+        return max(each.losses[-1][0] for each in self.found)
 
-    def steps_to(self, reference: "Group") -> list[int | None]:
-        """For each seed the step at which the loss on training images is what the reference ends at; None: never.
+    def steps_to(self, reference: "Group") -> Sequence[float]:
+        """For each seed the step at which the loss on training images is what the reference ends at; infinite: never.
 
         A seed draws noise of its own to measure with, so that only runs of one seed can be compared.
         """
         ends = {seed: measure(each, "training") for seed, each in reference.by_seed.items()}
         return [
-            next((step for step, loss in each.losses if loss <= ends[seed]), None)
+            next((step for step, loss in each.losses if loss <= ends[seed]), math.inf)
             for seed, each in self.by_seed.items()
-            if seed in ends
         ]
 
     def share(self, reference: "Group", name: str) -> float:
-        """A measure as a share of the reference's, seed by seed, as a mean over the seeds that both have."""
+        """A measure as a share of the reference's, seed by seed, as a mean."""
         return statistics.mean(
-            measure(found, name) / measure(reference.by_seed[seed], name)
-            for seed, found in self.by_seed.items()
-            if seed in reference.by_seed
+            measure(found, name) / measure(reference.by_seed[seed], name) for seed, found in self.by_seed.items()
         )
 
     def mean(self, name: str) -> float:
@@ -131,32 +139,21 @@ class Group:
         more = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
         return f"{statistics.mean(values):.{digits}f}{more}"
 
+    def curve(self) -> list[tuple[float, float]]:
+        """The mean loss at each step but the first that all were measured at: some may have been stopped before."""
+        curves = [dict(each.losses) for each in self.found]
+        steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+        return [(float(step), statistics.mean(curve[step] for curve in curves)) for step in steps[1:]]
+
 
 def measure(found: Found, name: str) -> float:
     """One of the measures of a run; ``training`` is the last loss on training images."""
     return found.losses[-1][1] if name == "training" else getattr(found, name)
 
 
-def middle(steps: Sequence[int | None]) -> float:
-    """The median, where never counts as later than anything."""
-    return statistics.median(float("inf") if step is None else step for step in steps)
-
-
-def shown_steps(steps: Sequence[int | None], most: int) -> str:
-    """The median with the least and the most."""
-    ordered = sorted(float("inf") if step is None else step for step in steps)
-    return shown_median(steps, most) + (
-        "" if len(ordered) == 1 else f" ({_shown(ordered[0], most)} to {_shown(ordered[-1], most)})"
-    )
-
-
-def shown_median(steps: Sequence[int | None], most: int) -> str:
-    """The median alone."""
-    return _shown(middle(steps), most)
-
-
-def _shown(step: float, most: int) -> str:
-    return f"> {most}" if step == float("inf") else f"{step:g}"
+def shown_step(step: float, last: int) -> str:
+    """A step as it is written; one that never came is after the last."""
+    return f"> {last}" if step == math.inf else f"{step:g}"
 
 
 class Page:
@@ -165,16 +162,23 @@ class Page:
     def __init__(self, recipes: Sequence[Recipe], models: Sequence[str], seeds: Sequence[int], results: Results):
         self.recipes, self.models, self.seeds, self.results = recipes, models, seeds, results
 
-    def group(self, recipe: Recipe, model: str, concept: str) -> Group | None:
-        """None where no seed has been carried out."""
-        runs = {seed: recipe.run(model, concept, seed) for seed in self.seeds}
-        found = {seed: self.results.found[run] for seed, run in runs.items() if run in self.results.found}
-        return Group(found) if found else None
+    def groups(self, model: str, concept: str) -> dict[Recipe, Group]:
+        """What has been carried out of each recipe, with those seeds alone that the first one has too."""
+        groups: dict[Recipe, Group] = {}
+        seeds = list(self.seeds)
+        for recipe in self.recipes:
+            runs = {seed: recipe.run(model, concept, seed) for seed in seeds}
+            found = {seed: self.results.found[run] for seed, run in runs.items() if run in self.results.found}
+            if found:
+                groups[recipe] = Group(found)
+            if recipe == self.recipes[0]:
+                seeds = list(found)
+        return groups
 
     def written(self) -> str:
-        """Markdown: how far the figures can be trusted, a table for each model and concept, and the tally."""
+        """Markdown: how far the figures can be trusted, a table for each model and concept, and a summary."""
         parts = ["# Recipes", self._noise()]
-        parts += [self._table(model, concept.name) for model in self.models for concept in CONCEPTS]
+        parts += [self._table(model, concept) for model in self.models for concept in CONCEPTS]
         parts += [self._summary(model) for model in self.models]
         return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -183,15 +187,12 @@ class Page:
         charts = []
         for model in self.models:
             for concept in CONCEPTS:
-                series = []
-                for colour, recipe in enumerate(self.recipes):
-                    if group := self.group(recipe, model, concept.name):
-                        means = [
-                            (float(step[0][0]), statistics.mean(loss for _, loss in step))
-                            # Some may have been stopped before others.
-                            for step in zip(*(each.losses for each in group.found), strict=False)
-                        ]
-                        series.append(Series(recipe.name, means[1:], colour % 8))
+                groups = self.groups(model, concept.name)
+                series = [
+                    Series(recipe.name, groups[recipe].curve(), colour % 8)
+                    for colour, recipe in enumerate(self.recipes)
+                    if recipe in groups
+                ]
                 charts.append(line_chart(f"{model}, {concept.name}", series))
         colours = ("4269d0", "efb118", "ff725c", "6cc5b0", "3ca951", "ff8ab7", "a463f2", "97bbf5")
         styles = "".join(f".c{n}{{stroke:#{c};fill:none}}i.c{n}{{background:#{c}}}" for n, c in enumerate(colours))
@@ -200,64 +201,78 @@ class Page:
         return f"<!doctype html><meta charset='utf-8'><style>{styles}</style>{''.join(charts)}"
 
     def _noise(self) -> str:
-        found = list(self.results.found.values())
+        groups = [self.groups(model, concept.name) for model in self.models for concept in CONCEPTS]
+        found = [each for those in groups for group in those.values() for each in group.found]
         if not found:
             return ""
         training, fresh = (statistics.median(each.noise[number] for each in found) for number in (0, 1))
         return (
             f"{len(found)} runs. Standard deviation of a loss between sets of noise: {training:.5f} on training "
-            f"images, {fresh:.5f} on fresh ones; a seed's runs are all measured with one set. ± is between seeds."
+            f"images, {fresh:.5f} on fresh ones. A seed's runs are all measured with one set on training images, and "
+            "those of all seeds with one on fresh ones. ± is between seeds."
         )
 
-    def _table(self, model: str, concept: str) -> str:
-        reference = self.group(self.recipes[0], model, concept)
-        if not reference:
+    def _table(self, model: str, concept: Concept) -> str:
+        groups = self.groups(model, concept.name)
+        if not groups:
             return ""
-        kind = "choosing" if next(each.choosing for each in CONCEPTS if each.name == concept) else "once"
-        lines = [f"## {model}, {concept} ({kind}): loss to reach {reference.end:.4f} on average", ""]
+        reference = groups[self.recipes[0]]
+        kind = "choosing" if concept.choosing else "once"
+        loss = reference.mean("training")
+        lines = [f"## {model}, {concept.name} ({kind}): loss to reach {loss:.4f} on average", ""]
         columns = ["recipe", "seeds", "steps to it", "loss at the end", "on fresh images", "distance", "outline IoU"]
         lines += [f"| {' | '.join([*columns, 'composition', 'norm', 's/step'])} |", "|---" * 10 + "|"]
-        for recipe in self.recipes:
-            if group := self.group(recipe, model, concept):
-                steps = shown_steps(group.steps_to(reference), recipe.steps)
-                seconds = statistics.mean(each.seconds / each.losses[-1][0] for each in group.found)
-                names = ("training", "fresh", "distance", "iou", "composed", "norm")
-                cells = [recipe.name, str(len(group.found)), steps, *map(group.spread, names), f"{seconds:.2f}"]
-                lines.append(f"| {' | '.join(cells)} |")
+        for recipe, group in groups.items():
+            steps = sorted(group.steps_to(reference))
+            shown = [shown_step(step, group.last) for step in (statistics.median(steps), steps[0], steps[-1])]
+            reached = shown[0] if len(steps) == 1 else f"{shown[0]} ({shown[1]} to {shown[2]})"
+            seconds = statistics.mean(each.seconds / each.losses[-1][0] for each in group.found)
+            names = ("training", "fresh", "distance", "iou", "composed", "norm")
+            # A style has no other pictures than those few, and no outline.
+            cells = ["" if concept.is_style and name in ("fresh", "iou") else group.spread(name) for name in names]
+            lines.append(f"| {' | '.join([recipe.name, str(len(steps)), reached, *cells, f'{seconds:.2f}'])} |")
         return "\n".join(lines)
 
     def _summary(self, model: str) -> str:
-        """A row for each concept, a column for each recipe, and below how often each is there within 100 steps."""
+        """A row for each concept, a column for each recipe, and below how often each is there within ``STEPS``."""
         reference, *others = self.recipes
-        lines = [
-            f"## {model}: against {reference.name}",
-            "",
-            "The step at which its end is reached (median over the seeds); then, as means over the seeds, by how much "
-            "the losses at the end, on training images and on fresh ones, are above its own; and the composition.",
-            "",
-            f"| concept | {' | '.join(recipe.name for recipe in self.recipes)} |",
-            "|---" * (len(self.recipes) + 1) + "|",
-        ]
-        there = dict.fromkeys(others, 0)
-        counted = dict.fromkeys(others, 0)
+        there: dict[Recipe, list[bool]] = {recipe: [] for recipe in others}
+        rows = []
         for concept in CONCEPTS:
-            if not (base := self.group(reference, model, concept.name)):
+            groups = self.groups(model, concept.name)
+            if not groups:
                 continue
-            cells = [f"{shown_median(base.steps_to(base), reference.steps)}; {base.mean('composed'):.2f}"]
+            first = groups[reference]
+            cells = [
+                concept.name,
+                f"{shown_step(statistics.median(first.steps_to(first)), 0)}; {first.mean('composed'):.2f}",
+            ]
             for recipe in others:
-                group = self.group(recipe, model, concept.name)
-                steps = group.steps_to(base) if group else []
-                if not (group and steps):
+                if not (group := groups.get(recipe)):
                     cells.append("")
                     continue
-                there[recipe] += middle(steps) <= 100
-                counted[recipe] += 1
-                more = [f"{100 * (group.share(base, name) - 1):+.0f} %" for name in ("training", "fresh")]
-                words = [shown_median(steps, recipe.steps), ", ".join(more), f"{group.mean('composed'):.2f}"]
-                cells.append("; ".join(words))
-            lines.append(f"| {concept.name} | {' | '.join(cells)} |")
-        tally = [f"{there[recipe]} of {counted[recipe]}" for recipe in others]
-        return "\n".join([*lines, f"| there within 100 steps |  | {' | '.join(tally)} |"])
+                step = statistics.median(group.steps_to(first))
+                there[recipe].append(step <= STEPS)
+                names = ("training",) if concept.is_style else ("training", "fresh")
+                more = ", ".join(f"{100 * (group.share(first, name) - 1):+.0f} %" for name in names)
+                cells.append(f"{shown_step(step, group.last)}; {more}; {group.mean('composed'):.2f}")
+            rows.append(cells)
+        if not rows:
+            return ""
+        tally = [f"{sum(reached)} of {len(reached)}" for reached in there.values()]
+        rows.append([f"there within {STEPS} steps", "", *tally])
+        heads = ["concept", *(f"{recipe.name} ({recipe.samples:,} samples)" for recipe in self.recipes)]
+        return "\n".join(
+            [
+                f"## {model}: against {reference.name}",
+                "",
+                "The step at which its end is reached (median over the seeds); then, as means over the seeds, by how "
+                "much the losses at the end, on training images and on fresh ones, are above its own; and the "
+                "composition.",
+                "",
+                *(f"| {' | '.join(row)} |" for row in [heads, ["---"] * len(heads), *rows]),
+            ]
+        )
 
 
 def main() -> None:
@@ -274,6 +289,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=workers)
     options = parser.parse_args()
     recipes, results = read_recipes(options.recipes), Results(options.results)
+    if results.others:
+        left = f"{results.others} of its runs had another miniature, other settings or images"
+        print(f"{options.results}: {left}, and do not count.", file=sys.stderr)
     groups = [GROUPS[name] for name in options.concepts if name in GROUPS]
     concepts = [each.name for each in CONCEPTS if each.choosing in groups or each.name in options.concepts]
     runs = [
