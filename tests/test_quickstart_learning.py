@@ -81,10 +81,10 @@ def test_the_quickstart_teaches_the_word(model, tmp_path):
 
 STEPS = {"sd": 40, "sdxl": 60}
 # By name: which model, how many times as long, init word, options, and what is asked of distance and overlap, as shares
-# of the init word's (None: nothing). What does not depend on the family is tried with one of them.
+# of the init word's. What does not depend on the family is tried with one of them.
 CASES = {
-    # One vector cannot leave a word of one part for a figure of two in so few steps, and its outline is hardly nearer.
-    "1 vector": ("sd", 1, "robot", ["--num_vectors_per_token=1"], 0.75, None),
+    # One vector cannot leave a word of one part for a figure of two in so few steps.
+    "1 vector": ("sd", 1, "robot", ["--num_vectors_per_token=1"], 0.75, 1.02),
     # Their sentences say less than the captions do, and seeds differ more.
     "object templates": ("sd", 2, "robot", ["--use_object_template"], 0.8, 1.1),
     "pixels": ("sdxl", 1, INIT_WORD, ["--cache_latents=false", "--optimizer_type=AdamW8bit"], 0.65, 1.5),
@@ -97,7 +97,7 @@ def test_a_short_training_teaches_it_too(case, tmp_path):
     more = [f"--max_train_steps={longer * STEPS[model]}", "--learning_report=false", f"--init_word={word}", *more]
     verdict, init = of_the_new_word(model, train(model, tmp_path, *more)), of_the_init_word(model, word)
     assert verdict.distance <= distance * init.distance
-    assert overlap is None or verdict.iou >= overlap * init.iou
+    assert verdict.iou >= overlap * init.iou
 
 
 @pytest.mark.parametrize("model", ["sd", "sdxl"])

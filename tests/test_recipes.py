@@ -111,12 +111,11 @@ def test_runs_of_other_miniatures_or_settings_do_not_count(tmp_path, monkeypatch
     file, run = tmp_path / "results.jsonl", Run("sd", CONCEPTS[0].name, 1, "{}")
     Results(file).add(run, found(1))
     assert list(Results(file).found) == [run]
-    recipe_run.base.cache_clear()
     monkeypatch.setitem(recipe_run.REFERENCE, "learning_rate", 1e-3)
     other = Results(file)
-    recipe_run.base.cache_clear()
     assert (other.found, other.others) == ({}, 1)
-    assert len({recipe_run.base("sd", each.name) for each in CONCEPTS} | {recipe_run.base("sdxl", run.concept)}) == 9
+    runs = [*(Run("sd", each.name, 1, "{}") for each in CONCEPTS), Run("sdxl", run.concept, 1, "{}")]
+    assert len({recipe_run.base(each) for each in runs}) == 9
 
 
 def test_the_recipes_that_come_with_it_are_options_that_the_scripts_know(tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ from library import trainer
 from library.data.concept import Concept as TaughtConcept
 from library.data.found_images import find_images
 from library.data.latent_cache import LatentCache
+from library.data.latent_files import content_hash
 from library.embedding.tokenizer import typical_norm
 from library.output.concept_distance import concept_distance
 from library.output.sample_prompts import SamplePrompt
@@ -68,17 +69,24 @@ class Run:
         return next(each for each in CONCEPTS if each.name == self.concept)
 
 
+def base(run: Run) -> str:
+    """What all runs of a miniature on a concept share, as a hash: weights, the settings under the recipe's, images."""
+    shared = [_hashes_of_miniature(run.model), _hash_of_images(run.subject), REFERENCE]
+    return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]
+
+
 @cache
-def base(model: str, concept: str) -> str:
-    """What all runs of a miniature on a concept share, as a hash: weights, the quickstart's settings, images."""
-    digest = hashlib.sha256(json.dumps(REFERENCE, sort_keys=True).encode())
+def _hashes_of_miniature(model: str) -> list[str]:
     folder = ROOT / "configs" / "quickstart"
-    for file in (folder / f"{model}.toml", *sorted((folder / model).rglob("*.safetensors"))):
-        digest.update(file.read_bytes())
-    subject = Run(model, concept, 0, "").subject
+    return [content_hash(file) for file in (folder / f"{model}.toml", *sorted((folder / model).rglob("*.safetensors")))]
+
+
+@cache
+def _hash_of_images(subject: Concept) -> str:
+    digest = hashlib.sha256()
     for image, caption in (*subject.training_images(), *subject.fresh_images()):
         digest.update(image.tobytes() + caption.encode())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()
 
 
 @dataclass

@@ -65,7 +65,7 @@ class Results:
         for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
             entry = json.loads(line)
             run = Run(**entry["run"])
-            if entry["base"] == base(run.model, run.concept):
+            if entry["base"] == base(run):
                 self.found[run] = Found(**entry["found"])
             else:
                 self.others += 1
@@ -74,7 +74,7 @@ class Results:
         """Keep what a run has given."""
         self.found[run] = found
         with self.file.open("a", encoding="utf-8") as file:
-            line = {"base": base(run.model, run.concept), "run": vars(run), "found": vars(found)}
+            line = {"base": base(run), "run": vars(run), "found": vars(found)}
             file.write(json.dumps(line) + "\n")
 
 
@@ -243,10 +243,8 @@ class Page:
             if not groups:
                 continue
             first = groups[reference]
-            cells = [
-                concept.name,
-                f"{shown_step(statistics.median(first.steps_to(first)), 0)}; {first.mean('composed'):.2f}",
-            ]
+            end = statistics.median(first.steps_to(first))
+            cells = [concept.name, f"{end:g}; {first.mean('composed'):.2f}"]
             for recipe in others:
                 if not (group := groups.get(recipe)):
                     cells.append("")
