@@ -114,6 +114,10 @@ def test_runs_of_other_miniatures_or_settings_do_not_count(tmp_path, monkeypatch
     monkeypatch.setitem(recipe_run.REFERENCE, "learning_rate", 1e-3)
     other = Results(file)
     assert (other.found, other.others) == ({}, 1)
+    # Lines of an earlier benchmark say nothing of what they were measured with.
+    file.write_text(json.dumps({"run": vars(run), "found": vars(found(1))}) + "\n")
+    earlier = Results(file)
+    assert (earlier.found, earlier.others) == ({}, 1)
     runs = [*(Run("sd", each.name, 1, "{}") for each in CONCEPTS), Run("sdxl", run.concept, 1, "{}")]
     assert len({recipe_run.base(each) for each in runs}) == 9
 

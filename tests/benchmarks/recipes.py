@@ -65,7 +65,7 @@ class Results:
         for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
             entry = json.loads(line)
             run = Run(**entry["run"])
-            if entry["base"] == base(run):
+            if entry.get("base") == base(run):
                 self.found[run] = Found(**entry["found"])
             else:
                 self.others += 1
