@@ -61,6 +61,25 @@ def good_compositions(model: str, embedding: Path) -> int:
 
 
 @pytest.mark.parametrize("model", ["sd", "sdxl"])
+def test_the_miniatures_draw_what_the_character_is_made_of(model):
+    """With 256 prompts and more seeds, ``check_miniatures.py`` asks for 90 %."""
+    robots = concept_judge.check_miniatures.robot_prompts(64, seed=0)
+    robots = [each for each in robots if each[2].head == "star" or each[2].body == "moon"][:24]
+    pictures = concept_judge.check_miniatures.generate(
+        open_pipeline(model), [prompt for prompt, _, _ in robots], list(range(24))
+    )
+    seen = [
+        (measures.read_robot(picture, *colours), want)
+        for picture, (_, colours, want) in zip(pictures, robots, strict=True)
+    ]
+    for part, shape in (("head", "star"), ("body", "moon")):
+        right = [getattr(found, part) == shape for found, want in seen if getattr(want, part) == shape]
+        assert len(right) >= 8
+        assert statistics.mean(right) >= 0.75, (part, shape)
+    assert statistics.mean(found.eyes for found, _ in seen) >= 0.75
+
+
+@pytest.mark.parametrize("model", ["sd", "sdxl"])
 def test_the_quickstart_teaches_the_word(model, tmp_path):
     files = [train(model, tmp_path / str(seed), f"--seed={seed}", "--learning_report=false") for seed in (1, 2, 3)]
     verdicts = [of_the_new_word(model, file) for file in files]
@@ -83,8 +102,7 @@ STEPS = {"sd": 40, "sdxl": 60}
 # By name: which model, how many times as long, init word, options, and what is asked of distance and overlap, as shares
 # of the init word's. What does not depend on the family is tried with one of them.
 CASES = {
-    # One vector cannot leave a word of one part for a figure of two in so few steps.
-    "1 vector": ("sd", 1, "robot", ["--num_vectors_per_token=1"], 0.75, 1.02),
+    "1 vector": ("sd", 2, INIT_WORD, ["--num_vectors_per_token=1"], 0.75, 1.4),
     # Their sentences say less than the captions do, and seeds differ more.
     "object templates": ("sd", 2, "robot", ["--use_object_template"], 0.8, 1.1),
     "pixels": ("sdxl", 1, INIT_WORD, ["--cache_latents=false", "--optimizer_type=AdamW8bit"], 0.65, 1.5),
@@ -104,17 +122,22 @@ def test_a_short_training_teaches_it_too(case, tmp_path):
 def test_bfloat16_leads_where_float32_does(model, tmp_path, trainers):  # noqa: F811
     """From the same noise the vectors go the same way, and as far.
 
-    Gradients are not brought to equal weight: the smallest, of almost pure noise, are mostly rounding in bfloat16.
+    By plain SGD, with gradients as they are: AdamW and equal weight let the smallest gradients, which are mostly
+    rounding in bfloat16, count as much as the largest.
     """
     ends = {}
     for precision in ("no", "bf16"):
         more = [f"--mixed_precision={precision}", "--max_train_steps=8", "--learning_report=false", "--no_report"]
-        more += ["--normalize_sample_gradients=false", "--learning_rate=5e-3", "--lr_scheduler=constant"]
+        more += ["--normalize_sample_gradients=false", "--optimizer_type=SGD", "--optimizer_args"]
+        more += ["--learning_rate=1", "--lr_scheduler=constant"]
         ends[precision] = load_file(train(model, tmp_path / precision, *more))
-    for key, start in zip(trainers[0].job.family.embedding_keys, trainers[0].setup.starts, strict=True):
-        whole, half = (ends[precision][key] - start for precision in ("no", "bf16"))
-        assert torch.cosine_similarity(whole.flatten(), half.flatten(), dim=0) > 0.97
-        assert float(half.norm()) == pytest.approx(float(whole.norm()), rel=0.05)
+    keys, starts = trainers[0].job.family.embedding_keys, trainers[0].setup.starts
+    whole, half = (
+        torch.cat([(ends[precision][key] - start).flatten() for key, start in zip(keys, starts, strict=True)])
+        for precision in ("no", "bf16")
+    )
+    assert torch.cosine_similarity(whole, half, dim=0) > 0.95
+    assert float(half.norm()) == pytest.approx(float(whole.norm()), rel=0.05)
 
 
 def inpainting_model(model: str, folder: Path) -> Path:

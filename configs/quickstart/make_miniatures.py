@@ -3,10 +3,13 @@
     python configs/quickstart/make_miniatures.py vae
     python configs/quickstart/make_miniatures.py sd
     python configs/quickstart/make_miniatures.py sdxl
+    python configs/quickstart/make_miniatures.py sd --sharpen
+    python configs/quickstart/make_miniatures.py sdxl --sharpen
 
-``vae`` comes first, ``sd`` second, and ``sdxl`` starts from ``sd``. Each stage writes its result (and, while it runs,
-checkpoints from which it can continue) into ``--work``; ``sd`` and ``sdxl`` end with a diffusers folder in
-``--output``. Everything derives from ``--seed``. A fourth stage, ``concepts``, draws the pictures to learn from.
+``vae`` comes first, ``sd`` second, and ``sdxl`` starts from ``sd``; ``--sharpen`` goes on from there, with more robots
+and less noise. Each stage writes its result (and, while it runs, checkpoints from which it can continue) into
+``--work``; ``sd`` and ``sdxl`` end with a diffusers folder in ``--output``. Everything derives from ``--seed``. One
+stage more, ``concepts``, draws the pictures to learn from.
 """
 
 import argparse
@@ -15,6 +18,7 @@ import json
 import logging
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +110,31 @@ def table_scale(encoder: CLIPTextModel) -> float:
 # --- the denoisers --------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Phase:
+    """How a denoiser is trained for a while; ``suffix`` tells its checkpoint from that of the other phase.
+
+    ``robots`` is how many times as often as other pictures those of robots are drawn. Timesteps are drawn as
+    u ** ``timestep_power``, u uniform, and the loss at a timestep has the weight sqrt((1 - signal) / signal), held
+    between ``least_weight`` and 5.
+    """
+
+    suffix: str
+    seed: int  # added to --seed
+    steps: dict[str, int]
+    rate: float
+    climb: int  # steps
+    descent: float  # share of the steps
+    robots: float
+    timestep_power: float
+    least_weight: float
+
+
+# Composition is decided where there is much noise; the spikes of a star that is a robot's head where there is little.
+COMPOSE = Phase("", 1, {"sd": 9000, "sdxl": 2000}, 1e-3, 200, 0.3, 1.0, 0.7, 0.5)
+SHARPEN = Phase("_sharp", 77, {"sd": 4000, "sdxl": 4000}, 7e-4, 100, 0.7, 2.5, 1.0, 1.0)
+
+
 class Miniature(torch.nn.Module):
     """Text encoders and U-Net of one model; ``encoders`` holds one (SD) or two (SDXL)."""
 
@@ -166,6 +195,11 @@ def noise_scheduler() -> DDIMScheduler:
     )
 
 
+def checkpoint_of(work: Path, xl: bool, phase: Phase) -> Path:
+    """Where the state of a denoiser in a phase is kept."""
+    return work / f"{'sdxl' if xl else 'sd'}{phase.suffix}.pt"
+
+
 @torch.no_grad()
 def world_latents(work: Path, count: int, seed: int) -> tuple[torch.Tensor, list[str], float]:
     """Latents in the VAE's own scale [count, 4, 16, 16], captions, the latents' spread; kept in ``work``."""
@@ -181,46 +215,48 @@ def world_latents(work: Path, count: int, seed: int) -> tuple[torch.Tensor, list
     return result
 
 
-def draw_timesteps(count: int) -> torch.Tensor:
-    """Timesteps with a density that grows with the noise: composition is decided there."""
-    return (torch.rand(count) ** 0.7 * 1000).long().clamp(max=999)
+def draw_timesteps(count: int, power: float) -> torch.Tensor:
+    """Timesteps, evenly with a power of 1; below 1 with a density that grows with the noise."""
+    return (torch.rand(count) ** power * 1000).long().clamp(max=999)
 
 
-def learning_rate_at(step: int, steps: int) -> float:
-    """Share of the highest rate: a short climb, a plateau, a long descent over the last 30 %."""
-    return min(1.0, (step + 1) / 200, max(0.01, (steps - step) / (0.3 * steps)))
+def learning_rate_at(step: int, steps: int, phase: Phase) -> float:
+    """A short climb, a plateau, a long descent."""
+    return phase.rate * min(1.0, (step + 1) / phase.climb, max(0.01, (steps - step) / (phase.descent * steps)))
 
 
-def train_denoiser(work: Path, xl: bool, steps: int, seed: int) -> None:
-    """Train text encoders and U-Net together; ``work/<name>.pt`` holds averaged weights and what resuming needs."""
-    torch.manual_seed(seed + 1)
+def train_denoiser(work: Path, xl: bool, phase: Phase, steps: int, seed: int) -> None:
+    """Train text encoders and U-Net together; a file in ``work`` holds averaged weights and what resuming needs."""
+    torch.manual_seed(seed + phase.seed)
     latents, captions, spread = world_latents(work, PICTURES, seed)
     latents = latents * (LATENT_SPREAD / spread)
+    shares = torch.tensor([phase.robots if "robot" in caption else 1.0 for caption in captions])
     vocabulary = Vocabulary(captions)
     model = Miniature(vocabulary, xl)
     logger.info("%d tokens, U-Net %.2f M parameters", len(vocabulary.used), model.unet.num_parameters() / 1e6)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=phase.rate, betas=(0.9, 0.99), weight_decay=1e-3)
     averaged = copy.deepcopy(model).requires_grad_(False)
-    checkpoint = work / ("sdxl.pt" if xl else "sd.pt")
+    checkpoint = checkpoint_of(work, xl, phase)
     first = 0
-    if checkpoint.exists():
-        kept = torch.load(checkpoint)
+    if checkpoint.exists() or phase is SHARPEN:
+        kept = torch.load(checkpoint if checkpoint.exists() else checkpoint_of(work, xl, COMPOSE))
         model.load_state_dict(kept["model"])
         averaged.load_state_dict(kept["averaged"])
         optimizer.load_state_dict(kept["optimizer"])
-        torch.set_rng_state(kept["random"])
-        first = kept["step"]
+        if checkpoint.exists():
+            torch.set_rng_state(kept["random"])
+            first = kept["step"]
     elif xl:
-        begin_from_sd(model, torch.load(work / "sd.pt")["averaged"], vocabulary.captions[:256])
+        begin_from_sd(model, torch.load(checkpoint_of(work, False, COMPOSE))["averaged"], vocabulary.captions[:256])
     signal = noise_scheduler().alphas_cumprod
-    weights = ((1 - signal) / signal).sqrt().clamp(0.5, 5.0)
+    weights = ((1 - signal) / signal).sqrt().clamp(phase.least_weight, 5.0)
     started, losses = time.monotonic(), []
     for step in range(first, steps):
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * learning_rate_at(step, steps)
-        chosen = torch.randint(len(latents), (BATCH,))
+            group["lr"] = learning_rate_at(step, steps, phase)
+        chosen = torch.multinomial(shares, BATCH)
         ids = torch.where(torch.rand(BATCH, 1) < 0.1, vocabulary.empty, vocabulary.captions[chosen])
-        timesteps, noise = draw_timesteps(BATCH), torch.randn(BATCH, 4, SIDE, SIDE)
+        timesteps, noise = draw_timesteps(BATCH, phase.timestep_power), torch.randn(BATCH, 4, SIDE, SIDE)
         level = signal[timesteps].view(-1, 1, 1, 1)
         noisy = level.sqrt() * latents[chosen] + (1 - level).sqrt() * noise
         errors = (model(noisy, timesteps, ids, draw_sizes(BATCH)) - noise).square().mean(dim=(1, 2, 3))
@@ -247,12 +283,12 @@ def train_denoiser(work: Path, xl: bool, steps: int, seed: int) -> None:
             partial.replace(checkpoint)
 
 
-def export(work: Path, output: Path, xl: bool, seed: int) -> None:
-    """Write the averaged weights as a diffusers folder in half precision; the tokenizer is the one in ``configs``."""
+def export(work: Path, output: Path, xl: bool, phase: Phase, seed: int) -> None:
+    """Write the averaged weights after a phase as a diffusers folder in half precision, without a tokenizer."""
     _, captions, spread = world_latents(work, PICTURES, seed)
     vocabulary = Vocabulary(captions)
     model = Miniature(vocabulary, xl)
-    model.load_state_dict(torch.load(work / ("sdxl.pt" if xl else "sd.pt"))["averaged"])
+    model.load_state_dict(torch.load(checkpoint_of(work, xl, phase))["averaged"])
     scales = [table_scale(encoder) for encoder in model.encoders]
     encoders = [vocabulary.full(encoder) for encoder in model.encoders]
     if xl:  # SDXL takes states before the final normalisation, so they shrank with the tables.
@@ -343,6 +379,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--sharpen", action="store_true", help="go on from the finished sd or sdxl")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     options.work.mkdir(parents=True, exist_ok=True)
@@ -351,13 +388,9 @@ def main() -> None:
     elif options.stage == "vae":
         train_vae(options.work, options.seed)
     else:
-        train_denoiser(
-            options.work,
-            options.stage == "sdxl",
-            options.steps or (2000 if options.stage == "sdxl" else 9000),
-            options.seed,
-        )
-        export(options.work, options.output, options.stage == "sdxl", options.seed)
+        phase, xl = SHARPEN if options.sharpen else COMPOSE, options.stage == "sdxl"
+        train_denoiser(options.work, xl, phase, options.steps or phase.steps[options.stage], options.seed)
+        export(options.work, options.output, xl, phase, options.seed)
 
 
 if __name__ == "__main__":
