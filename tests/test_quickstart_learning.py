@@ -62,11 +62,11 @@ def good_compositions(model: str, embedding: Path) -> int:
 
 @pytest.mark.parametrize("model", ["sd", "sdxl"])
 def test_the_miniatures_draw_what_the_character_is_made_of(model):
-    """With 256 prompts and more seeds, ``check_miniatures.py`` asks for 90 %."""
-    robots = concept_judge.check_miniatures.robot_prompts(64, seed=0)
-    robots = [each for each in robots if each[2].head == "star" or each[2].body == "moon"][:24]
+    """``check_miniatures.py`` asks the same of 256 prompts for robots, and of 256 for plain objects."""
+    robots = concept_judge.check_miniatures.robot_prompts(128, seed=0)
+    robots = [each for each in robots if each[2].head == "star" or each[2].body == "moon"][:48]
     pictures = concept_judge.check_miniatures.generate(
-        open_pipeline(model), [prompt for prompt, _, _ in robots], list(range(24))
+        open_pipeline(model), [prompt for prompt, _, _ in robots], list(range(len(robots)))
     )
     seen = [
         (measures.read_robot(picture, *colours), want)
@@ -74,9 +74,8 @@ def test_the_miniatures_draw_what_the_character_is_made_of(model):
     ]
     for part, shape in (("head", "star"), ("body", "moon")):
         right = [getattr(found, part) == shape for found, want in seen if getattr(want, part) == shape]
-        assert len(right) >= 8
-        assert statistics.mean(right) >= 0.75, (part, shape)
-    assert statistics.mean(found.eyes for found, _ in seen) >= 0.75
+        assert statistics.mean(right) >= 0.9, (part, shape)
+    assert statistics.mean(found.eyes for found, _ in seen) >= 0.9
 
 
 @pytest.mark.parametrize("model", ["sd", "sdxl"])
@@ -102,6 +101,7 @@ STEPS = {"sd": 40, "sdxl": 60}
 # By name: which model, how many times as long, init word, options, and what is asked of distance and overlap, as shares
 # of the init word's. What does not depend on the family is tried with one of them.
 CASES = {
+    # One vector that says a figure of two parts takes longer.
     "1 vector": ("sd", 2, INIT_WORD, ["--num_vectors_per_token=1"], 0.75, 1.4),
     # Their sentences say less than the captions do, and seeds differ more.
     "object templates": ("sd", 2, "robot", ["--use_object_template"], 0.8, 1.1),
@@ -132,12 +132,18 @@ def test_bfloat16_leads_where_float32_does(model, tmp_path, trainers):  # noqa: 
         more += ["--learning_rate=1", "--lr_scheduler=constant"]
         ends[precision] = load_file(train(model, tmp_path / precision, *more))
     keys, starts = trainers[0].job.family.embedding_keys, trainers[0].setup.starts
+    moved = {
+        precision: [vectors[key] - start for key, start in zip(keys, starts, strict=True)]
+        for precision, vectors in ends.items()
+    }
+    for whole, half in zip(moved["no"], moved["bf16"], strict=True):
+        assert not torch.equal(whole, half)
+        assert torch.cosine_similarity(whole.flatten(), half.flatten(), dim=0) > 0.95
+    # SDXL's second text encoder is moved an eighth as far as the first, so it says less here.
     whole, half = (
-        torch.cat([(ends[precision][key] - start).flatten() for key, start in zip(keys, starts, strict=True)])
-        for precision in ("no", "bf16")
+        torch.cat([vectors.flatten() for vectors in moved[precision]]).norm() for precision in ("no", "bf16")
     )
-    assert torch.cosine_similarity(whole, half, dim=0) > 0.95
-    assert float(half.norm()) == pytest.approx(float(whole.norm()), rel=0.05)
+    assert float(half) == pytest.approx(float(whole), rel=0.05)
 
 
 def inpainting_model(model: str, folder: Path) -> Path:

@@ -3,7 +3,9 @@
     python configs/quickstart/check_miniatures.py configs/quickstart/sd --samples 256
 
 Prompts are drawn at random from the world's words; background, colour and shape are read off the pictures by
-``measures.read_plain``, the parts of robots by ``measures.read_robot``. Exits with 1 below a floor.
+``measures.read_plain``, the parts of robots by ``measures.read_robot``. Exits with 1 below a floor. The floors are for
+the 256 samples of seed 0: 76 of them have a star as head, and with another seed the share that is right may be 3 %
+lower by chance.
 """
 
 import argparse
@@ -114,15 +116,21 @@ def main() -> None:
     readings += [
         (read_robot(picture, *colours), want) for picture, (_, colours, want) in zip(of_robots, robots, strict=True)
     ]
+    groups = {
+        name: (floor, [getattr(seen, name) == getattr(want, name) for seen, want in readings if hasattr(want, name)])
+        for name, floor in FLOOR.items()
+    } | {
+        f"a {shape} as {part}": (
+            floor,
+            [getattr(seen, part) == shape for seen, want in readings if getattr(want, part, None) == shape],
+        )
+        for (part, shape), floor in PART_FLOOR.items()
+    }
     short = False
-    for name, floor in FLOOR.items():
-        right = [getattr(seen, name) == getattr(want, name) for seen, want in readings if hasattr(want, name)]
-        print(f"{name}: right in {np.mean(right):.1%} of {len(right)} (floor {floor:.0%})")
-        short |= bool(np.mean(right) < floor)
-    for (part, shape), floor in PART_FLOOR.items():
-        right = [getattr(seen, part) == shape for seen, want in readings if getattr(want, part, None) == shape]
-        print(f"a {shape} as {part}: right in {np.mean(right):.1%} of {len(right)} (floor {floor:.0%})")
-        short |= bool(np.mean(right) < floor)
+    for name, (floor, right) in groups.items():
+        share = float(np.mean(right)) if right else 0.0
+        print(f"{name}: right in {share:.1%} of {len(right)} (floor {floor:.0%})")
+        short |= share < floor
     raise SystemExit(int(short))
 
 

@@ -6,10 +6,11 @@
     python configs/quickstart/make_miniatures.py sd --sharpen
     python configs/quickstart/make_miniatures.py sdxl --sharpen
 
-``vae`` comes first, ``sd`` second, and ``sdxl`` starts from ``sd``; ``--sharpen`` goes on from there, with more robots
-and less noise. Each stage writes its result (and, while it runs, checkpoints from which it can continue) into
-``--work``; ``sd`` and ``sdxl`` end with a diffusers folder in ``--output``. Everything derives from ``--seed``. One
-stage more, ``concepts``, draws the pictures to learn from.
+``vae`` comes first, ``sd`` second, and ``sdxl`` starts from ``sd``; ``--sharpen`` goes on from the end of either, with
+more robots and less noise, and writes a diffusers folder into ``--output``. Each stage keeps its result (and, while it
+runs, checkpoints from which it can continue) in ``--work``. Everything derives from ``--seed``; another one wants
+another ``--work``. The shipped models came from these stages with other random draws, so the same commands do not give
+the very same weights. One stage more, ``concepts``, draws the pictures to learn from.
 """
 
 import argparse
@@ -235,19 +236,20 @@ def train_denoiser(work: Path, xl: bool, phase: Phase, steps: int, seed: int) ->
     model = Miniature(vocabulary, xl)
     logger.info("%d tokens, U-Net %.2f M parameters", len(vocabulary.used), model.unet.num_parameters() / 1e6)
     optimizer = torch.optim.AdamW(model.parameters(), lr=phase.rate, betas=(0.9, 0.99), weight_decay=1e-3)
-    averaged = copy.deepcopy(model).requires_grad_(False)
     checkpoint = checkpoint_of(work, xl, phase)
-    first = 0
-    if checkpoint.exists() or phase is SHARPEN:
-        kept = torch.load(checkpoint if checkpoint.exists() else checkpoint_of(work, xl, COMPOSE))
-        model.load_state_dict(kept["model"])
-        averaged.load_state_dict(kept["averaged"])
-        optimizer.load_state_dict(kept["optimizer"])
-        if checkpoint.exists():
-            torch.set_rng_state(kept["random"])
-            first = kept["step"]
+    kept = torch.load(checkpoint) if checkpoint.exists() else None
+    if kept or phase is SHARPEN:
+        state = kept or torch.load(checkpoint_of(work, xl, COMPOSE))
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
     elif xl:
         begin_from_sd(model, torch.load(checkpoint_of(work, False, COMPOSE))["averaged"], vocabulary.captions[:256])
+    averaged = copy.deepcopy(model).requires_grad_(False)
+    first = 0
+    if kept:
+        averaged.load_state_dict(kept["averaged"])
+        torch.set_rng_state(kept["random"])
+        first = kept["step"]
     signal = noise_scheduler().alphas_cumprod
     weights = ((1 - signal) / signal).sqrt().clamp(phase.least_weight, 5.0)
     started, losses = time.monotonic(), []
@@ -279,16 +281,31 @@ def train_denoiser(work: Path, xl: bool, phase: Phase, steps: int, seed: int) ->
                 "optimizer": optimizer.state_dict(),
             }
             partial = checkpoint.with_suffix(".partial")
-            torch.save({**state, "random": torch.get_rng_state(), "step": step + 1}, partial)
+            torch.save({**state, "random": torch.get_rng_state(), "step": step + 1, "steps": steps}, partial)
             partial.replace(checkpoint)
 
 
-def export(work: Path, output: Path, xl: bool, phase: Phase, seed: int) -> None:
-    """Write the averaged weights after a phase as a diffusers folder in half precision, without a tokenizer."""
+def require_earlier(work: Path, xl: bool, phase: Phase) -> None:
+    """End the program with a sentence where what a phase starts from is missing, unfinished or newer than itself."""
+    if not (work / "vae").exists():
+        raise SystemExit(f"There is no VAE in {work}: run the stage vae first.")
+    if phase is COMPOSE and not xl:
+        return
+    from_xl = xl and phase is SHARPEN
+    earlier = checkpoint_of(work, from_xl, COMPOSE)
+    if not earlier.exists() or (kept := torch.load(earlier))["step"] < kept["steps"]:
+        raise SystemExit(f"{earlier} is missing or not finished: run the stage {'sdxl' if from_xl else 'sd'} first.")
+    own = checkpoint_of(work, xl, phase)
+    if own.exists() and own.stat().st_mtime < earlier.stat().st_mtime:
+        raise SystemExit(f"{own} is older than {earlier}, which it starts from: move it away to train it anew.")
+
+
+def export(work: Path, output: Path, xl: bool, seed: int) -> None:
+    """Write the averaged weights as a diffusers folder in half precision; the tokenizer is the one in ``configs``."""
     _, captions, spread = world_latents(work, PICTURES, seed)
     vocabulary = Vocabulary(captions)
     model = Miniature(vocabulary, xl)
-    model.load_state_dict(torch.load(checkpoint_of(work, xl, phase))["averaged"])
+    model.load_state_dict(torch.load(checkpoint_of(work, xl, SHARPEN))["averaged"])
     scales = [table_scale(encoder) for encoder in model.encoders]
     encoders = [vocabulary.full(encoder) for encoder in model.encoders]
     if xl:  # SDXL takes states before the final normalisation, so they shrank with the tables.
@@ -382,6 +399,8 @@ def main() -> None:
     parser.add_argument("--sharpen", action="store_true", help="go on from the finished sd or sdxl")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    if options.sharpen and options.stage not in ("sd", "sdxl"):
+        parser.error("--sharpen goes with the stages sd and sdxl")
     options.work.mkdir(parents=True, exist_ok=True)
     if options.stage == "concepts":
         write_concepts(options.output)
@@ -389,8 +408,10 @@ def main() -> None:
         train_vae(options.work, options.seed)
     else:
         phase, xl = SHARPEN if options.sharpen else COMPOSE, options.stage == "sdxl"
+        require_earlier(options.work, xl, phase)
         train_denoiser(options.work, xl, phase, options.steps or phase.steps[options.stage], options.seed)
-        export(options.work, options.output, xl, phase, options.seed)
+        if options.sharpen:
+            export(options.work, options.output, xl, options.seed)
 
 
 if __name__ == "__main__":

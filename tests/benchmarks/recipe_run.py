@@ -70,8 +70,12 @@ class Run:
 
 
 def base(run: Run) -> str:
-    """What all runs of a miniature on a concept share, as a hash: weights, the settings under the recipe's, images."""
-    shared = [_hashes_of_miniature(run.model), _hash_of_images(run.subject), REFERENCE]
+    """What all runs of a miniature on a concept share, as a hash.
+
+    Weights, the settings under the recipe's, the images, and how it is measured.
+    """
+    how = [EVERY, EARLY, LATER, SAMPLES, STEPS, SCALE]
+    shared = [_hashes_of_miniature(run.model), _hash_of_images(run.subject), REFERENCE, how]
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]
 
 
