@@ -42,6 +42,7 @@ SCRIPTS = {"sd": train_textual_inversion, "sdxl": sdxl_train_textual_inversion}
 # Fixed-noise losses: how often up to which step and how often afterwards, on how many samples, and with how many sets
 # of noise (the first is that of the loss itself) their own noise is measured.
 EVERY, EARLY, LATER, SAMPLES, NOISE_SETS = 5, 100, 20, 32, 4
+# Images are drawn in few steps, to save time, at a scale between the miniatures' best one and the learning report's.
 SIZE, STEPS, SCALE = world.SIZE, 12, 4.0
 BATCH_SIZE = 8  # a recipe may have another, as "batch_size"
 
