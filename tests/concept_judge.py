@@ -19,8 +19,7 @@ from library.output.concept_distance import concept_distance  # noqa: E402
 
 CONCEPT = [picture for picture, _ in world.character_concept()]
 CAPTIONS = [caption for _, caption in world.character_concept()]
-# The distance of one image scatters by 5 % of the init word's, so the mean of eight by less than 2 %; what an embedding
-# of the quickstart reaches is 8 % from its bounds and more.
+# The distance of one image scatters by 3 % of the init word's, so the mean of eight by 1 %.
 SEEDS = list(range(8))
 
 
