@@ -132,8 +132,28 @@ class Phase:
 
 
 # Composition is decided where there is much noise; the spikes of a star that is a robot's head where there is little.
-COMPOSE = Phase("", 1, {"sd": 9000, "sdxl": 2000}, 1e-3, 200, 0.3, 1.0, 0.7, 0.5)
-SHARPEN = Phase("_sharp", 77, {"sd": 4000, "sdxl": 4000}, 7e-4, 100, 0.7, 2.5, 1.0, 1.0)
+COMPOSE = Phase(
+    suffix="",
+    seed=1,
+    steps={"sd": 9000, "sdxl": 2000},
+    rate=1e-3,
+    climb=200,
+    descent=0.3,
+    robots=1.0,
+    timestep_power=0.7,
+    least_weight=0.5,
+)
+SHARPEN = Phase(
+    suffix="_sharp",
+    seed=77,
+    steps={"sd": 4000, "sdxl": 4000},
+    rate=7e-4,
+    climb=100,
+    descent=0.7,
+    robots=2.5,
+    timestep_power=1.0,
+    least_weight=1.0,
+)
 
 
 class Miniature(torch.nn.Module):
@@ -226,8 +246,27 @@ def learning_rate_at(step: int, steps: int, phase: Phase) -> float:
     return phase.rate * min(1.0, (step + 1) / phase.climb, max(0.01, (steps - step) / (phase.descent * steps)))
 
 
+def starting_state(work: Path, xl: bool, phase: Phase) -> dict | None:
+    """The state that a phase starts from; None where it starts from nothing.
+
+    Ends the program with a sentence where that is missing, unfinished or newer than the phase's own checkpoint.
+    """
+    if phase is COMPOSE and not xl:
+        return None
+    from_xl = xl and phase is SHARPEN
+    earlier, own = checkpoint_of(work, from_xl, COMPOSE), checkpoint_of(work, xl, phase)
+    if not earlier.exists() or (state := torch.load(earlier))["step"] < state["steps"]:
+        raise SystemExit(f"{earlier} is missing or not finished: run the stage {'sdxl' if from_xl else 'sd'} first.")
+    if own.exists() and own.stat().st_mtime < earlier.stat().st_mtime:
+        raise SystemExit(f"{own} is older than {earlier}, which it starts from: move it away to train it anew.")
+    return state
+
+
 def train_denoiser(work: Path, xl: bool, phase: Phase, steps: int, seed: int) -> None:
     """Train text encoders and U-Net together; a file in ``work`` holds averaged weights and what resuming needs."""
+    if not (work / "vae").exists():
+        raise SystemExit(f"There is no VAE in {work}: run the stage vae first.")
+    start = starting_state(work, xl, phase)
     torch.manual_seed(seed + phase.seed)
     latents, captions, spread = world_latents(work, PICTURES, seed)
     latents = latents * (LATENT_SPREAD / spread)
@@ -239,11 +278,11 @@ def train_denoiser(work: Path, xl: bool, phase: Phase, steps: int, seed: int) ->
     checkpoint = checkpoint_of(work, xl, phase)
     kept = torch.load(checkpoint) if checkpoint.exists() else None
     if kept or phase is SHARPEN:
-        state = kept or torch.load(checkpoint_of(work, xl, COMPOSE))
+        state = kept or start
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     elif xl:
-        begin_from_sd(model, torch.load(checkpoint_of(work, False, COMPOSE))["averaged"], vocabulary.captions[:256])
+        begin_from_sd(model, start["averaged"], vocabulary.captions[:256])
     averaged = copy.deepcopy(model).requires_grad_(False)
     first = 0
     if kept:
@@ -283,21 +322,6 @@ def train_denoiser(work: Path, xl: bool, phase: Phase, steps: int, seed: int) ->
             partial = checkpoint.with_suffix(".partial")
             torch.save({**state, "random": torch.get_rng_state(), "step": step + 1, "steps": steps}, partial)
             partial.replace(checkpoint)
-
-
-def require_earlier(work: Path, xl: bool, phase: Phase) -> None:
-    """End the program with a sentence where what a phase starts from is missing, unfinished or newer than itself."""
-    if not (work / "vae").exists():
-        raise SystemExit(f"There is no VAE in {work}: run the stage vae first.")
-    if phase is COMPOSE and not xl:
-        return
-    from_xl = xl and phase is SHARPEN
-    earlier = checkpoint_of(work, from_xl, COMPOSE)
-    if not earlier.exists() or (kept := torch.load(earlier))["step"] < kept["steps"]:
-        raise SystemExit(f"{earlier} is missing or not finished: run the stage {'sdxl' if from_xl else 'sd'} first.")
-    own = checkpoint_of(work, xl, phase)
-    if own.exists() and own.stat().st_mtime < earlier.stat().st_mtime:
-        raise SystemExit(f"{own} is older than {earlier}, which it starts from: move it away to train it anew.")
 
 
 def export(work: Path, output: Path, xl: bool, seed: int) -> None:
@@ -408,7 +432,6 @@ def main() -> None:
         train_vae(options.work, options.seed)
     else:
         phase, xl = SHARPEN if options.sharpen else COMPOSE, options.stage == "sdxl"
-        require_earlier(options.work, xl, phase)
         train_denoiser(options.work, xl, phase, options.steps or phase.steps[options.stage], options.seed)
         if options.sharpen:
             export(options.work, options.output, xl, options.seed)
